@@ -1,0 +1,1796 @@
+#!/usr/bin/env python3
+"""mdm-tunnel client: the end behind the NAT of a reverse tunnel, in one file.
+
+    python3 mdm_tunnel_client.py -v -h example.com -i tim web=9000
+
+dials the server at example.com, logs in as tim, and joins what comes for the service
+web to port 9000 of this machine. Without `web=9000` the services come from the file
+$HOME/.tunnel-services.json: {"hello-world": 9000, "websockets": 9001}.
+
+    visitor --TCP--> server ==Link==> Stream --Bridge--> Connection --TCP--> service
+
+A request's way through this file: on the link that a Tunnel has logged in, an OPEN
+makes a Stream; a Bridge dials the target that the Services name, and bytes flow both
+ways until both have ended. It knows nothing of HTTP, so any protocol passes. Read on in
+that order: the wire and the machinery that the server has too, then services, dialling,
+bridges, the client. Nothing here needs more than the standard library of Python 3.6.
+"""
+
+import argparse
+import errno
+import queue
+import random
+import shlex
+import threading
+
+# ===================================================================================
+# SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
+# ===================================================================================
+import collections
+import contextlib
+import enum
+import heapq
+import itertools
+import json
+import logging
+import os
+import re
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional
+from typing import Set, Tuple
+
+VERSION = "1.0.0"
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+Call = Callable[..., Any]
+log = logging.getLogger("mdm_tunnel")
+log.addHandler(logging.NullHandler())  # silent until the command line says -v
+
+# -----------------------------------------------------------------------------------
+# Protocol
+#
+# The client dials the server and asks, in HTTP, to go over to `mdm-tunnel/1`; after
+# the 101 both sides speak frames, and this connection is the *link*:
+#
+#      0       1               4               8
+#      | kind  |    length     |    stream     |  payload, `length` bytes ...
+#        u8          u24             u32          (network byte order)
+#
+#      client                                server
+#        |    <------------- CHALLENGE          |   who I am
+#        |   LOGIN ------------->               |   who I am: id, session
+#        |    <------------- WELCOME            |   the id is yours
+#        |   SERVICES ---------->               |   name -> options; again on change
+#        |    <------------- URLS               |   name -> URL or error
+#        |    <------------- OPEN 1             |   a visitor's request: dial `service`
+#        |    <------------- DATA 1             |   no answer to OPEN: data may follow
+#        |   DATA 1 ------------>               |   at most the credit, 256 KiB at first
+#        |    <------------- CREDIT 1           |   you may send that many bytes more
+#        |   END 1 ------------->               |   I send no more (half-close)
+#        |    <------------- RESET 1            |   the stream is over, both ways
+#
+# Stream 0 is the link itself. Only the server opens streams; ids rise by one from 1
+# and are never used twice. A frame for a stream that was open and is over is late, not
+# wrong: it is dropped in silence. Whatever else is not as told here ends the link with
+# a GOODBYE of code `protocol`. A JSON key that a side does not know is ignored.
+#
+# RESET is `code cause`: done (no fault), refused, timeout, no-service, reset, error,
+# busy, overload, or gone: nothing was dialled, so the request may go elsewhere.
+# -----------------------------------------------------------------------------------
+PROTOCOL = "mdm-tunnel/1"
+LINK_PATH = "/.well-known/mdm-tunnel"  # what the client asks for (RFC 8615)
+HEADER = struct.Struct("!II")  # kind and length in one word, then the stream
+NUMBER = struct.Struct("!I")  # the payload of CREDIT
+STAMP = struct.Struct("!d")  # the payload of PING and PONG: the asker's clock
+DATA_LIMIT = 1 << 20  # bytes: one frame never holds the link for longer than that
+TEXT_LIMIT = 64 << 10  # bytes of any other payload: it is kept until it is whole
+LOGIN_LIMIT = 4 << 10  # bytes: nobody is known yet, so nobody may cost much
+
+Kind = enum.IntEnum(  # numbered from 1
+    "Kind",
+    "CHALLENGE LOGIN WELCOME SERVICES URLS OPEN DATA CREDIT END RESET "
+    "PING PONG GOODBYE",
+)
+# kind: who sends it, is it about a stream, bytes at least, bytes at most
+RULES: Dict[int, Tuple[str, bool, int, int]] = {
+    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON
+    Kind.LOGIN: ("client", False, 2, LOGIN_LIMIT),  # JSON: id, session, link
+    Kind.WELCOME: ("server", False, 2, TEXT_LIMIT),  # JSON
+    Kind.SERVICES: ("client", False, 2, TEXT_LIMIT),  # JSON: name -> options
+    Kind.URLS: ("server", False, 2, TEXT_LIMIT),  # JSON: name -> URL or error
+    Kind.OPEN: ("server", True, 2, TEXT_LIMIT),  # JSON: service, visitor, scheme
+    Kind.DATA: ("both", True, 1, DATA_LIMIT),  # bytes
+    Kind.CREDIT: ("both", True, NUMBER.size, NUMBER.size),  # u32
+    Kind.END: ("both", True, 0, 0),
+    Kind.RESET: ("both", True, 0, TEXT_LIMIT),  # text: code, a space, cause
+    Kind.PING: ("both", False, STAMP.size, STAMP.size),
+    Kind.PONG: ("both", False, STAMP.size, STAMP.size),  # what the PING held
+    Kind.GOODBYE: ("both", False, 2, TEXT_LIMIT),  # JSON: code, reason
+}
+HANDSHAKE = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
+
+
+# The name of a service or of an id: a DNS label (RFC 1035 2.3.1) of which `_` may be a
+# part, but not `--`, which stands between the two in `service--id`.
+LABEL = re.compile(r"(?!.*--)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+
+
+class ProtocolError(Exception):
+    """The peer broke the rules of the wire; it costs him the link."""
+
+
+# -----------------------------------------------------------------------------------
+# Frames: bytes to frames, without any I/O. DATA is handed on in the pieces in which it
+# comes, so that nothing is put together only to be taken apart again; every other
+# payload is small and comes whole.
+# -----------------------------------------------------------------------------------
+class FrameReader:
+    """Cuts what comes from `peer`, "server" or "client", into frames."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.held = bytearray()  # the beginning of a header or of a small frame
+        self.need = HEADER.size  # how long `held` must become
+        self.kind = self.stream = 0
+        self.left = 0  # bytes of the current DATA still to come
+
+    def feed(self, data: memoryview) -> Iterator[Tuple[int, int, memoryview]]:
+        """Yield (kind, stream, payload) as far as `data` goes. Raises ProtocolError."""
+        at, end = 0, len(data)
+        while at < end:
+            start = at
+            if self.left:
+                at = min(end, at + self.left)
+                self.left -= at - start
+                yield Kind.DATA, self.stream, data[start:at]
+                continue
+            at = min(end, at + self.need - len(self.held))
+            self.held += data[start:at]
+            if len(self.held) == self.need == HEADER.size:
+                self.open_frame()
+            if len(self.held) == self.need:
+                payload = memoryview(bytes(self.held))[HEADER.size :]
+                self.held.clear()
+                self.need = HEADER.size
+                if self.kind != Kind.DATA:
+                    yield self.kind, self.stream, payload
+
+    def open_frame(self) -> None:
+        """A header is whole: check it, and see how much is to follow."""
+        word, self.stream = HEADER.unpack(self.held)
+        self.kind, length = word >> 24, word & 0xFFFFFF
+        if self.kind not in RULES:
+            raise ProtocolError("unknown kind of frame %d" % self.kind)
+        sender, on_stream, least, most = RULES[self.kind]
+        if sender not in ("both", self.peer) or on_stream != (self.stream > 0):
+            raise ProtocolError(
+                "%s from the %s on stream %d"
+                % (Kind(self.kind).name, self.peer, self.stream)
+            )
+        if not least <= length <= most:
+            raise ProtocolError("%s of %d bytes" % (Kind(self.kind).name, length))
+        if self.kind == Kind.DATA:
+            self.left = length
+        else:
+            self.need += length
+
+
+def pack_json(message: Dict[str, Any]) -> bytes:
+    """A message that people can read too, as UTF-8."""
+    return json.dumps(message, separators=(",", ":")).encode()
+
+
+def unpack_json(payload: Any) -> Dict[str, Any]:
+    """The object in a payload. Raises ProtocolError when there is none."""
+    try:
+        message = json.loads(bytes(payload).decode())
+    except (ValueError, RecursionError):
+        message = None
+    if not isinstance(message, dict):
+        raise ProtocolError("a payload is not a JSON object")
+    return message
+
+
+# -----------------------------------------------------------------------------------
+# Loop: one selector, one heap of timers, one catcher of errors. A turn reads what is
+# there, then runs what that left to do, then timers, then lets the links send, and
+# last tells the selector what each connection now waits for: that is derived from its
+# state once a turn, never toggled. The clock is looked at after reading, so that a
+# process that was frozen does not take its healthy peers for dead.
+# -----------------------------------------------------------------------------------
+SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolver
+POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
+
+
+class Timer:
+    """One deadline. To move it later or to clear it costs nothing: its entry in the
+    heap stays, and looks here when its time has come."""
+
+    __slots__ = ("loop", "owner", "call", "due", "armed")
+
+    def __init__(self, loop: "Loop", owner: Any, call: Call) -> None:
+        self.loop, self.owner, self.call = loop, owner, call
+        self.due: Optional[float] = None
+        self.armed: Optional[float] = None  # when the heap looks here next
+
+    def set(self, seconds: float) -> None:
+        """Run `call` in so many seconds, instead of when it was due so far."""
+        self.due = self.loop.clock() + seconds
+        self.arm()
+
+    def clear(self) -> None:
+        self.due = None
+
+    def arm(self) -> None:
+        if self.due is not None and (self.armed is None or self.due < self.armed):
+            self.armed = self.due
+            self.loop.add_timer(self.due, self)
+
+    def ring(self, when: float, now: float) -> None:
+        """The entry for `when` has come up: is it still meant?"""
+        if when == self.armed:
+            self.armed = None
+            if self.due is not None and self.due <= now:
+                self.due = None
+                self.loop.guard(self.owner, self.call)
+            self.arm()
+
+
+class Loop:
+    """Runs everything in one thread. Tests give a `selector` or a `clock`."""
+
+    def __init__(
+        self,
+        selector: Optional[selectors.BaseSelector] = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.selector = selector or selectors.DefaultSelector()
+        self.clock = clock
+        self.serial = itertools.count()  # keeps equal deadlines in order
+        self.timers: List[Tuple[float, int, Timer]] = []
+        self.crowded = 1000  # timers that make it worth looking for cleared ones
+        self.calls: Deque[Tuple[Any, Call, tuple]] = collections.deque()
+        self.unsent: Dict[Any, None] = {}  # links with something to send
+        self.touched: Set[Connection] = set()
+        self.connections: Set[Connection] = set()
+        self.scratch = memoryview(bytearray(DATA_LIMIT))  # what is being read
+        self.frames = memoryview(bytearray(DATA_LIMIT))  # what is being sent
+        self.capacity = file_limit(self.selector) - SPARE_FILES
+        self.running = True
+        self.on_signal: Optional[Callable[[int], Any]] = None
+        self.alarm, self.bell = socket.socketpair()
+        self.alarm.setblocking(False)
+        self.bell.setblocking(False)
+        self.selector.register(self.alarm, READ, self)
+
+    def __str__(self) -> str:
+        return "loop"
+
+    def run(self) -> None:
+        """Turn until somebody sets `running` to False."""
+        while self.running:
+            self.turn()
+
+    def close(self) -> None:
+        """Close everything. The loop cannot be used again."""
+        for connection in list(self.connections):
+            connection.close()
+        for part in (self.selector, self.alarm, self.bell):
+            part.close()  # type: ignore[attr-defined]
+
+    def soon(self, owner: Any, call: Call, *args: Any) -> None:
+        """Run `call` later in this turn or in the next, on a fresh stack."""
+        self.calls.append((owner, call, args))
+
+    def from_thread(self, owner: Any, call: Call, *args: Any) -> None:
+        """Like soon(), from any thread."""
+        self.soon(owner, call, *args)
+        with contextlib.suppress(OSError):  # full: it rings already
+            self.bell.send(b"\0")
+
+    def catch_signals(self, on_signal: Callable[[int], Any]) -> None:
+        """From now on SIGTERM and SIGINT only ring the bell, and are told here."""
+        self.on_signal = on_signal
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self.bell.fileno())
+
+    def on_events(self, mask: int) -> None:
+        """The bell rang: with a signal's number, or with 0 from another thread."""
+        for number in self.alarm.recv(4096):
+            if number and self.on_signal:
+                self.on_signal(number)
+
+    def turn(self) -> None:
+        """Wait for something, and do all that follows from it."""
+        for key, mask in self.selector.select(self.patience()):
+            self.guard(key.data, key.data.on_events, mask)
+        for _ in range(len(self.calls)):
+            owner, call, args = self.calls.popleft()
+            self.guard(owner, call, *args)
+        now = self.clock()
+        while self.timers and self.timers[0][0] <= now:
+            when, _, timer = heapq.heappop(self.timers)
+            timer.ring(when, now)
+        while self.unsent:
+            link = self.unsent.popitem()[0]
+            self.guard(link, link.flush)
+        while self.touched:
+            connection = self.touched.pop()
+            self.guard(connection, connection.register)
+
+    def patience(self) -> Optional[float]:
+        """Seconds that the selector may wait; None is for ever."""
+        if self.calls:
+            return 0
+        if not self.timers:
+            return POLL
+        wait = max(0.0, self.timers[0][0] - self.clock())
+        return wait if POLL is None else min(wait, POLL)
+
+    def add_timer(self, when: float, timer: Timer) -> None:
+        """Note that `timer` wants to look at the clock then. When the heap has become
+        crowded, the entries that cleared timers left there are thrown out."""
+        heapq.heappush(self.timers, (when, next(self.serial), timer))
+        if len(self.timers) > self.crowded:
+            for old, _, other in self.timers:
+                if other.due is None and other.armed == old:
+                    other.armed = None
+            self.timers = [entry for entry in self.timers if entry[0] == entry[2].armed]
+            heapq.heapify(self.timers)
+            self.crowded = 2 * len(self.timers) + 1000
+
+    def full(self) -> bool:
+        """Whether no descriptors are left for another connection."""
+        return len(self.connections) >= self.capacity
+
+    def guard(self, owner: Any, call: Call, *args: Any) -> Any:
+        """The one catcher: what `call` raises ends `owner`, and nothing else."""
+        try:
+            return call(*args)
+        except Exception as error:
+            try:
+                if not isinstance(error, (OSError, ProtocolError)):
+                    log.error("%s: %s", owner, error, exc_info=True)
+                owner.fail(error)
+            except Exception as worse:
+                log.error("%s: %s", owner, worse, exc_info=True)
+        return None
+
+    def fail(self, error: Exception) -> None:
+        """The bell is broken: nothing here can mend that, the timers go on."""
+        log.error("loop: %s", error)
+
+
+def file_limit(selector: selectors.BaseSelector) -> int:
+    """How many descriptors we can use, once the soft limit is raised to the hard."""
+    limit = 1 << 20
+    if isinstance(selector, selectors.SelectSelector):
+        limit = 512 if os.name == "nt" else 1024  # CPython's FD_SETSIZE
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        hard = limit if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+        limit = min(limit, max(soft, hard))
+    return limit
+
+
+# -----------------------------------------------------------------------------------
+# Connection: a non-blocking socket. What it will not take now waits here in order,
+# and a half-close waits behind that. The only place that knows of would-block and of
+# the errors of a socket. A failed send ends that direction only: what the peer said
+# last is read first.
+# -----------------------------------------------------------------------------------
+KEEPALIVE = 60  # seconds of silence until TCP asks whether a peer is still there
+LINGER = 2.0  # seconds to read and drop after a last word, so that it arrives
+SOCKET_OPTIONS = (
+    ("IPPROTO_TCP", "TCP_NODELAY", 1),  # what is small leaves at once
+    ("SOL_SOCKET", "SO_KEEPALIVE", 1),
+    ("IPPROTO_TCP", "TCP_KEEPIDLE", KEEPALIVE),
+    ("IPPROTO_TCP", "TCP_KEEPINTVL", KEEPALIVE // 6),
+)
+
+
+class Connection:
+    """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
+
+    __slots__ = (
+        "loop sock owner backlog dry eof lost last moved events timer closed"
+    ).split()
+
+    def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
+        self.loop, self.sock, self.owner = loop, sock, owner
+        self.backlog = bytearray()  # what the kernel has not taken yet
+        self.dry = True  # a read would block, until the selector says otherwise
+        self.eof = False  # the peer sends no more
+        self.lost: Optional[OSError] = None  # why nothing can be sent
+        self.last: Optional[Call] = None  # to do when the backlog is gone
+        self.moved = 0.0  # when the backlog began, or last became shorter
+        self.events = 0  # what the selector was told
+        self.timer: Optional[Timer] = None  # while it lingers
+        self.closed = False
+        sock.setblocking(False)
+        loop.connections.add(self)
+        loop.touched.add(self)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            for level, name, value in SOCKET_OPTIONS:
+                with contextlib.suppress(OSError, AttributeError):
+                    option = getattr(socket, name)
+                    sock.setsockopt(getattr(socket, level), option, value)
+
+    def __str__(self) -> str:
+        return str(self.owner)
+
+    def fail(self, error: Exception) -> None:
+        self.close() if self.timer else self.owner.fail(error)
+
+    def on_events(self, mask: int) -> None:
+        """The selector says that the socket is ready."""
+        self.loop.touched.add(self)
+        if mask & WRITE and not self.closed:
+            self.flush()
+            if not self.timer:
+                self.owner.on_writable()
+        if mask & READ and not self.closed:
+            self.dry = False
+            self.on_dropped() if self.timer else self.owner.on_readable()
+
+    def register(self) -> None:
+        """Tell the selector what is waited for now, if that has changed."""
+        if self.closed:
+            return
+        events = READ if self.timer else self.owner.interest()
+        events = (events & ~READ if self.eof else events) | bool(self.backlog) * WRITE
+        if events != self.events:
+            if self.events and events:
+                self.loop.selector.modify(self.sock, events, self)
+            elif events:
+                self.loop.selector.register(self.sock, events, self)
+            else:
+                self.loop.selector.unregister(self.sock)
+            self.events = events
+
+    def read_into(self, view: memoryview) -> Optional[int]:
+        """Bytes read, 0 at the end, None when there are none now. Raises OSError."""
+        self.loop.touched.add(self)
+        if self.dry or self.closed:
+            return None
+        try:
+            count = self.sock.recv_into(view)
+        except (BlockingIOError, InterruptedError):
+            self.dry = True
+            return None
+        self.dry = count < len(view)  # it came short, so there is no more
+        if count == 0:
+            self.eof = True
+            if isinstance(self.lost, ConnectionResetError):
+                raise self.lost  # a send has swallowed the news that this is a cut
+        return count
+
+    def write(self, data: Any) -> None:
+        """Send `data`, now or as soon as the socket takes it."""
+        if not self.backlog:
+            data = data[self.send(data) :]
+        if data:
+            if not self.backlog:
+                self.moved = self.loop.clock()
+                self.loop.touched.add(self)
+            self.backlog += data
+
+    def send(self, data: Any) -> int:
+        """How many bytes the socket took. After a failure all are taken and lost."""
+        if self.lost is None:
+            try:
+                return self.sock.send(data)
+            except (BlockingIOError, InterruptedError):
+                return 0
+            except OSError as error:
+                self.lost = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Send what waits, then do what waits behind it."""
+        if self.backlog:
+            count = self.send(self.backlog)
+            if count:
+                self.moved = self.loop.clock()
+                del self.backlog[:count]
+        if not self.backlog and self.last:
+            last, self.last = self.last, None
+            last()
+
+    def after_backlog(self, call: Call) -> None:
+        """Do `call` when everything written so far has been sent."""
+        self.last = call
+        self.loop.touched.add(self)
+        self.flush()
+
+    def finish(self) -> None:
+        """Half-close: tell the peer that no more will come."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self.lost = self.lost or error
+
+    def linger(self) -> None:
+        """Close, but so that the last word arrives: with bytes unread a plain close
+        would reset the connection, and the reset can overtake what was said."""
+        self.finish()
+        self.timer = Timer(self.loop, self, self.close)
+        self.timer.set(LINGER)
+        if self.eof or self.lost:
+            self.close()
+
+    def on_dropped(self) -> None:
+        """While it lingers, what still comes is dropped."""
+        if self.read_into(self.loop.scratch) == 0:
+            self.close()
+
+    def abort(self) -> None:
+        """Close with a reset, so that what was cut does not look complete."""
+        if not self.closed:
+            on = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, on)
+            self.close()
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.loop.connections.discard(self)
+            self.backlog.clear()
+            if self.events:
+                self.loop.selector.unregister(self.sock)
+            self.sock.close()
+
+
+# -----------------------------------------------------------------------------------
+# Link and Stream: the multiplexer. Nothing is pushed into the link: a stream that may
+# have something stands in a ring, and when its turn comes its owner's pull(view) reads
+# straight into the frame. So what waits, waits in the kernel of whoever sends, and a
+# stream that nobody reads stops itself and no other.
+#
+# Two rings: *quiet* streams, which sent little of late, go first and leave together
+# in one system call at the end of each turn of the loop; *busy* ones get one frame
+# each time the selector finds the link writable. Control is owed, not queued: a stream
+# remembers its credit or its reset, the link one frame of each kind, and they become
+# bytes when the link can send. A peer that floods and never reads costs nothing more.
+# -----------------------------------------------------------------------------------
+WINDOW = 256 << 10  # bytes that may be sent on a stream before it needs CREDIT
+HELD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
+MAX_STREAMS = 16384  # open at once on a link: more is an attack or a loop
+LAST_ID = (1 << 32) - 1  # stream ids are u32; past it the client dials anew
+QUANTUM = 64 << 10  # bytes in one turn of a busy stream
+LEAST_TURN = 4 << 10  # bytes: less credit than this counts as none (no tiny frames)
+QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first
+QUIET_TIME = 0.1  # seconds
+QUIET_TURNS = 16  # turns of quiet streams to one of a busy one, when both have some
+COLLECT = 64 << 10  # bytes of small frames that leave in one system call
+PING_AFTER = 10.0  # seconds of silence until we ask whether the other side lives
+PONG_WITHIN = 10.0  # seconds it then has, for any byte at all
+STUCK_AFTER = 20.0  # seconds in which bytes we have to send did not move
+
+
+class Stream:
+    """One visitor's bytes in a link. Its owner has pull(view), which gives the bytes
+    written, None for nothing yet or 0 for the end, and receive(view), on_end(),
+    on_reset(code, cause) and fail(error)."""
+
+    __slots__ = (
+        "link id owner credit allowed held taken sent since "
+        "ready owing open ended_out ended_in opening farewell"
+    ).split()
+
+    def __init__(self, link: "Link", number: int, owner: Any) -> None:
+        self.link, self.id, self.owner = link, number, owner
+        self.credit = WINDOW  # bytes that we may still send
+        self.allowed = WINDOW  # bytes that the peer may still send
+        self.held = 0  # bytes received that nobody has taken
+        self.taken = 0  # bytes taken, the credit not yet given back
+        self.sent = 0  # bytes sent since `since`: what makes a stream quiet or busy
+        self.since = 0.0
+        self.ready = False  # stands in a ring
+        self.owing = False  # stands among those that owe control
+        self.open = True
+        self.ended_out = self.ended_in = False  # END was sent, END was received
+        self.opening: Optional[bytes] = None  # the OPEN to send
+        self.farewell: Optional[bytes] = None  # the RESET to send
+
+    def wake(self) -> None:
+        """The source may have something: it gets a turn when the link can send."""
+        if self.open and self.wants_read():
+            self.link.line_up(self)
+
+    def wants_read(self) -> bool:
+        """Whether the source is worth watching: nothing else will wake it."""
+        return not self.ready and self.credit >= LEAST_TURN and not self.ended_out
+
+    def settle(self, waiting: int) -> None:
+        """Of the bytes received at most `waiting` still wait; credit for the others is
+        given back, half a window at a time."""
+        taken = self.held - waiting
+        if taken > 0:
+            self.held = waiting
+            self.link.held -= taken
+            self.taken += taken
+            if self.taken >= WINDOW // 2 and not self.ended_in:
+                self.link.owe(self)
+
+    def reset(self, code: str, cause: str = "") -> None:
+        """End both ways at once; the peer is told why. The owner is not."""
+        if self.open:
+            self.farewell = ("%s %s" % (code, cause)).encode()[:TEXT_LIMIT]
+            self.link.owe(self)
+            self.link.forget(self)
+
+    def control(self) -> Iterator[Tuple[int, bytes]]:
+        """The frames that it owes; with this they are paid."""
+        self.owing = False
+        if self.opening is not None:
+            yield Kind.OPEN, self.opening
+            self.opening = None
+        if self.farewell is not None:
+            yield Kind.RESET, self.farewell
+        elif self.open and self.taken >= WINDOW // 2:
+            yield Kind.CREDIT, NUMBER.pack(self.taken)
+            self.allowed += self.taken
+            self.taken = 0
+
+
+class Link:
+    """One end of a link over `connection`, its `role` "server" or "client". The owner
+    has on_message(kind, message), on_open(stream, message) and on_closed(cause)."""
+
+    def __init__(
+        self, loop: Loop, connection: Connection, owner: Any, role: str
+    ) -> None:
+        self.loop, self.connection, self.owner = loop, connection, owner
+        self.reader = FrameReader("client" if role == "server" else "server")
+        self.step = 0  # how much of the handshake is done
+        self.streams: Dict[int, Stream] = {}
+        self.last_id = 0  # the newest stream's
+        self.held = 0  # bytes received on all streams that nobody has taken
+        self.quiet: Deque[Stream] = collections.deque()
+        self.busy: Deque[Stream] = collections.deque()
+        self.quiet_turns = 0  # since a busy stream had one
+        self.owing: Deque[Stream] = collections.deque()
+        self.owed: Dict[int, bytes] = {}  # the link's own frames, one of a kind
+        self.heard = loop.clock()  # when the last byte came
+        self.pinged = 0.0  # when the last PING went out
+        self.leaving = False  # GOODBYE was said or heard: no new streams
+        self.closed = False
+        self.timer = Timer(loop, self, self.check)
+        self.timer.set(1.0)
+        connection.owner = self
+        loop.touched.add(connection)
+        low_water = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+        if sys.platform == "linux":  # it keeps the kernel's own queue short
+            with contextlib.suppress(OSError):
+                connection.sock.setsockopt(socket.IPPROTO_TCP, low_water, QUANTUM)
+
+    def __str__(self) -> str:
+        return str(self.owner)
+
+    # What comes in.
+
+    def interest(self) -> int:
+        return READ | WRITE if self.busy else READ
+
+    def on_readable(self) -> None:
+        """Read once; what is left keeps the socket readable."""
+        count = self.connection.read_into(self.loop.scratch)
+        if count == 0:
+            raise OSError("the other side closed the connection")
+        if count:
+            self.take(self.loop.scratch[:count])
+
+    def take(self, data: memoryview) -> None:
+        """Act on what was read."""
+        self.heard = self.loop.clock()
+        for kind, number, payload in self.reader.feed(data):
+            if log.isEnabledFor(logging.DEBUG):
+                self.show("<", kind, number, payload)
+            self.in_order(kind)
+            if number == 0:
+                LINK_FRAMES.get(kind, Link.on_text)(self, kind, payload)
+            elif kind == Kind.OPEN:
+                self.on_open(number, payload)
+            elif number in self.streams:
+                STREAM_FRAMES[kind](self, self.streams[number], payload)
+            elif number > self.last_id:
+                raise ProtocolError("%s on no stream %d" % (Kind(kind).name, number))
+            if self.closed:
+                return
+
+    def in_order(self, kind: int) -> None:
+        """The frames of the handshake come in their order, and all else after them."""
+        if self.step < len(HANDSHAKE):
+            if kind == HANDSHAKE[self.step]:
+                self.step += 1
+            elif kind != Kind.GOODBYE:
+                raise ProtocolError("%s during the handshake" % Kind(kind).name)
+        elif kind in HANDSHAKE[:-1]:
+            raise ProtocolError("%s after the handshake" % Kind(kind).name)
+
+    def on_text(self, kind: int, payload: memoryview) -> None:
+        self.owner.on_message(kind, unpack_json(payload))
+
+    def on_ping(self, kind: int, payload: memoryview) -> None:
+        self.post(Kind.PONG, bytes(payload))
+
+    def on_pong(self, kind: int, payload: memoryview) -> None:
+        """That a byte came is all there is to know."""
+
+    def on_goodbye(self, kind: int, payload: memoryview) -> None:
+        self.leaving = True
+        self.on_text(kind, payload)
+        self.maybe_finish()
+
+    def on_open(self, number: int, payload: memoryview) -> None:
+        if number != self.last_id + 1:
+            raise ProtocolError("OPEN of stream %d" % number)
+        message, stream = unpack_json(payload), self.add(None)
+        if self.leaving:
+            stream.reset("gone", "the client is leaving")
+        elif len(self.streams) > MAX_STREAMS or self.held > HELD_LIMIT:
+            stream.reset("overload", "the client has too much to do")
+        else:
+            self.owner.on_open(stream, message)
+
+    def on_data(self, stream: Stream, payload: memoryview) -> None:
+        stream.allowed -= len(payload)
+        if stream.allowed < 0 or stream.ended_in:
+            raise ProtocolError("DATA over the credit or after END")
+        stream.held += len(payload)
+        self.held += len(payload)
+        self.loop.guard(stream.owner, stream.owner.receive, payload)
+        while self.held > HELD_LIMIT:
+            worst = max(self.streams.values(), key=lambda other: other.held)
+            worst.reset("overload", "the link holds too much")
+            owner, cause = worst.owner, "the link holds too much"
+            self.loop.guard(owner, owner.on_reset, "overload", cause)
+
+    def on_credit(self, stream: Stream, payload: memoryview) -> None:
+        (more,) = NUMBER.unpack(payload)
+        if not 0 < more <= LAST_ID - stream.credit:
+            raise ProtocolError("CREDIT of %d" % more)
+        stream.credit += more
+        stream.wake()
+
+    def on_end(self, stream: Stream, payload: memoryview) -> None:
+        if stream.ended_in:
+            raise ProtocolError("END after END")
+        stream.ended_in = True
+        self.loop.guard(stream.owner, stream.owner.on_end)
+        self.maybe_forget(stream)
+
+    def on_reset(self, stream: Stream, payload: memoryview) -> None:
+        code, _, cause = bytes(payload).decode("utf-8", "replace").partition(" ")
+        self.forget(stream)
+        self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
+
+    # Streams.
+
+    def add(self, owner: Any) -> Stream:
+        self.last_id += 1
+        stream = self.streams[self.last_id] = Stream(self, self.last_id, owner)
+        return stream
+
+    def open(self, owner: Any, **message: Any) -> Stream:
+        """Open a stream, as only the server does."""
+        stream = self.add(owner)
+        stream.opening = pack_json(message)
+        self.owe(stream)
+        if self.last_id == LAST_ID:
+            self.goodbye("stopping", "all stream ids are used up")
+        return stream
+
+    def maybe_forget(self, stream: Stream) -> None:
+        if stream.ended_in and stream.ended_out:
+            self.forget(stream)
+
+    def forget(self, stream: Stream) -> None:
+        """The stream is over: what still comes for it is late."""
+        if self.streams.pop(stream.id, None):
+            stream.open = False
+            self.held -= stream.held
+            stream.held = 0
+            self.maybe_finish()
+
+    # What goes out.
+
+    def send(self, kind: int, **message: Any) -> None:
+        """Owe a message; a newer one of its kind takes its place."""
+        self.post(kind, pack_json(message))
+
+    def post(self, kind: int, payload: bytes) -> None:
+        self.in_order(kind)
+        self.owed[kind] = payload
+        self.loop.unsent[self] = None
+
+    def owe(self, stream: Stream) -> None:
+        if not stream.owing:
+            stream.owing = True
+            self.owing.append(stream)
+            self.loop.unsent[self] = None
+
+    def line_up(self, stream: Stream) -> None:
+        """Into the ring where it belongs."""
+        stream.ready = True
+        if stream.sent >= QUIET and self.loop.clock() - stream.since < QUIET_TIME:
+            self.busy.append(stream)
+            self.loop.touched.add(self.connection)
+        else:
+            self.quiet.append(stream)
+            self.loop.unsent[self] = None
+
+    def on_writable(self) -> None:
+        """The kernel has room: control and quiet streams, then one busy frame."""
+        if not self.closed:
+            self.flush(1)
+
+    def flush(self, busy: int = 0) -> None:
+        """Send what is owed, what quiet streams have, and `busy` busy frames, as long
+        as the kernel takes all of it."""
+        while not self.connection.backlog and not self.closed:
+            fill = self.put_quiet(self.put_control(0))
+            if busy and self.busy:
+                busy = self.quiet_turns = 0
+                fill = self.put_turn(self.busy.popleft(), fill, QUANTUM)
+            if not fill:
+                break
+            self.connection.write(self.loop.frames[:fill])
+        self.loop.touched.add(self.connection)
+        self.maybe_finish()
+
+    def put_control(self, fill: int) -> int:
+        """Write the frames that are owed from `fill` on; return where they end."""
+        while self.owed and fill < COLLECT:
+            kind = next(iter(self.owed))
+            fill = self.put(kind, 0, self.owed.pop(kind), fill)
+            if kind == Kind.PING:
+                self.pinged = self.loop.clock()
+        while self.owing and fill < COLLECT:
+            stream = self.owing.popleft()
+            for kind, payload in stream.control():
+                fill = self.put(kind, stream.id, payload, fill)
+        return fill
+
+    def put_quiet(self, fill: int) -> int:
+        """Turns of quiet streams, until they are worth a system call."""
+        while self.quiet and fill < COLLECT:
+            if self.busy and self.quiet_turns >= QUIET_TURNS:
+                break
+            self.quiet_turns += 1
+            fill = self.put_turn(self.quiet.popleft(), fill, QUIET)
+        return fill
+
+    def put_turn(self, stream: Stream, fill: int, limit: int) -> int:
+        """One turn: the source writes right behind the header."""
+        stream.ready = False
+        if not stream.open:
+            return fill
+        start, size = fill + HEADER.size, min(limit, stream.credit)
+        view = self.loop.frames[start : start + size]
+        count = self.loop.guard(stream.owner, stream.owner.pull, view)
+        if count is None or not stream.open:
+            return fill
+        if count == 0:
+            stream.ended_out = True
+            self.maybe_forget(stream)
+            return self.put(Kind.END, stream.id, b"", fill)
+        stream.credit -= count
+        now = self.loop.clock()
+        if now - stream.since >= QUIET_TIME:
+            stream.since, stream.sent = now, 0
+        stream.sent += count
+        stream.wake()
+        return self.put(Kind.DATA, stream.id, view[:count], fill)
+
+    def put(self, kind: int, number: int, payload: Any, fill: int) -> int:
+        """Header and payload at `fill`; the payload of DATA stands there already."""
+        start, end = fill + HEADER.size, fill + HEADER.size + len(payload)
+        HEADER.pack_into(self.loop.frames, fill, kind << 24 | len(payload), number)
+        if kind != Kind.DATA:
+            self.loop.frames[start:end] = payload
+        if log.isEnabledFor(logging.DEBUG):
+            self.show(">", kind, number, payload)
+        return end
+
+    # How it ends.
+
+    def check(self) -> None:
+        """Each second: does the other side live, and do our bytes move?"""
+        now = self.loop.clock()
+        if self.connection.backlog and now - self.connection.moved > STUCK_AFTER:
+            raise OSError("nothing could be sent for %d s" % STUCK_AFTER)
+        if self.heard < self.pinged < now - PONG_WITHIN:
+            raise OSError("no sign of life for %d s" % (now - self.heard))
+        if now - self.heard >= PING_AFTER and self.heard >= self.pinged:
+            self.ping()
+        self.timer.set(1.0)
+
+    def ping(self) -> None:
+        """Ask for a sign of life."""
+        if self.step == len(HANDSHAKE):
+            self.post(Kind.PING, STAMP.pack(self.loop.clock()))
+
+    def goodbye(self, code: str, reason: str) -> None:
+        """Take no new streams, and close when the last has ended."""
+        if not self.leaving:
+            self.leaving = True
+            self.send(Kind.GOODBYE, code=code, reason=reason)
+
+    def maybe_finish(self) -> None:
+        """After a GOODBYE the link closes with its last stream."""
+        waiting = self.streams or self.owed or self.owing or self.connection.backlog
+        if self.leaving and not waiting:
+            self.close("goodbye")
+
+    def fail(self, error: Exception) -> None:
+        """The connection is broken, or the peer's frames are."""
+        if isinstance(error, OSError):
+            self.connection.lost = self.connection.lost or error
+        elif not self.leaving:
+            code = "protocol" if isinstance(error, ProtocolError) else "error"
+            self.owing.clear()
+            self.goodbye(code, str(error))
+            self.connection.write(self.loop.frames[: self.put_control(0)])
+        self.close(str(error))
+
+    def close(self, cause: str) -> None:
+        """Over, with all its streams; what was said last still arrives."""
+        if not self.closed:
+            self.closed = True
+            self.timer.clear()
+            streams, self.streams = self.streams, {}
+            for stream in streams.values():
+                stream.open = False
+                owner = stream.owner
+                self.loop.guard(owner, owner.on_reset, "link-lost", cause)
+            self.owner.on_closed(cause)
+            if self.connection.lost or self.connection.backlog:
+                self.connection.close()
+            else:
+                self.connection.linger()
+
+    def show(self, way: str, kind: int, number: int, payload: Any) -> None:
+        """The line that -vv gives for each frame."""
+        name, start = Kind(kind).name, bytes(payload[:24])
+        log.debug("%s %s %d %s %d %r", self, way, number, name, len(payload), start)
+
+
+LINK_FRAMES: Dict[int, Call] = {  # what they do; those that are not here are for the owner
+    Kind.PING: Link.on_ping,
+    Kind.PONG: Link.on_pong,
+    Kind.GOODBYE: Link.on_goodbye,
+}
+STREAM_FRAMES: Dict[int, Call] = {
+    Kind.DATA: Link.on_data,
+    Kind.CREDIT: Link.on_credit,
+    Kind.END: Link.on_end,
+    Kind.RESET: Link.on_reset,
+}
+
+
+# -----------------------------------------------------------------------------------
+# What both say: nothing at all without -v but the line that they end with.
+# -----------------------------------------------------------------------------------
+class OneLine(logging.Formatter):
+    """What came from outside forges no line and moves no cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = super().format(record).split("\n" if record.exc_info else "\0")
+        return "\n".join("".join(map(self.printable, line)) for line in lines)
+
+    @staticmethod
+    def printable(letter: str) -> str:
+        plain = letter.isprintable()
+        return letter if plain else letter.encode("unicode_escape").decode()
+
+
+def set_up_log(verbose: int) -> None:
+    """-v tells events, -vv frames too, on stderr."""
+    if verbose:
+        handler = logging.StreamHandler()
+        handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+
+
+def die(status: int, cause: Any) -> NoReturn:
+    """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
+    attempts used up."""
+    name = os.path.basename(sys.argv[0] or "-")
+    print("%s: %s" % ("mdm-tunnel" if name == "-" else name, cause), file=sys.stderr)
+    sys.exit(status)
+# ===================================================================================
+# SHARED BLOCK: ends.
+# ===================================================================================
+
+
+# -----------------------------------------------------------------------------------
+# Services: what is published, by name, and where it listens.
+# -----------------------------------------------------------------------------------
+LOOK_TIME = 1.0  # seconds between looks at the file: a change counts within two
+Target = collections.namedtuple("Target", "text host port")  # port 0: host is a path
+
+
+def split_host(text: str, port: int) -> Tuple[str, int]:
+    """`host`, `host:port`, `[::1]:port` or `::1`, with a default for the port. Raises
+    ValueError."""
+    host, number = text, str(port)
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        number = rest[1:] if rest.startswith(":") else number
+        if not bracket or rest[:1] not in ("", ":"):
+            raise ValueError("%r is neither [address] nor [address]:port" % text)
+    elif text.count(":") == 1:
+        host, _, number = text.partition(":")
+    if not host or set(host) & set("=/@ ") or not number.isdigit():
+        raise ValueError("%r is neither host nor host:port" % text)
+    if not 0 < int(number) < 1 << 16:
+        raise ValueError("%s is no port: 1 to 65535" % number)
+    return host, int(number)
+
+
+def parse_target(value: Any) -> Target:
+    """9000, "host:port", "unix:/path" or {"target": one of those}. Raises ValueError."""
+    if isinstance(value, dict):
+        extra = sorted(set(value) - {"target"})
+        if extra or "target" not in value:
+            raise ValueError("unknown option %r" % extra[0] if extra else "no target")
+        value = value["target"]
+    if isinstance(value, str) and value.startswith("unix:/"):
+        if not hasattr(socket, "AF_UNIX"):
+            raise ValueError("this system has no unix sockets")
+        return Target(value, value[5:], 0)
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError("%r is no port, host:port or unix:/path" % (value,))
+    if str(value).isdigit():
+        return Target("127.0.0.1:%s" % value, *split_host("localhost:%s" % value, 0))
+    return Target(value, *split_host(str(value), 0))
+
+
+def parse_services(pairs: List[Tuple[str, Any]]) -> Dict[str, Target]:
+    """Raises ValueError, naming the service that is wrong."""
+    services = {}
+    for name, value in pairs:
+        try:
+            if not LABEL.fullmatch(name.lower()):
+                raise ValueError("a name has letters, digits, `-` and `_`, and no `--`")
+            if name.lower() in services:
+                raise ValueError("the name stands there twice")
+            services[name.lower()] = parse_target(value)
+        except ValueError as error:
+            raise ValueError("service %r: %s" % (name, error)) from None
+    if len(pack_json(offer(services))) > TEXT_LIMIT:
+        raise ValueError("more than %d bytes of services" % TEXT_LIMIT)
+    return services
+
+
+def offer(services: Dict[str, Target]) -> Dict[str, Any]:
+    """What the server is told of them."""
+    return {name: {"target": target.text} for name, target in services.items()}
+
+
+def parse_file(data: bytes) -> Dict[str, Target]:
+    """The content of a service file. Raises ValueError."""
+    try:
+        pairs = json.loads(data.decode(), object_pairs_hook=Pairs)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON: %s" % error) from None
+    if not isinstance(pairs, Pairs):
+        raise ValueError('not an object like {"web": 9000}')
+    named = [(name, dict(v) if isinstance(v, Pairs) else v) for name, v in pairs]
+    return parse_services(named)
+
+
+class Pairs(List[Tuple[str, Any]]):
+    """A JSON object with all its keys, also those that stand there twice."""
+
+
+class Services:
+    """What is published: the file's services, and over them those of the command line.
+    Raises ValueError or OSError when the file cannot be used at the start; later a
+    broken or vanished one changes nothing."""
+
+    def __init__(self, path: Optional[str], given: Dict[str, Target]) -> None:
+        self.path, self.given = path, given
+        self.seen: Optional[bytes] = None  # of the file, when it was looked at last
+        self.all = dict(given)
+        if path is not None:
+            self.read(path)
+
+    def read(self, path: str) -> bool:
+        """Look at the file; True when there is a new list. All of it is compared: the
+        time of its last change would miss two changes in one tick."""
+        with open(path, "rb") as file:
+            data = file.read()
+        if data == self.seen:
+            return False
+        self.seen = data
+        self.all = parse_file(data)
+        self.all.update(self.given)
+        return True
+
+    def look(self) -> bool:
+        """Like read(), for later: what is wrong is told once."""
+        try:
+            return self.path is not None and self.read(self.path)
+        except (OSError, ValueError) as error:
+            if self.seen is not None:
+                log.warning("%s: %s; the old list stays", self.path, error)
+            if isinstance(error, OSError):
+                self.seen = None
+            return False
+
+
+# -----------------------------------------------------------------------------------
+# Dialling: names are looked up in one helper thread, the only one there is, since the
+# system's resolver blocks; then the addresses are tried in turn.
+# -----------------------------------------------------------------------------------
+Address = Tuple[int, Any]  # family, and what connect() takes
+
+
+class Resolver:
+    """Looks up names. Numeric addresses and localhost need no thread."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.asked: "queue.Queue[Tuple[str, int, Dial]]" = queue.Queue()
+        self.thread: Optional[threading.Thread] = None
+
+    def resolve(self, host: str, port: int, dial: "Dial") -> None:
+        """Call dial.on_addresses(list or OSError), at once or later."""
+        if port == 0:
+            dial.on_addresses([(socket.AF_UNIX, host)])
+        elif host == "localhost":
+            both = [
+                (socket.AF_INET, ("127.0.0.1", port)),
+                (socket.AF_INET6, ("::1", port)),
+            ]
+            dial.on_addresses(both)
+        else:
+            try:
+                dial.on_addresses(self.look_up(host, port, socket.AI_NUMERICHOST))
+            except socket.gaierror:
+                self.ask(host, port, dial)
+
+    def ask(self, host: str, port: int, dial: "Dial") -> None:
+        self.asked.put((host, port, dial))
+        if self.thread is None:
+            self.thread = threading.Thread(target=self.work, daemon=True)
+            self.thread.start()
+
+    def work(self) -> None:
+        """The helper thread: one name after the other."""
+        while True:
+            host, port, dial = self.asked.get()
+            try:
+                found: Any = self.look_up(host, port, 0)
+            except (OSError, UnicodeError) as error:
+                found = OSError("cannot find %s: %s" % (host, error))
+            self.loop.from_thread(dial, dial.on_addresses, found)
+
+    @staticmethod
+    def look_up(host: str, port: int, flags: int) -> List[Address]:
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, flags)
+        return [(entry[0], entry[4]) for entry in found]
+
+
+class Dial:
+    """One attempt to reach `target`, in at most `seconds`. It ends with a call of
+    owner.on_connected(connection) or of owner.on_unreachable(code, cause)."""
+
+    def __init__(
+        self, loop: Loop, resolver: Resolver, target: Target, seconds: float, owner: Any
+    ) -> None:
+        self.loop, self.target, self.owner = loop, target, owner
+        self.until = loop.clock() + seconds
+        self.addresses: List[Address] = []
+        self.connection: Optional[Connection] = None
+        self.failure = ("timeout", "%s did not answer in time" % target.text)
+        self.over = False
+        self.timer = Timer(loop, self, self.on_late)
+        self.timer.set(seconds)
+        resolver.resolve(target.host, target.port, self)
+
+    def __str__(self) -> str:
+        return "dial %s" % self.target.text
+
+    def on_addresses(self, found: Any) -> None:
+        if isinstance(found, OSError):
+            self.failure = ("refused", str(found))
+        else:
+            self.addresses = list(found)
+        self.try_next()
+
+    def try_next(self) -> None:
+        """Begin with the next address; each has its share of the time that is left."""
+        if self.over:
+            return
+        if not self.addresses:
+            self.end()
+            self.owner.on_unreachable(*self.failure)
+            return
+        left = max(0.0, self.until - self.loop.clock())
+        self.timer.set(left / len(self.addresses))
+        family, address = self.addresses.pop(0)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            self.connection = Connection(self.loop, sock, self)
+            self.judge(sock.connect_ex(address))
+        except OSError as error:
+            self.on_failure(error.errno or 0)
+
+    def judge(self, code: int) -> None:
+        """What connect() has said so far."""
+        if code in (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY):
+            return
+        if code not in (0, errno.EISCONN):
+            self.on_failure(code)
+        elif self.connection:
+            connection, self.connection = self.connection, None
+            self.end()
+            self.owner.on_connected(connection)
+
+    def on_failure(self, code: int) -> None:
+        """This address does not answer: the next?"""
+        said = "%s: %s" % (self.target.text, os.strerror(code))
+        self.failure = ("refused", said)
+        if code == errno.ECONNREFUSED:
+            said = "%s refused the connection" % self.target.text
+            self.failure = ("refused", said)
+        elif code in (errno.EMFILE, errno.ENFILE):
+            self.failure = ("busy", said)
+        elif code == errno.ETIMEDOUT:
+            said = "%s did not answer in time" % self.target.text
+            self.failure = ("timeout", said)
+        self.drop()
+        self.loop.soon(self, self.try_next)
+
+    def on_late(self) -> None:
+        self.on_failure(errno.ETIMEDOUT)
+
+    def drop(self) -> None:
+        if self.connection:
+            self.connection.close()
+            self.connection = None
+
+    def end(self) -> None:
+        """Stop trying. The owner is not told."""
+        self.over = True
+        self.timer.clear()
+        self.drop()
+
+    def interest(self) -> int:
+        return WRITE
+
+    def on_readable(self) -> None:
+        pass
+
+    def on_writable(self) -> None:
+        if self.connection:
+            sock = self.connection.sock
+            self.judge(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    def fail(self, error: Exception) -> None:
+        self.failure = ("refused", str(error))
+        self.drop()
+        self.loop.soon(self, self.try_next)
+
+
+# -----------------------------------------------------------------------------------
+# Bridge: joins a stream to a local socket. Until the dial has ended what comes waits
+# here, an end is remembered, and a reset gives the dial up.
+# -----------------------------------------------------------------------------------
+DIAL_TIME = 5.0  # seconds from OPEN to a connected target, waiting for a place included
+DIALS = 128  # at once on a link: a service that hangs must not use up all descriptors
+
+
+class Bridge:
+    """One stream and its local connection."""
+
+    def __init__(self, tunnel: "Tunnel", stream: Stream, target: Target) -> None:
+        self.tunnel, self.stream, self.target = tunnel, stream, target
+        self.loop = tunnel.link.loop
+        self.early = bytearray()  # what came before there was a connection
+        self.dial: Optional[Dial] = None
+        self.connection: Optional[Connection] = None
+        self.timer = Timer(self.loop, self, self.on_late)
+        self.timer.set(DIAL_TIME)
+        stream.owner = self
+
+    def __str__(self) -> str:
+        return "%s stream %d" % (self.tunnel, self.stream.id)
+
+    # The dial.
+
+    def begin(self) -> None:
+        """There is a place for this dial."""
+        left = max(0.0, (self.timer.due or 0.0) - self.loop.clock())
+        self.timer.clear()
+        resolver = self.tunnel.client.resolver
+        self.dial = Dial(self.loop, resolver, self.target, left, self)
+
+    def on_late(self) -> None:
+        self.on_unreachable("timeout", "too many other dials to go first")
+
+    def on_connected(self, connection: Connection) -> None:
+        self.tunnel.dialled(self)
+        self.connection = connection
+        connection.owner = self
+        early, self.early = self.early, bytearray()
+        connection.write(early)
+        if self.stream.ended_in:
+            connection.after_backlog(connection.finish)
+        self.settle()
+
+    def on_unreachable(self, code: str, cause: str) -> None:
+        self.timer.clear()
+        self.stream.reset(code, cause)
+        self.tunnel.dialled(self)
+        log.info("%s: %s", self, cause)
+
+    # The stream's side.
+
+    def pull(self, view: memoryview) -> Optional[int]:
+        if self.connection is None:
+            return None
+        count = self.connection.read_into(view)
+        if count == 0 and self.stream.ended_in:
+            self.connection.after_backlog(self.connection.close)
+        return count
+
+    def receive(self, data: memoryview) -> None:
+        if self.connection is None:
+            self.early += data
+        else:
+            self.connection.write(data)
+            self.settle()
+
+    def settle(self) -> None:
+        if self.connection:
+            self.stream.settle(len(self.connection.backlog))
+
+    def on_end(self) -> None:
+        connection = self.connection
+        if connection:
+            both = connection.eof
+            connection.after_backlog(connection.close if both else connection.finish)
+
+    def on_reset(self, code: str, cause: str) -> None:
+        """The other side gives it up: the service learns it by a reset, but for code
+        `done`, which is the ordinary end of a connection."""
+        self.timer.clear()
+        if self.dial:
+            self.dial.end()
+        self.tunnel.dialled(self)
+        if self.connection and code == "done" and not self.connection.backlog:
+            self.connection.close()
+        elif self.connection:
+            self.connection.abort()
+
+    def fail(self, error: Exception) -> None:
+        """The local connection is broken."""
+        cause = "%s reset the connection" % self.target.text
+        if not isinstance(error, ConnectionError):
+            cause = "%s: %s" % (self.target.text, error)
+        self.stream.reset("reset", cause)
+        self.on_reset("reset", cause)
+
+    # The local side.
+
+    def interest(self) -> int:
+        return READ if self.stream.open and self.stream.wants_read() else 0
+
+    def on_readable(self) -> None:
+        self.stream.wake()
+
+    def on_writable(self) -> None:
+        self.settle()
+
+
+# -----------------------------------------------------------------------------------
+# Tunnel: one link, from the server's first word to its end.
+# -----------------------------------------------------------------------------------
+WELCOME_TIME = 10.0  # seconds: the server may be asking the old owner of our id
+ANSWER_LIMIT = 16 << 10  # bytes of the answer to our request to upgrade
+LIKELY = {
+    404: "is this the visitors' port? clients dial the server's --client-port",
+    426: "client and server are of different versions, or a proxy drops Upgrade",
+    502: "a proxy answered that does not reach the server",
+    503: "a proxy answered that does not reach the server",
+}
+
+
+class Refused(ProtocolError):
+    """The server does not want us, or is none: dialling again would not help."""
+
+    def __init__(self, status: int, cause: str) -> None:
+        super().__init__(cause)
+        self.status = status
+
+
+class Tunnel:
+    """One link at the client. Before the link stands, it owns the connection."""
+
+    link: Link
+
+    def __init__(self, client: "Client", connection: Connection) -> None:
+        self.client, self.connection = client, connection
+        self.head = bytearray()  # of the answer, while it is not whole
+        self.logged_in = False
+        self.dials: Set[Bridge] = set()
+        self.waiting: Deque[Bridge] = collections.deque()  # for a place to dial
+        self.since = client.loop.clock()
+        self.timer = Timer(client.loop, connection, self.on_late)
+        self.timer.set(WELCOME_TIME)
+        connection.owner = self
+        lines = (
+            "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n"
+        )
+        connection.write((lines % (LINK_PATH, client.server, PROTOCOL)).encode())
+
+    def __str__(self) -> str:
+        return self.client.id
+
+    def on_late(self) -> None:
+        raise OSError("no welcome within %d s" % WELCOME_TIME)
+
+    # Until the 101.
+
+    def interest(self) -> int:
+        return READ
+
+    def on_writable(self) -> None:
+        pass
+
+    def on_readable(self) -> None:
+        """The answer to our request to upgrade."""
+        view = self.client.loop.scratch[:ANSWER_LIMIT]
+        count = self.connection.read_into(view)
+        if count == 0:
+            raise OSError("the server closed the connection")
+        self.head += view[: count or 0]
+        end = self.head.find(b"\r\n\r\n")
+        if not self.head.startswith(b"HTTP/1.1 "[: len(self.head)]):
+            raise OSError("whoever listens there does not speak HTTP")
+        if end >= 0:
+            self.on_answer(bytes(self.head[: end + 4]))
+        elif len(self.head) >= ANSWER_LIMIT:
+            raise OSError("the server's answer does not end")
+
+    def on_answer(self, head: bytes) -> None:
+        status = head.split(b" ")[1].split(b"\r")[0].decode("latin-1")
+        rest = memoryview(self.head)[len(head) :]
+        if status != "101":
+            hint = LIKELY.get(int(status) if status.isdigit() else 0, "no tunnel here")
+            raise Refused(1, "the answer was %s: %s" % (status, hint))
+        self.link = Link(self.client.loop, self.connection, self, "client")
+        if rest:
+            self.link.take(rest)
+
+    def fail(self, error: Exception) -> None:
+        """It ends before there is a link."""
+        self.timer.clear()
+        self.connection.close()
+        self.client.on_lost(self, error)
+
+    # The link.
+
+    def on_message(self, kind: int, message: Dict[str, Any]) -> None:
+        if kind == Kind.CHALLENGE:
+            client = self.client
+            self.link.send(Kind.LOGIN, id=client.id, session=client.session, link=0)
+        elif kind == Kind.WELCOME:
+            self.timer.clear()
+            self.logged_in = True
+            self.client.on_login(self)
+            self.publish()
+        elif kind == Kind.URLS:
+            self.client.on_urls({str(k): str(v) for k, v in message.items()})
+        elif kind == Kind.GOODBYE:
+            code, reason = str(message.get("code")), str(message.get("reason"))
+            self.client.on_goodbye(self, code, reason)
+
+    def publish(self) -> None:
+        """Send the list of services, whole."""
+        if self.logged_in and not self.link.leaving:
+            self.link.send(Kind.SERVICES, **offer(self.client.services.all))
+
+    def on_open(self, stream: Stream, message: Dict[str, Any]) -> None:
+        """Only what our own list names is dialled."""
+        target = self.client.services.all.get(str(message.get("service")))
+        if target is None:
+            stream.reset("no-service", "the client has no such service")
+        elif self.client.loop.full():
+            stream.reset("busy", "the client has no descriptors left")
+        else:
+            self.waiting.append(Bridge(self, stream, target))
+            self.dial_next()
+
+    def dial_next(self) -> None:
+        while self.waiting and len(self.dials) < DIALS:
+            bridge = self.waiting.popleft()
+            if bridge.stream.open:
+                self.dials.add(bridge)
+                bridge.begin()
+
+    def dialled(self, bridge: Bridge) -> None:
+        """A dial has ended, one way or the other."""
+        self.dials.discard(bridge)
+        self.dial_next()
+
+    def on_closed(self, cause: str) -> None:
+        self.timer.clear()
+        self.client.on_lost(self, OSError(cause))
+
+
+# -----------------------------------------------------------------------------------
+# Client: keeps one tunnel up, and ends when there is a reason to.
+# -----------------------------------------------------------------------------------
+SERVER_TIME = 10.0  # seconds for all addresses of the server
+FIRST_WAIT = 0.2  # seconds until the first attempt to come back; it doubles
+LONGEST_WAIT = 10.0  # seconds: a server that is back has its clients back soon
+STEADY = 5.0  # seconds a link must have lived for the wait to be short again
+DRAIN = 4.0  # seconds for running streams after SIGTERM
+DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
+
+
+class Client:
+    """Dials `host`:`port` as `id` and serves `services`. run() ends after stop(), or
+    raises Refused: by the server, or after `max_attempts` failures in a row."""
+
+    def __init__(
+        self,
+        services: Services,
+        host: str = "localhost",
+        port: int = 8001,
+        id: str = "admin",
+        max_attempts: int = 0,
+        loop: Optional[Loop] = None,
+    ) -> None:
+        self.loop = loop or Loop()
+        self.services, self.id = services, id.lower()
+        shown = "[%s]" % host if ":" in host else host
+        self.server = "%s:%d" % (shown, port)  # as the Host field has it
+        self.target = Target(self.server, host, port)
+        self.session = "%032x" % random.SystemRandom().getrandbits(128)
+        self.resolver = Resolver(self.loop)
+        self.max_attempts = max_attempts
+        self.failures = 0  # attempts in a row that led to no login
+        self.wait = FIRST_WAIT
+        self.ever = False  # logged in at least once
+        self.tunnel: Optional[Tunnel] = None  # the newest
+        self.urls: Dict[str, str] = {}
+        self.stopping = False
+        self.refusal: Optional[Refused] = None
+        self.timer = Timer(self.loop, self, self.dial)
+        self.look_timer = Timer(self.loop, self, self.look)
+
+    def __str__(self) -> str:
+        return self.id
+
+    def run(self) -> None:
+        """Serve until stop(). Raises Refused."""
+        self.timer.set(0)
+        self.look_timer.set(LOOK_TIME)
+        self.loop.run()
+        self.loop.close()
+        if self.refusal:
+            raise self.refusal
+
+    def fail(self, error: Exception) -> None:
+        log.error("%s: %s", self, error)
+
+    def look(self) -> None:
+        """Has the service file changed?"""
+        self.look_timer.set(LOOK_TIME)
+        if self.services.look():
+            log.info("%s has changed", self.services.path)
+            if self.tunnel:
+                self.tunnel.publish()
+
+    # The tunnel comes and goes.
+
+    def dial(self) -> None:
+        Dial(self.loop, self.resolver, self.target, SERVER_TIME, self)
+
+    def on_connected(self, connection: Connection) -> None:
+        if self.stopping:
+            connection.close()
+        else:
+            self.tunnel = Tunnel(self, connection)
+
+    def on_unreachable(self, code: str, cause: str) -> None:
+        self.again(cause)
+
+    def on_login(self, tunnel: Tunnel) -> None:
+        log.info("logged in at %s as %s", self.server, self.id)
+        self.ever = True
+        self.failures = 0
+        tunnel.since = self.loop.clock()
+
+    def on_urls(self, urls: Dict[str, str]) -> None:
+        """Where the services are reached; -v prints it."""
+        if urls != self.urls:
+            self.urls = urls
+            width = max(map(len, urls), default=0)
+            for name in sorted(urls):
+                self.show("%-*s  %s" % (width, name, urls[name]))
+
+    def show(self, line: str) -> None:
+        """A line on stdout, with -v."""
+        if log.isEnabledFor(logging.INFO):
+            with contextlib.suppress(OSError, ValueError):
+                print("".join(map(OneLine.printable, line)), flush=True)
+
+    def on_goodbye(self, tunnel: Tunnel, code: str, reason: str) -> None:
+        """The server takes leave: for good, or until it is back?"""
+        if code in ("refused", "replaced") or (code == "taken" and not self.ever):
+            self.end(Refused(3, reason))
+        else:
+            self.on_lost(tunnel, OSError(reason))
+
+    def on_lost(self, tunnel: Tunnel, error: Exception) -> None:
+        """The tunnel is of no more use; what runs in it may still end."""
+        if tunnel is not self.tunnel:
+            return
+        self.tunnel = None
+        if isinstance(error, Refused) and not self.ever:
+            self.end(error)
+        else:
+            lived = self.loop.clock() - tunnel.since
+            if tunnel.logged_in and lived >= STEADY:
+                self.wait = FIRST_WAIT
+            self.again("%s" % error)
+
+    def again(self, cause: str) -> None:
+        """Dial again, after a while that grows and is never the same for all."""
+        if self.stopping:
+            return
+        self.failures += 1
+        log.info("%s: %s", self.server, cause)
+        if self.failures == self.max_attempts:
+            self.end(Refused(4, "gave up %s: %s" % (self.server, cause)))
+        else:
+            self.timer.set(self.wait * random.uniform(0.5, 1.0))
+            self.wait = min(2 * self.wait, LONGEST_WAIT)
+
+    # Stopping.
+
+    def end(self, refusal: Refused) -> None:
+        """There is no point in going on."""
+        self.refusal = self.refusal or refusal
+        self.loop.running = False
+
+    def on_signal(self, number: int) -> None:
+        """SIGTERM lets what runs end; SIGINT, or a second signal, does not."""
+        if self.stopping or number == signal.SIGINT:
+            self.loop.running = False
+        else:
+            self.stop()
+
+    def stop(self) -> None:
+        """Take no new streams, give the running ones DRAIN seconds, and end."""
+        log.info("stopping")
+        self.stopping = True
+        self.until = self.loop.clock() + DRAIN
+        if self.tunnel and self.tunnel.logged_in:
+            self.tunnel.link.goodbye("stopping", "the client is stopping")
+        self.timer = Timer(self.loop, self, self.drain)
+        self.drain()
+
+    def drain(self) -> None:
+        """Is there anything still to wait for?"""
+        late = self.loop.clock() >= self.until
+        if late or not self.loop.connections or not self.tunnel:
+            self.loop.running = False
+        self.timer.set(DRAIN_LOOK)
+
+
+# -----------------------------------------------------------------------------------
+# Command line
+# -----------------------------------------------------------------------------------
+HELP = "\0"  # what -h has for a value when it stands alone
+DEFAULT_FILE = os.path.join("~", ".tunnel-services.json")
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes options from @file as one would type them."""
+
+    def convert_arg_line_to_args(self, line: str) -> List[str]:
+        return shlex.split(line, comments=True)
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="mdm_tunnel_client.py",
+        usage="%(prog)s [options] [name=target ...]",
+        description="Publishes local services through an mdm-tunnel server. A target is "
+        "a port, host:port or unix:/path; given here, it replaces the default file. "
+        "@FILE holds options as one would type them. Silent without -v.",
+        add_help=False,
+        fromfile_prefix_chars="@",
+    )
+    add = parser.add_argument
+    add("-c", "--config", "-s", "--service-definitions", metavar="FILE",
+        help='services, as {"name": target} ($HOME/.tunnel-services.json)')  # fmt: skip
+    add("-i", "--id", "-u", default="admin", help="id to log in with (%(default)s)")
+    add("-p", "--port", default="8001", help="client port of the server (%(default)s)")
+    add("-h", "--host", nargs="?", const=HELP, default="localhost",
+        help="the server, as host or host:port (%(default)s)")  # fmt: skip
+    add("--max-attempts", type=int, default=0, metavar="N",
+        help="give up after N failures in a row (never)")  # fmt: skip
+    add("-v", "--verbose", action="count", default=0,
+        help="print the URLs, say what happens; -vv: every frame")  # fmt: skip
+    add("-V", "--version", action="version", version=VERSION)
+    add("--help", action="help", help="this text; also -h alone")
+    return parser
+
+
+def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
+    """Options and name=target in any order. Exits with 2 when something is wrong."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.host == HELP:
+        parser.print_help()
+        sys.exit(0)
+    try:
+        unknown = [word for word in rest if "=" not in word or word.startswith("-")]
+        if unknown:
+            raise ValueError("neither an option nor name=target: %s" % unknown[0])
+        pairs = [word.partition("=")[::2] for word in rest]
+        options.given = parse_services(pairs)
+        options.host, options.port = split_host(
+            options.host, split_host("port:" + options.port, 0)[1]
+        )
+        if not LABEL.fullmatch(options.id.lower()):
+            raise ValueError("an id has letters, digits, - and _, and no --")
+        if options.max_attempts < 0:
+            raise ValueError("--max-attempts is a number of failures")
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def load_services(options: argparse.Namespace) -> Services:
+    """The services as the command line wants them. Exits with 2 when they are wrong."""
+    path = options.config
+    if path is None and not options.given:
+        path = os.path.expanduser(DEFAULT_FILE)
+    try:
+        return Services(path, options.given)
+    except OSError as error:
+        hint = "" if options.config else "; write it, or name a service: web=9000"
+        die(2, "%s: %s%s" % (path, error.strerror, hint))
+    except ValueError as error:
+        die(2, "%s: %s" % (path, error))
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Serve until a signal. Exit status: 0, 1, 2 (usage, configuration), 3 (login
+    refused) or 4 (attempts used up)."""
+    options = parse_arguments(argv)
+    services = load_services(options)
+    set_up_log(options.verbose)
+    client = Client(
+        services, options.host, options.port, options.id, options.max_attempts
+    )
+    client.loop.catch_signals(client.on_signal)
+    try:
+        client.run()
+    except Refused as refusal:
+        die(refusal.status, refusal)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2396 @@
+#!/usr/bin/env python3
+"""mdm-tunnel server: the public end of a reverse tunnel, in one file.
+
+    python3 mdm_tunnel_server.py -v        visitors on port 8000, clients on port 8001
+
+A client behind a NAT dials in and stays; visitors' HTTP and WebSocket requests go to it
+by the name in their Host field, `service.id.example.com`:
+
+    visitor --TCP--> Visitor --Exchange--> Stream ==Link==> client --TCP--> service
+
+A request's way through this file: a Listener accepts a Visitor, who reads a head; the
+Router names the id and the service; an Exchange takes the request to a Stream of the
+Tunnel on which that id is logged in, and the answer back. Read on in that order: the
+wire and the machinery that the client has too, then HTTP, names, tunnels, visitors,
+the server. Nothing here needs more than the standard library of Python 3.6.
+"""
+
+import argparse
+import errno
+import html
+import http
+import random
+import urllib.parse
+
+# ===================================================================================
+# SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
+# ===================================================================================
+import collections
+import contextlib
+import enum
+import heapq
+import itertools
+import json
+import logging
+import os
+import re
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional
+from typing import Set, Tuple
+
+VERSION = "1.0.0"
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+Call = Callable[..., Any]
+log = logging.getLogger("mdm_tunnel")
+log.addHandler(logging.NullHandler())  # silent until the command line says -v
+
+# -----------------------------------------------------------------------------------
+# Protocol
+#
+# The client dials the server and asks, in HTTP, to go over to `mdm-tunnel/1`; after
+# the 101 both sides speak frames, and this connection is the *link*:
+#
+#      0       1               4               8
+#      | kind  |    length     |    stream     |  payload, `length` bytes ...
+#        u8          u24             u32          (network byte order)
+#
+#      client                                server
+#        |    <------------- CHALLENGE          |   who I am
+#        |   LOGIN ------------->               |   who I am: id, session
+#        |    <------------- WELCOME            |   the id is yours
+#        |   SERVICES ---------->               |   name -> options; again on change
+#        |    <------------- URLS               |   name -> URL or error
+#        |    <------------- OPEN 1             |   a visitor's request: dial `service`
+#        |    <------------- DATA 1             |   no answer to OPEN: data may follow
+#        |   DATA 1 ------------>               |   at most the credit, 256 KiB at first
+#        |    <------------- CREDIT 1           |   you may send that many bytes more
+#        |   END 1 ------------->               |   I send no more (half-close)
+#        |    <------------- RESET 1            |   the stream is over, both ways
+#
+# Stream 0 is the link itself. Only the server opens streams; ids rise by one from 1
+# and are never used twice. A frame for a stream that was open and is over is late, not
+# wrong: it is dropped in silence. Whatever else is not as told here ends the link with
+# a GOODBYE of code `protocol`. A JSON key that a side does not know is ignored.
+#
+# RESET is `code cause`: done (no fault), refused, timeout, no-service, reset, error,
+# busy, overload, or gone: nothing was dialled, so the request may go elsewhere.
+# -----------------------------------------------------------------------------------
+PROTOCOL = "mdm-tunnel/1"
+LINK_PATH = "/.well-known/mdm-tunnel"  # what the client asks for (RFC 8615)
+HEADER = struct.Struct("!II")  # kind and length in one word, then the stream
+NUMBER = struct.Struct("!I")  # the payload of CREDIT
+STAMP = struct.Struct("!d")  # the payload of PING and PONG: the asker's clock
+DATA_LIMIT = 1 << 20  # bytes: one frame never holds the link for longer than that
+TEXT_LIMIT = 64 << 10  # bytes of any other payload: it is kept until it is whole
+LOGIN_LIMIT = 4 << 10  # bytes: nobody is known yet, so nobody may cost much
+
+Kind = enum.IntEnum(  # numbered from 1
+    "Kind",
+    "CHALLENGE LOGIN WELCOME SERVICES URLS OPEN DATA CREDIT END RESET "
+    "PING PONG GOODBYE",
+)
+# kind: who sends it, is it about a stream, bytes at least, bytes at most
+RULES: Dict[int, Tuple[str, bool, int, int]] = {
+    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON
+    Kind.LOGIN: ("client", False, 2, LOGIN_LIMIT),  # JSON: id, session, link
+    Kind.WELCOME: ("server", False, 2, TEXT_LIMIT),  # JSON
+    Kind.SERVICES: ("client", False, 2, TEXT_LIMIT),  # JSON: name -> options
+    Kind.URLS: ("server", False, 2, TEXT_LIMIT),  # JSON: name -> URL or error
+    Kind.OPEN: ("server", True, 2, TEXT_LIMIT),  # JSON: service, visitor, scheme
+    Kind.DATA: ("both", True, 1, DATA_LIMIT),  # bytes
+    Kind.CREDIT: ("both", True, NUMBER.size, NUMBER.size),  # u32
+    Kind.END: ("both", True, 0, 0),
+    Kind.RESET: ("both", True, 0, TEXT_LIMIT),  # text: code, a space, cause
+    Kind.PING: ("both", False, STAMP.size, STAMP.size),
+    Kind.PONG: ("both", False, STAMP.size, STAMP.size),  # what the PING held
+    Kind.GOODBYE: ("both", False, 2, TEXT_LIMIT),  # JSON: code, reason
+}
+HANDSHAKE = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
+
+
+# The name of a service or of an id: a DNS label (RFC 1035 2.3.1) of which `_` may be a
+# part, but not `--`, which stands between the two in `service--id`.
+LABEL = re.compile(r"(?!.*--)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+
+
+class ProtocolError(Exception):
+    """The peer broke the rules of the wire; it costs him the link."""
+
+
+# -----------------------------------------------------------------------------------
+# Frames: bytes to frames, without any I/O. DATA is handed on in the pieces in which it
+# comes, so that nothing is put together only to be taken apart again; every other
+# payload is small and comes whole.
+# -----------------------------------------------------------------------------------
+class FrameReader:
+    """Cuts what comes from `peer`, "server" or "client", into frames."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.held = bytearray()  # the beginning of a header or of a small frame
+        self.need = HEADER.size  # how long `held` must become
+        self.kind = self.stream = 0
+        self.left = 0  # bytes of the current DATA still to come
+
+    def feed(self, data: memoryview) -> Iterator[Tuple[int, int, memoryview]]:
+        """Yield (kind, stream, payload) as far as `data` goes. Raises ProtocolError."""
+        at, end = 0, len(data)
+        while at < end:
+            start = at
+            if self.left:
+                at = min(end, at + self.left)
+                self.left -= at - start
+                yield Kind.DATA, self.stream, data[start:at]
+                continue
+            at = min(end, at + self.need - len(self.held))
+            self.held += data[start:at]
+            if len(self.held) == self.need == HEADER.size:
+                self.open_frame()
+            if len(self.held) == self.need:
+                payload = memoryview(bytes(self.held))[HEADER.size :]
+                self.held.clear()
+                self.need = HEADER.size
+                if self.kind != Kind.DATA:
+                    yield self.kind, self.stream, payload
+
+    def open_frame(self) -> None:
+        """A header is whole: check it, and see how much is to follow."""
+        word, self.stream = HEADER.unpack(self.held)
+        self.kind, length = word >> 24, word & 0xFFFFFF
+        if self.kind not in RULES:
+            raise ProtocolError("unknown kind of frame %d" % self.kind)
+        sender, on_stream, least, most = RULES[self.kind]
+        if sender not in ("both", self.peer) or on_stream != (self.stream > 0):
+            raise ProtocolError(
+                "%s from the %s on stream %d"
+                % (Kind(self.kind).name, self.peer, self.stream)
+            )
+        if not least <= length <= most:
+            raise ProtocolError("%s of %d bytes" % (Kind(self.kind).name, length))
+        if self.kind == Kind.DATA:
+            self.left = length
+        else:
+            self.need += length
+
+
+def pack_json(message: Dict[str, Any]) -> bytes:
+    """A message that people can read too, as UTF-8."""
+    return json.dumps(message, separators=(",", ":")).encode()
+
+
+def unpack_json(payload: Any) -> Dict[str, Any]:
+    """The object in a payload. Raises ProtocolError when there is none."""
+    try:
+        message = json.loads(bytes(payload).decode())
+    except (ValueError, RecursionError):
+        message = None
+    if not isinstance(message, dict):
+        raise ProtocolError("a payload is not a JSON object")
+    return message
+
+
+# -----------------------------------------------------------------------------------
+# Loop: one selector, one heap of timers, one catcher of errors. A turn reads what is
+# there, then runs what that left to do, then timers, then lets the links send, and
+# last tells the selector what each connection now waits for: that is derived from its
+# state once a turn, never toggled. The clock is looked at after reading, so that a
+# process that was frozen does not take its healthy peers for dead.
+# -----------------------------------------------------------------------------------
+SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolver
+POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
+
+
+class Timer:
+    """One deadline. To move it later or to clear it costs nothing: its entry in the
+    heap stays, and looks here when its time has come."""
+
+    __slots__ = ("loop", "owner", "call", "due", "armed")
+
+    def __init__(self, loop: "Loop", owner: Any, call: Call) -> None:
+        self.loop, self.owner, self.call = loop, owner, call
+        self.due: Optional[float] = None
+        self.armed: Optional[float] = None  # when the heap looks here next
+
+    def set(self, seconds: float) -> None:
+        """Run `call` in so many seconds, instead of when it was due so far."""
+        self.due = self.loop.clock() + seconds
+        self.arm()
+
+    def clear(self) -> None:
+        self.due = None
+
+    def arm(self) -> None:
+        if self.due is not None and (self.armed is None or self.due < self.armed):
+            self.armed = self.due
+            self.loop.add_timer(self.due, self)
+
+    def ring(self, when: float, now: float) -> None:
+        """The entry for `when` has come up: is it still meant?"""
+        if when == self.armed:
+            self.armed = None
+            if self.due is not None and self.due <= now:
+                self.due = None
+                self.loop.guard(self.owner, self.call)
+            self.arm()
+
+
+class Loop:
+    """Runs everything in one thread. Tests give a `selector` or a `clock`."""
+
+    def __init__(
+        self,
+        selector: Optional[selectors.BaseSelector] = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.selector = selector or selectors.DefaultSelector()
+        self.clock = clock
+        self.serial = itertools.count()  # keeps equal deadlines in order
+        self.timers: List[Tuple[float, int, Timer]] = []
+        self.crowded = 1000  # timers that make it worth looking for cleared ones
+        self.calls: Deque[Tuple[Any, Call, tuple]] = collections.deque()
+        self.unsent: Dict[Any, None] = {}  # links with something to send
+        self.touched: Set[Connection] = set()
+        self.connections: Set[Connection] = set()
+        self.scratch = memoryview(bytearray(DATA_LIMIT))  # what is being read
+        self.frames = memoryview(bytearray(DATA_LIMIT))  # what is being sent
+        self.capacity = file_limit(self.selector) - SPARE_FILES
+        self.running = True
+        self.on_signal: Optional[Callable[[int], Any]] = None
+        self.alarm, self.bell = socket.socketpair()
+        self.alarm.setblocking(False)
+        self.bell.setblocking(False)
+        self.selector.register(self.alarm, READ, self)
+
+    def __str__(self) -> str:
+        return "loop"
+
+    def run(self) -> None:
+        """Turn until somebody sets `running` to False."""
+        while self.running:
+            self.turn()
+
+    def close(self) -> None:
+        """Close everything. The loop cannot be used again."""
+        for connection in list(self.connections):
+            connection.close()
+        for part in (self.selector, self.alarm, self.bell):
+            part.close()  # type: ignore[attr-defined]
+
+    def soon(self, owner: Any, call: Call, *args: Any) -> None:
+        """Run `call` later in this turn or in the next, on a fresh stack."""
+        self.calls.append((owner, call, args))
+
+    def from_thread(self, owner: Any, call: Call, *args: Any) -> None:
+        """Like soon(), from any thread."""
+        self.soon(owner, call, *args)
+        with contextlib.suppress(OSError):  # full: it rings already
+            self.bell.send(b"\0")
+
+    def catch_signals(self, on_signal: Callable[[int], Any]) -> None:
+        """From now on SIGTERM and SIGINT only ring the bell, and are told here."""
+        self.on_signal = on_signal
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self.bell.fileno())
+
+    def on_events(self, mask: int) -> None:
+        """The bell rang: with a signal's number, or with 0 from another thread."""
+        for number in self.alarm.recv(4096):
+            if number and self.on_signal:
+                self.on_signal(number)
+
+    def turn(self) -> None:
+        """Wait for something, and do all that follows from it."""
+        for key, mask in self.selector.select(self.patience()):
+            self.guard(key.data, key.data.on_events, mask)
+        for _ in range(len(self.calls)):
+            owner, call, args = self.calls.popleft()
+            self.guard(owner, call, *args)
+        now = self.clock()
+        while self.timers and self.timers[0][0] <= now:
+            when, _, timer = heapq.heappop(self.timers)
+            timer.ring(when, now)
+        while self.unsent:
+            link = self.unsent.popitem()[0]
+            self.guard(link, link.flush)
+        while self.touched:
+            connection = self.touched.pop()
+            self.guard(connection, connection.register)
+
+    def patience(self) -> Optional[float]:
+        """Seconds that the selector may wait; None is for ever."""
+        if self.calls:
+            return 0
+        if not self.timers:
+            return POLL
+        wait = max(0.0, self.timers[0][0] - self.clock())
+        return wait if POLL is None else min(wait, POLL)
+
+    def add_timer(self, when: float, timer: Timer) -> None:
+        """Note that `timer` wants to look at the clock then. When the heap has become
+        crowded, the entries that cleared timers left there are thrown out."""
+        heapq.heappush(self.timers, (when, next(self.serial), timer))
+        if len(self.timers) > self.crowded:
+            for old, _, other in self.timers:
+                if other.due is None and other.armed == old:
+                    other.armed = None
+            self.timers = [entry for entry in self.timers if entry[0] == entry[2].armed]
+            heapq.heapify(self.timers)
+            self.crowded = 2 * len(self.timers) + 1000
+
+    def full(self) -> bool:
+        """Whether no descriptors are left for another connection."""
+        return len(self.connections) >= self.capacity
+
+    def guard(self, owner: Any, call: Call, *args: Any) -> Any:
+        """The one catcher: what `call` raises ends `owner`, and nothing else."""
+        try:
+            return call(*args)
+        except Exception as error:
+            try:
+                if not isinstance(error, (OSError, ProtocolError)):
+                    log.error("%s: %s", owner, error, exc_info=True)
+                owner.fail(error)
+            except Exception as worse:
+                log.error("%s: %s", owner, worse, exc_info=True)
+        return None
+
+    def fail(self, error: Exception) -> None:
+        """The bell is broken: nothing here can mend that, the timers go on."""
+        log.error("loop: %s", error)
+
+
+def file_limit(selector: selectors.BaseSelector) -> int:
+    """How many descriptors we can use, once the soft limit is raised to the hard."""
+    limit = 1 << 20
+    if isinstance(selector, selectors.SelectSelector):
+        limit = 512 if os.name == "nt" else 1024  # CPython's FD_SETSIZE
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        hard = limit if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+        limit = min(limit, max(soft, hard))
+    return limit
+
+
+# -----------------------------------------------------------------------------------
+# Connection: a non-blocking socket. What it will not take now waits here in order,
+# and a half-close waits behind that. The only place that knows of would-block and of
+# the errors of a socket. A failed send ends that direction only: what the peer said
+# last is read first.
+# -----------------------------------------------------------------------------------
+KEEPALIVE = 60  # seconds of silence until TCP asks whether a peer is still there
+LINGER = 2.0  # seconds to read and drop after a last word, so that it arrives
+SOCKET_OPTIONS = (
+    ("IPPROTO_TCP", "TCP_NODELAY", 1),  # what is small leaves at once
+    ("SOL_SOCKET", "SO_KEEPALIVE", 1),
+    ("IPPROTO_TCP", "TCP_KEEPIDLE", KEEPALIVE),
+    ("IPPROTO_TCP", "TCP_KEEPINTVL", KEEPALIVE // 6),
+)
+
+
+class Connection:
+    """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
+
+    __slots__ = (
+        "loop sock owner backlog dry eof lost last moved events timer closed"
+    ).split()
+
+    def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
+        self.loop, self.sock, self.owner = loop, sock, owner
+        self.backlog = bytearray()  # what the kernel has not taken yet
+        self.dry = True  # a read would block, until the selector says otherwise
+        self.eof = False  # the peer sends no more
+        self.lost: Optional[OSError] = None  # why nothing can be sent
+        self.last: Optional[Call] = None  # to do when the backlog is gone
+        self.moved = 0.0  # when the backlog began, or last became shorter
+        self.events = 0  # what the selector was told
+        self.timer: Optional[Timer] = None  # while it lingers
+        self.closed = False
+        sock.setblocking(False)
+        loop.connections.add(self)
+        loop.touched.add(self)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            for level, name, value in SOCKET_OPTIONS:
+                with contextlib.suppress(OSError, AttributeError):
+                    option = getattr(socket, name)
+                    sock.setsockopt(getattr(socket, level), option, value)
+
+    def __str__(self) -> str:
+        return str(self.owner)
+
+    def fail(self, error: Exception) -> None:
+        self.close() if self.timer else self.owner.fail(error)
+
+    def on_events(self, mask: int) -> None:
+        """The selector says that the socket is ready."""
+        self.loop.touched.add(self)
+        if mask & WRITE and not self.closed:
+            self.flush()
+            if not self.timer:
+                self.owner.on_writable()
+        if mask & READ and not self.closed:
+            self.dry = False
+            self.on_dropped() if self.timer else self.owner.on_readable()
+
+    def register(self) -> None:
+        """Tell the selector what is waited for now, if that has changed."""
+        if self.closed:
+            return
+        events = READ if self.timer else self.owner.interest()
+        events = (events & ~READ if self.eof else events) | bool(self.backlog) * WRITE
+        if events != self.events:
+            if self.events and events:
+                self.loop.selector.modify(self.sock, events, self)
+            elif events:
+                self.loop.selector.register(self.sock, events, self)
+            else:
+                self.loop.selector.unregister(self.sock)
+            self.events = events
+
+    def read_into(self, view: memoryview) -> Optional[int]:
+        """Bytes read, 0 at the end, None when there are none now. Raises OSError."""
+        self.loop.touched.add(self)
+        if self.dry or self.closed:
+            return None
+        try:
+            count = self.sock.recv_into(view)
+        except (BlockingIOError, InterruptedError):
+            self.dry = True
+            return None
+        self.dry = count < len(view)  # it came short, so there is no more
+        if count == 0:
+            self.eof = True
+            if isinstance(self.lost, ConnectionResetError):
+                raise self.lost  # a send has swallowed the news that this is a cut
+        return count
+
+    def write(self, data: Any) -> None:
+        """Send `data`, now or as soon as the socket takes it."""
+        if not self.backlog:
+            data = data[self.send(data) :]
+        if data:
+            if not self.backlog:
+                self.moved = self.loop.clock()
+                self.loop.touched.add(self)
+            self.backlog += data
+
+    def send(self, data: Any) -> int:
+        """How many bytes the socket took. After a failure all are taken and lost."""
+        if self.lost is None:
+            try:
+                return self.sock.send(data)
+            except (BlockingIOError, InterruptedError):
+                return 0
+            except OSError as error:
+                self.lost = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Send what waits, then do what waits behind it."""
+        if self.backlog:
+            count = self.send(self.backlog)
+            if count:
+                self.moved = self.loop.clock()
+                del self.backlog[:count]
+        if not self.backlog and self.last:
+            last, self.last = self.last, None
+            last()
+
+    def after_backlog(self, call: Call) -> None:
+        """Do `call` when everything written so far has been sent."""
+        self.last = call
+        self.loop.touched.add(self)
+        self.flush()
+
+    def finish(self) -> None:
+        """Half-close: tell the peer that no more will come."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self.lost = self.lost or error
+
+    def linger(self) -> None:
+        """Close, but so that the last word arrives: with bytes unread a plain close
+        would reset the connection, and the reset can overtake what was said."""
+        self.finish()
+        self.timer = Timer(self.loop, self, self.close)
+        self.timer.set(LINGER)
+        if self.eof or self.lost:
+            self.close()
+
+    def on_dropped(self) -> None:
+        """While it lingers, what still comes is dropped."""
+        if self.read_into(self.loop.scratch) == 0:
+            self.close()
+
+    def abort(self) -> None:
+        """Close with a reset, so that what was cut does not look complete."""
+        if not self.closed:
+            on = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, on)
+            self.close()
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.loop.connections.discard(self)
+            self.backlog.clear()
+            if self.events:
+                self.loop.selector.unregister(self.sock)
+            self.sock.close()
+
+
+# -----------------------------------------------------------------------------------
+# Link and Stream: the multiplexer. Nothing is pushed into the link: a stream that may
+# have something stands in a ring, and when its turn comes its owner's pull(view) reads
+# straight into the frame. So what waits, waits in the kernel of whoever sends, and a
+# stream that nobody reads stops itself and no other.
+#
+# Two rings: *quiet* streams, which sent little of late, go first and leave together
+# in one system call at the end of each turn of the loop; *busy* ones get one frame
+# each time the selector finds the link writable. Control is owed, not queued: a stream
+# remembers its credit or its reset, the link one frame of each kind, and they become
+# bytes when the link can send. A peer that floods and never reads costs nothing more.
+# -----------------------------------------------------------------------------------
+WINDOW = 256 << 10  # bytes that may be sent on a stream before it needs CREDIT
+HELD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
+MAX_STREAMS = 16384  # open at once on a link: more is an attack or a loop
+LAST_ID = (1 << 32) - 1  # stream ids are u32; past it the client dials anew
+QUANTUM = 64 << 10  # bytes in one turn of a busy stream
+LEAST_TURN = 4 << 10  # bytes: less credit than this counts as none (no tiny frames)
+QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first
+QUIET_TIME = 0.1  # seconds
+QUIET_TURNS = 16  # turns of quiet streams to one of a busy one, when both have some
+COLLECT = 64 << 10  # bytes of small frames that leave in one system call
+PING_AFTER = 10.0  # seconds of silence until we ask whether the other side lives
+PONG_WITHIN = 10.0  # seconds it then has, for any byte at all
+STUCK_AFTER = 20.0  # seconds in which bytes we have to send did not move
+
+
+class Stream:
+    """One visitor's bytes in a link. Its owner has pull(view), which gives the bytes
+    written, None for nothing yet or 0 for the end, and receive(view), on_end(),
+    on_reset(code, cause) and fail(error)."""
+
+    __slots__ = (
+        "link id owner credit allowed held taken sent since "
+        "ready owing open ended_out ended_in opening farewell"
+    ).split()
+
+    def __init__(self, link: "Link", number: int, owner: Any) -> None:
+        self.link, self.id, self.owner = link, number, owner
+        self.credit = WINDOW  # bytes that we may still send
+        self.allowed = WINDOW  # bytes that the peer may still send
+        self.held = 0  # bytes received that nobody has taken
+        self.taken = 0  # bytes taken, the credit not yet given back
+        self.sent = 0  # bytes sent since `since`: what makes a stream quiet or busy
+        self.since = 0.0
+        self.ready = False  # stands in a ring
+        self.owing = False  # stands among those that owe control
+        self.open = True
+        self.ended_out = self.ended_in = False  # END was sent, END was received
+        self.opening: Optional[bytes] = None  # the OPEN to send
+        self.farewell: Optional[bytes] = None  # the RESET to send
+
+    def wake(self) -> None:
+        """The source may have something: it gets a turn when the link can send."""
+        if self.open and self.wants_read():
+            self.link.line_up(self)
+
+    def wants_read(self) -> bool:
+        """Whether the source is worth watching: nothing else will wake it."""
+        return not self.ready and self.credit >= LEAST_TURN and not self.ended_out
+
+    def settle(self, waiting: int) -> None:
+        """Of the bytes received at most `waiting` still wait; credit for the others is
+        given back, half a window at a time."""
+        taken = self.held - waiting
+        if taken > 0:
+            self.held = waiting
+            self.link.held -= taken
+            self.taken += taken
+            if self.taken >= WINDOW // 2 and not self.ended_in:
+                self.link.owe(self)
+
+    def reset(self, code: str, cause: str = "") -> None:
+        """End both ways at once; the peer is told why. The owner is not."""
+        if self.open:
+            self.farewell = ("%s %s" % (code, cause)).encode()[:TEXT_LIMIT]
+            self.link.owe(self)
+            self.link.forget(self)
+
+    def control(self) -> Iterator[Tuple[int, bytes]]:
+        """The frames that it owes; with this they are paid."""
+        self.owing = False
+        if self.opening is not None:
+            yield Kind.OPEN, self.opening
+            self.opening = None
+        if self.farewell is not None:
+            yield Kind.RESET, self.farewell
+        elif self.open and self.taken >= WINDOW // 2:
+            yield Kind.CREDIT, NUMBER.pack(self.taken)
+            self.allowed += self.taken
+            self.taken = 0
+
+
+class Link:
+    """One end of a link over `connection`, its `role` "server" or "client". The owner
+    has on_message(kind, message), on_open(stream, message) and on_closed(cause)."""
+
+    def __init__(
+        self, loop: Loop, connection: Connection, owner: Any, role: str
+    ) -> None:
+        self.loop, self.connection, self.owner = loop, connection, owner
+        self.reader = FrameReader("client" if role == "server" else "server")
+        self.step = 0  # how much of the handshake is done
+        self.streams: Dict[int, Stream] = {}
+        self.last_id = 0  # the newest stream's
+        self.held = 0  # bytes received on all streams that nobody has taken
+        self.quiet: Deque[Stream] = collections.deque()
+        self.busy: Deque[Stream] = collections.deque()
+        self.quiet_turns = 0  # since a busy stream had one
+        self.owing: Deque[Stream] = collections.deque()
+        self.owed: Dict[int, bytes] = {}  # the link's own frames, one of a kind
+        self.heard = loop.clock()  # when the last byte came
+        self.pinged = 0.0  # when the last PING went out
+        self.leaving = False  # GOODBYE was said or heard: no new streams
+        self.closed = False
+        self.timer = Timer(loop, self, self.check)
+        self.timer.set(1.0)
+        connection.owner = self
+        loop.touched.add(connection)
+        low_water = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+        if sys.platform == "linux":  # it keeps the kernel's own queue short
+            with contextlib.suppress(OSError):
+                connection.sock.setsockopt(socket.IPPROTO_TCP, low_water, QUANTUM)
+
+    def __str__(self) -> str:
+        return str(self.owner)
+
+    # What comes in.
+
+    def interest(self) -> int:
+        return READ | WRITE if self.busy else READ
+
+    def on_readable(self) -> None:
+        """Read once; what is left keeps the socket readable."""
+        count = self.connection.read_into(self.loop.scratch)
+        if count == 0:
+            raise OSError("the other side closed the connection")
+        if count:
+            self.take(self.loop.scratch[:count])
+
+    def take(self, data: memoryview) -> None:
+        """Act on what was read."""
+        self.heard = self.loop.clock()
+        for kind, number, payload in self.reader.feed(data):
+            if log.isEnabledFor(logging.DEBUG):
+                self.show("<", kind, number, payload)
+            self.in_order(kind)
+            if number == 0:
+                LINK_FRAMES.get(kind, Link.on_text)(self, kind, payload)
+            elif kind == Kind.OPEN:
+                self.on_open(number, payload)
+            elif number in self.streams:
+                STREAM_FRAMES[kind](self, self.streams[number], payload)
+            elif number > self.last_id:
+                raise ProtocolError("%s on no stream %d" % (Kind(kind).name, number))
+            if self.closed:
+                return
+
+    def in_order(self, kind: int) -> None:
+        """The frames of the handshake come in their order, and all else after them."""
+        if self.step < len(HANDSHAKE):
+            if kind == HANDSHAKE[self.step]:
+                self.step += 1
+            elif kind != Kind.GOODBYE:
+                raise ProtocolError("%s during the handshake" % Kind(kind).name)
+        elif kind in HANDSHAKE[:-1]:
+            raise ProtocolError("%s after the handshake" % Kind(kind).name)
+
+    def on_text(self, kind: int, payload: memoryview) -> None:
+        self.owner.on_message(kind, unpack_json(payload))
+
+    def on_ping(self, kind: int, payload: memoryview) -> None:
+        self.post(Kind.PONG, bytes(payload))
+
+    def on_pong(self, kind: int, payload: memoryview) -> None:
+        """That a byte came is all there is to know."""
+
+    def on_goodbye(self, kind: int, payload: memoryview) -> None:
+        self.leaving = True
+        self.on_text(kind, payload)
+        self.maybe_finish()
+
+    def on_open(self, number: int, payload: memoryview) -> None:
+        if number != self.last_id + 1:
+            raise ProtocolError("OPEN of stream %d" % number)
+        message, stream = unpack_json(payload), self.add(None)
+        if self.leaving:
+            stream.reset("gone", "the client is leaving")
+        elif len(self.streams) > MAX_STREAMS or self.held > HELD_LIMIT:
+            stream.reset("overload", "the client has too much to do")
+        else:
+            self.owner.on_open(stream, message)
+
+    def on_data(self, stream: Stream, payload: memoryview) -> None:
+        stream.allowed -= len(payload)
+        if stream.allowed < 0 or stream.ended_in:
+            raise ProtocolError("DATA over the credit or after END")
+        stream.held += len(payload)
+        self.held += len(payload)
+        self.loop.guard(stream.owner, stream.owner.receive, payload)
+        while self.held > HELD_LIMIT:
+            worst = max(self.streams.values(), key=lambda other: other.held)
+            worst.reset("overload", "the link holds too much")
+            owner, cause = worst.owner, "the link holds too much"
+            self.loop.guard(owner, owner.on_reset, "overload", cause)
+
+    def on_credit(self, stream: Stream, payload: memoryview) -> None:
+        (more,) = NUMBER.unpack(payload)
+        if not 0 < more <= LAST_ID - stream.credit:
+            raise ProtocolError("CREDIT of %d" % more)
+        stream.credit += more
+        stream.wake()
+
+    def on_end(self, stream: Stream, payload: memoryview) -> None:
+        if stream.ended_in:
+            raise ProtocolError("END after END")
+        stream.ended_in = True
+        self.loop.guard(stream.owner, stream.owner.on_end)
+        self.maybe_forget(stream)
+
+    def on_reset(self, stream: Stream, payload: memoryview) -> None:
+        code, _, cause = bytes(payload).decode("utf-8", "replace").partition(" ")
+        self.forget(stream)
+        self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
+
+    # Streams.
+
+    def add(self, owner: Any) -> Stream:
+        self.last_id += 1
+        stream = self.streams[self.last_id] = Stream(self, self.last_id, owner)
+        return stream
+
+    def open(self, owner: Any, **message: Any) -> Stream:
+        """Open a stream, as only the server does."""
+        stream = self.add(owner)
+        stream.opening = pack_json(message)
+        self.owe(stream)
+        if self.last_id == LAST_ID:
+            self.goodbye("stopping", "all stream ids are used up")
+        return stream
+
+    def maybe_forget(self, stream: Stream) -> None:
+        if stream.ended_in and stream.ended_out:
+            self.forget(stream)
+
+    def forget(self, stream: Stream) -> None:
+        """The stream is over: what still comes for it is late."""
+        if self.streams.pop(stream.id, None):
+            stream.open = False
+            self.held -= stream.held
+            stream.held = 0
+            self.maybe_finish()
+
+    # What goes out.
+
+    def send(self, kind: int, **message: Any) -> None:
+        """Owe a message; a newer one of its kind takes its place."""
+        self.post(kind, pack_json(message))
+
+    def post(self, kind: int, payload: bytes) -> None:
+        self.in_order(kind)
+        self.owed[kind] = payload
+        self.loop.unsent[self] = None
+
+    def owe(self, stream: Stream) -> None:
+        if not stream.owing:
+            stream.owing = True
+            self.owing.append(stream)
+            self.loop.unsent[self] = None
+
+    def line_up(self, stream: Stream) -> None:
+        """Into the ring where it belongs."""
+        stream.ready = True
+        if stream.sent >= QUIET and self.loop.clock() - stream.since < QUIET_TIME:
+            self.busy.append(stream)
+            self.loop.touched.add(self.connection)
+        else:
+            self.quiet.append(stream)
+            self.loop.unsent[self] = None
+
+    def on_writable(self) -> None:
+        """The kernel has room: control and quiet streams, then one busy frame."""
+        if not self.closed:
+            self.flush(1)
+
+    def flush(self, busy: int = 0) -> None:
+        """Send what is owed, what quiet streams have, and `busy` busy frames, as long
+        as the kernel takes all of it."""
+        while not self.connection.backlog and not self.closed:
+            fill = self.put_quiet(self.put_control(0))
+            if busy and self.busy:
+                busy = self.quiet_turns = 0
+                fill = self.put_turn(self.busy.popleft(), fill, QUANTUM)
+            if not fill:
+                break
+            self.connection.write(self.loop.frames[:fill])
+        self.loop.touched.add(self.connection)
+        self.maybe_finish()
+
+    def put_control(self, fill: int) -> int:
+        """Write the frames that are owed from `fill` on; return where they end."""
+        while self.owed and fill < COLLECT:
+            kind = next(iter(self.owed))
+            fill = self.put(kind, 0, self.owed.pop(kind), fill)
+            if kind == Kind.PING:
+                self.pinged = self.loop.clock()
+        while self.owing and fill < COLLECT:
+            stream = self.owing.popleft()
+            for kind, payload in stream.control():
+                fill = self.put(kind, stream.id, payload, fill)
+        return fill
+
+    def put_quiet(self, fill: int) -> int:
+        """Turns of quiet streams, until they are worth a system call."""
+        while self.quiet and fill < COLLECT:
+            if self.busy and self.quiet_turns >= QUIET_TURNS:
+                break
+            self.quiet_turns += 1
+            fill = self.put_turn(self.quiet.popleft(), fill, QUIET)
+        return fill
+
+    def put_turn(self, stream: Stream, fill: int, limit: int) -> int:
+        """One turn: the source writes right behind the header."""
+        stream.ready = False
+        if not stream.open:
+            return fill
+        start, size = fill + HEADER.size, min(limit, stream.credit)
+        view = self.loop.frames[start : start + size]
+        count = self.loop.guard(stream.owner, stream.owner.pull, view)
+        if count is None or not stream.open:
+            return fill
+        if count == 0:
+            stream.ended_out = True
+            self.maybe_forget(stream)
+            return self.put(Kind.END, stream.id, b"", fill)
+        stream.credit -= count
+        now = self.loop.clock()
+        if now - stream.since >= QUIET_TIME:
+            stream.since, stream.sent = now, 0
+        stream.sent += count
+        stream.wake()
+        return self.put(Kind.DATA, stream.id, view[:count], fill)
+
+    def put(self, kind: int, number: int, payload: Any, fill: int) -> int:
+        """Header and payload at `fill`; the payload of DATA stands there already."""
+        start, end = fill + HEADER.size, fill + HEADER.size + len(payload)
+        HEADER.pack_into(self.loop.frames, fill, kind << 24 | len(payload), number)
+        if kind != Kind.DATA:
+            self.loop.frames[start:end] = payload
+        if log.isEnabledFor(logging.DEBUG):
+            self.show(">", kind, number, payload)
+        return end
+
+    # How it ends.
+
+    def check(self) -> None:
+        """Each second: does the other side live, and do our bytes move?"""
+        now = self.loop.clock()
+        if self.connection.backlog and now - self.connection.moved > STUCK_AFTER:
+            raise OSError("nothing could be sent for %d s" % STUCK_AFTER)
+        if self.heard < self.pinged < now - PONG_WITHIN:
+            raise OSError("no sign of life for %d s" % (now - self.heard))
+        if now - self.heard >= PING_AFTER and self.heard >= self.pinged:
+            self.ping()
+        self.timer.set(1.0)
+
+    def ping(self) -> None:
+        """Ask for a sign of life."""
+        if self.step == len(HANDSHAKE):
+            self.post(Kind.PING, STAMP.pack(self.loop.clock()))
+
+    def goodbye(self, code: str, reason: str) -> None:
+        """Take no new streams, and close when the last has ended."""
+        if not self.leaving:
+            self.leaving = True
+            self.send(Kind.GOODBYE, code=code, reason=reason)
+
+    def maybe_finish(self) -> None:
+        """After a GOODBYE the link closes with its last stream."""
+        waiting = self.streams or self.owed or self.owing or self.connection.backlog
+        if self.leaving and not waiting:
+            self.close("goodbye")
+
+    def fail(self, error: Exception) -> None:
+        """The connection is broken, or the peer's frames are."""
+        if isinstance(error, OSError):
+            self.connection.lost = self.connection.lost or error
+        elif not self.leaving:
+            code = "protocol" if isinstance(error, ProtocolError) else "error"
+            self.owing.clear()
+            self.goodbye(code, str(error))
+            self.connection.write(self.loop.frames[: self.put_control(0)])
+        self.close(str(error))
+
+    def close(self, cause: str) -> None:
+        """Over, with all its streams; what was said last still arrives."""
+        if not self.closed:
+            self.closed = True
+            self.timer.clear()
+            streams, self.streams = self.streams, {}
+            for stream in streams.values():
+                stream.open = False
+                owner = stream.owner
+                self.loop.guard(owner, owner.on_reset, "link-lost", cause)
+            self.owner.on_closed(cause)
+            if self.connection.lost or self.connection.backlog:
+                self.connection.close()
+            else:
+                self.connection.linger()
+
+    def show(self, way: str, kind: int, number: int, payload: Any) -> None:
+        """The line that -vv gives for each frame."""
+        name, start = Kind(kind).name, bytes(payload[:24])
+        log.debug("%s %s %d %s %d %r", self, way, number, name, len(payload), start)
+
+
+LINK_FRAMES: Dict[int, Call] = {  # what they do; those that are not here are for the owner
+    Kind.PING: Link.on_ping,
+    Kind.PONG: Link.on_pong,
+    Kind.GOODBYE: Link.on_goodbye,
+}
+STREAM_FRAMES: Dict[int, Call] = {
+    Kind.DATA: Link.on_data,
+    Kind.CREDIT: Link.on_credit,
+    Kind.END: Link.on_end,
+    Kind.RESET: Link.on_reset,
+}
+
+
+# -----------------------------------------------------------------------------------
+# What both say: nothing at all without -v but the line that they end with.
+# -----------------------------------------------------------------------------------
+class OneLine(logging.Formatter):
+    """What came from outside forges no line and moves no cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = super().format(record).split("\n" if record.exc_info else "\0")
+        return "\n".join("".join(map(self.printable, line)) for line in lines)
+
+    @staticmethod
+    def printable(letter: str) -> str:
+        plain = letter.isprintable()
+        return letter if plain else letter.encode("unicode_escape").decode()
+
+
+def set_up_log(verbose: int) -> None:
+    """-v tells events, -vv frames too, on stderr."""
+    if verbose:
+        handler = logging.StreamHandler()
+        handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+
+
+def die(status: int, cause: Any) -> NoReturn:
+    """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
+    attempts used up."""
+    name = os.path.basename(sys.argv[0] or "-")
+    print("%s: %s" % ("mdm-tunnel" if name == "-" else name, cause), file=sys.stderr)
+    sys.exit(status)
+# ===================================================================================
+# SHARED BLOCK: ends.
+# ===================================================================================
+
+
+# -----------------------------------------------------------------------------------
+# HTTP/1.1: heads and body framing, without any I/O (RFC 9112; fields: RFC 9110). Heads
+# are parsed strictly: what two parsers could read in two ways is refused. Bodies are
+# copied as they are, as far as their framing has been understood.
+# -----------------------------------------------------------------------------------
+HEAD_LIMIT = 64 << 10  # bytes of a head: far more than cookies need
+LINE_LIMIT = 16 << 10  # bytes of a request line
+FIELD_LIMIT = 200  # fields of a head, and of a trailer section
+CHUNK_LINE_LIMIT = 2 << 10  # bytes of a chunk or trailer line: fits the least turn
+
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
+TEXT = r"[\t\x20-\x7e\x80-\xff]"
+QUOTED = r'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\%s)*"' % TEXT
+HEAD_END = re.compile(rb"\r\n\r\n|(?<!\r)\n")
+REQUEST_LINE = re.compile(r"(%s) ([\x21\x22\x24-\x7e]+) HTTP/(\d)\.(\d)\r\n" % TOKEN)
+STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5]\d\d)(?: (%s*))?\r\n" % TEXT)
+FIELDS = re.compile(r"(?:%s:%s*\r\n)*\r\n" % (TOKEN, TEXT))
+TRAILER = re.compile(r"(?:%s:%s*)?" % (TOKEN, TEXT))
+CHUNK = re.compile(
+    r"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*"
+    % (TOKEN, TOKEN, QUOTED)
+)
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::(\d{0,5}))?")
+ABSOLUTE = re.compile(r"(?i:http)://([^/?@]+)([/?].*)?")
+LENGTH = re.compile(r"\d{1,18}")
+REPEATABLE = ("GET", "HEAD", "OPTIONS")  # may be sent twice: a kept stream may be dead
+HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "upgrade"}
+FORWARDED = {"x-real-ip", "forwarded"}  # and x-forwarded-*: ours to say
+
+
+class HTTPError(ProtocolError):
+    """An answer of our own: status, a word for programs, a sentence for people."""
+
+    def __init__(self, status: int, code: str, cause: str, fields: Any = ()) -> None:
+        super().__init__(cause)
+        self.status, self.code, self.cause = status, code, cause
+        self.fields = list(fields)
+
+
+def malformed(cause: str) -> HTTPError:
+    return HTTPError(400, "malformed", cause)
+
+
+class Fields(Dict[str, str]):
+    """Fields by name, without regard to case; repeated ones joined by a comma."""
+
+    def __init__(self, pairs: List[Tuple[str, str]]) -> None:
+        super().__init__()
+        for name, value in pairs:
+            name = name.lower()
+            self[name] = self[name] + ", " + value if name in self else value
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name).lower())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name.lower(), default)
+
+
+class Head:
+    """What requests and answers have in common: fields, in their order."""
+
+    def __init__(self, text: str, start: int) -> None:
+        if not FIELDS.fullmatch(text, start):
+            raise malformed("a field breaks the grammar (RFC 9112, 5)")
+        self.fields: List[Tuple[str, str]] = []
+        for line in text[start:-4].split("\r\n") if len(text) - start > 2 else ():
+            name, _, value = line.partition(":")
+            self.fields.append((name, value.strip(" \t")))
+        if len(self.fields) > FIELD_LIMIT:
+            raise HTTPError(431, "too-long", "more than %d fields" % FIELD_LIMIT)
+        self.connection = self.words("connection")
+        self.upgrade = self.all("upgrade") if "upgrade" in self.connection else []
+        if self.connection & {"host", "content-length", "transfer-encoding"}:
+            raise malformed("Connection names a field that must arrive")
+
+    @property
+    def headers(self) -> Fields:
+        """The fields by name."""
+        return Fields(self.fields)
+
+    def all(self, wanted: str) -> List[str]:
+        """Every value of the field `wanted` (in lower case)."""
+        return [value for name, value in self.fields if name.lower() == wanted]
+
+    def words(self, wanted: str) -> Set[str]:
+        """The members of a list of words, in lower case."""
+        words = ",".join(self.all(wanted)).lower().split(",")
+        return {word.strip(" \t") for word in words} - {""}
+
+    def framing(self) -> "Optional[Body]":
+        """The body as its fields frame it (RFC 9112 6.3); None when they do not."""
+        codings, lengths = self.all("transfer-encoding"), self.all("content-length")
+        if codings and lengths:
+            raise malformed("both Transfer-Encoding and Content-Length")
+        if codings and self.minor == 0:
+            raise malformed("Transfer-Encoding in HTTP/1.0")
+        if codings and [coding.lower() for coding in codings] != ["chunked"]:
+            raise HTTPError(501, "coding", "a transfer coding other than chunked")
+        if codings:
+            return Chunked()
+        if not lengths:
+            return None
+        if len(lengths) > 1 or not LENGTH.fullmatch(lengths[0]):
+            raise malformed("Content-Length is not one number")
+        return Body(int(lengths[0]))
+
+    minor = 1  # of the version HTTP/1.x
+
+    def pass_on(self, first: str, drop: Set[str], add: List[Tuple[str, str]]) -> bytes:
+        """The head as it goes on: what concerned only this hop is left out."""
+        drop = drop | HOP_BY_HOP | self.connection
+        kept = [pair for pair in self.fields if pair[0].lower() not in drop]
+        lines = ["%s: %s\r\n" % pair for pair in kept + add]
+        return (first + "\r\n" + "".join(lines) + "\r\n").encode("latin-1")
+
+
+class Request(Head):
+    """A visitor's request. For Router hooks: `method`, `target` (always as `/path?query`
+    or `*`), `host` as it was sent, `name` (the host without port, in lower case),
+    `headers`, `address` of the visitor."""
+
+    def __init__(self, head: bytes, address: str) -> None:
+        text = head.decode("latin-1")
+        line = REQUEST_LINE.match(text)
+        if not line:
+            raise malformed("the request line breaks the grammar (RFC 9112, 3)")
+        if line.group(3) != "1":
+            raise HTTPError(505, "version", "only HTTP/1.x is spoken here")
+        self.method, self.target = line.group(1, 2)
+        self.minor = int(line.group(4))
+        self.address = address
+        super().__init__(text, line.end())
+        self.body = self.framing() or Body(0)
+        hosts = self.all("host")
+        if self.method == "CONNECT":
+            raise HTTPError(501, "connect", "CONNECT is not served here")
+        if len(hosts) != 1:
+            raise malformed("a request has exactly one Host field")
+        self.host = self.absolute() or hosts[0]
+        match = HOST.fullmatch(self.host)
+        if not match or not HOST.fullmatch(hosts[0]):
+            raise malformed("the Host field names no host")
+        self.name = match.group(1).rstrip(".").lower()
+        if self.minor == 0 or "h2c" in self.words("upgrade"):
+            self.upgrade = []
+
+    def absolute(self) -> str:
+        """Bring the target into origin-form; the host that an absolute one names."""
+        if self.target[0] == "/" or (self.target, self.method) == ("*", "OPTIONS"):
+            return ""
+        match = ABSOLUTE.fullmatch(self.target)
+        if not match:
+            raise malformed("the target is neither a path nor an http URL")
+        rest = match.group(2) or ""
+        self.target = rest if rest.startswith("/") else "/" + rest
+        return match.group(1)
+
+    def keeps_alive(self) -> bool:
+        """Whether the visitor wants to go on after the answer (RFC 9112 9.3)."""
+        if self.minor == 0:
+            return "keep-alive" in self.connection
+        return "close" not in self.connection
+
+    def wants_html(self) -> bool:
+        return "text/html" in ",".join(self.all("accept"))
+
+    def to_service(self) -> bytes:
+        """The head as the service gets it."""
+        names = {name.lower() for name, _ in self.fields}
+        drop = {"host"}
+        for name in names:
+            plain = name.replace("_", "-")
+            if plain in FORWARDED or plain.startswith("x-forwarded-"):
+                drop.add(name)
+        add = [
+            ("X-Forwarded-For", self.address),
+            ("X-Forwarded-Proto", "http"),
+            ("X-Forwarded-Host", self.host),
+        ]
+        hops = ["Upgrade"] if self.upgrade else []
+        add += [("Upgrade", value) for value in self.upgrade]
+        if "trailers" in self.words("te"):
+            hops.append("TE")
+            add.append(("TE", "trailers"))
+        if self.minor == 0:
+            hops.append("close")
+        if hops:
+            add.append(("Connection", ", ".join(hops)))
+        first = "%s %s HTTP/1.%d\r\nHost: %s"
+        first %= (self.method, self.target, self.minor, self.host)
+        return self.pass_on(first, drop, add)
+
+
+class Answer(Head):
+    """A service's answer. Raises HTTPError (502) when it cannot be understood."""
+
+    def __init__(self, head: bytes) -> None:
+        text = head.decode("latin-1")
+        line = STATUS_LINE.match(text)
+        if not line:
+            raise malformed("its status line breaks the grammar (RFC 9112, 4)")
+        self.minor, self.status = int(line.group(1)), int(line.group(2))
+        self.reason = line.group(3) or ""
+        super().__init__(text, line.end())
+
+    def frame(self, method: str) -> "Body":
+        """The body that follows (RFC 9112 6.3)."""
+        body = self.framing()
+        if method == "HEAD" or self.status in (204, 304) or self.status < 200:
+            return Body(0)
+        return Body(None) if body is None else body
+
+    def keeps_alive(self) -> bool:
+        """Whether the service goes on after this answer."""
+        return self.minor == 1 and "close" not in self.connection
+
+    def to_visitor(self, connection: str, drop: Set[str]) -> bytes:
+        """The head as the visitor gets it; `connection` is ours to say."""
+        if self.status == 204 or self.status < 200:
+            drop = drop | {"content-length", "transfer-encoding"}  # RFC 9110 8.6
+        add = [("Upgrade", value) for value in self.upgrade if self.status == 101]
+        if connection:
+            add.append(("Connection", connection))
+        first = "HTTP/1.1 %d %s" % (self.status, self.reason)
+        return self.pass_on(first, drop, add)
+
+
+class Body:
+    """A body of `left` bytes; of None, until the connection ends. feed() says how many
+    of the bytes that came belong to it, and `spans` where its content is in them."""
+
+    def __init__(self, left: Optional[int]) -> None:
+        self.until_end = left is None
+        self.left = sys.maxsize if left is None else left
+        self.untouched = True
+        self.spans: List[Tuple[int, int]] = []
+
+    @property
+    def done(self) -> bool:
+        return self.left == 0
+
+    def feed(self, data: Any) -> int:
+        """Take of `data` what is understood. Raises HTTPError for a broken framing."""
+        count = min(len(data), self.left)
+        self.spans = [(0, count)]
+        if count:
+            self.untouched = False
+        if not self.until_end:
+            self.left -= count
+        return count
+
+
+class Chunked(Body):
+    """RFC 9112 7.1. A line counts when it is there to its end and keeps the grammar."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.expect: Optional[Callable[[str], Any]] = self.on_size
+        self.trailers = 0
+
+    @property
+    def done(self) -> bool:
+        return self.expect is None
+
+    def feed(self, data: Any) -> int:
+        at = 0
+        self.spans = []
+        while at < len(data) and self.expect:
+            if self.left:
+                end = min(len(data), at + self.left)
+                self.spans.append((at, end))
+                self.left -= end - at
+                at = end
+                continue
+            start = bytes(data[at : at + CHUNK_LINE_LIMIT])
+            end = start.find(b"\n")
+            if end < 0 and len(start) < CHUNK_LINE_LIMIT:
+                break
+            if end < 1 or start[end - 1 : end] != b"\r":
+                raise malformed("a line of a chunked body is too long or has no CRLF")
+            self.untouched = False
+            self.expect(start[: end - 1].decode("latin-1"))
+            at += end + 1
+        return at
+
+    def on_size(self, line: str) -> None:
+        match = CHUNK.fullmatch(line)
+        if not match:
+            raise malformed("a chunk size breaks the grammar (RFC 9112, 7.1)")
+        self.left = int(match.group(1), 16)
+        self.expect = self.on_end_of_chunk if self.left else self.on_trailer
+
+    def on_end_of_chunk(self, line: str) -> None:
+        if line:
+            raise malformed("a chunk is longer than it said")
+        self.expect = self.on_size
+
+    def on_trailer(self, line: str) -> None:
+        self.trailers += 1
+        if self.trailers > FIELD_LIMIT or not TRAILER.fullmatch(line):
+            raise malformed("a trailer breaks the grammar (RFC 9112, 7.1.2)")
+        if not line:
+            self.expect = None
+
+
+def find_head(buffer: bytearray, searched: int) -> int:
+    """Where the head in `buffer` ends; 0 while it is not whole. The first `searched`
+    bytes were looked at before. Raises HTTPError when it never will be a head."""
+    match = HEAD_END.search(buffer, max(0, searched - 3))
+    if match and len(match.group()) == 1:
+        raise malformed("a line of the head ends without CR")
+    end = match.end() if match else 0
+    line = buffer.find(b"\r\n", 0, LINE_LIMIT + 2)
+    if line < 0 and len(buffer) > LINE_LIMIT:
+        raise HTTPError(414, "too-long", "a line of more than %d bytes" % LINE_LIMIT)
+    if max(end, 0 if match else len(buffer)) >= HEAD_LIMIT:
+        raise HTTPError(431, "too-long", "a head of more than %d bytes" % HEAD_LIMIT)
+    return end
+
+
+# -----------------------------------------------------------------------------------
+# Names: which id and which service a host stands for. With --domain only what is below
+# one of the domains counts, and localhost; without, a name is read from the left and
+# the rest may be anything, so ids that are connected are what decides.
+# -----------------------------------------------------------------------------------
+Domain = collections.namedtuple("Domain", "scheme name port")  # port None: -p's
+ADDRESS = re.compile(r"\[.*\]|[0-9.]+")
+
+
+def parse_domains(text: str) -> List[Domain]:
+    """The value of --domain. Raises ValueError, with what is wrong."""
+    domains = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        whole = "://" in part
+        url = urllib.parse.urlsplit(part if whole else "//" + part)
+        name = (url.hostname or "").rstrip(".")
+        bare = not (url.path.strip("/") or url.query or url.fragment or url.username)
+        labels_fine = all(LABEL.fullmatch(label) for label in name.split("."))
+        if url.scheme not in ("", "http", "https") or not (bare and labels_fine):
+            raise ValueError("%r is neither a domain nor its URL" % part)
+        port = url.port or (0 if whole else None)
+        domains.append(Domain(url.scheme or "http", name, port))
+    return domains
+
+
+class Names:
+    """Reads hosts and makes URLs. `ids` has the ids that are connected."""
+
+    def __init__(self, domains: List[Domain], ids: Any) -> None:
+        self.domains, self.ids = domains, ids
+        self.port = 0  # the visitors' port, for the URLs
+
+    def find(self, name: str) -> Tuple[Optional[str], Optional[str]]:
+        """(id, service), (id, None) or (None, None) for a host in lower case."""
+        labels = name.split(".")
+        if not self.domains:
+            if len(labels) > 1 and labels[1] in self.ids:
+                return labels[1], labels[0]
+            service, dashes, id = labels[0].partition("--")
+            if dashes and id in self.ids:
+                return id, service
+            return (labels[0], None) if labels[0] in self.ids else (None, None)
+        for base in [domain.name for domain in self.domains] + ["localhost"]:
+            if name.endswith("." + base):
+                labels = name[: -len(base) - 1].replace("--", ".").split(".")
+                if len(labels) <= 2:
+                    return labels[-1], labels[0] if len(labels) == 2 else None
+        return None, None
+
+    def is_base(self, name: str) -> bool:
+        """Whether a host stands for the server itself: then it shows how to begin."""
+        bases = {domain.name for domain in self.domains} | {"localhost"}
+        return name in bases or bool(ADDRESS.fullmatch(name))
+
+    def url(self, id: str, service: str, dialled: str) -> str:
+        """Where a service is reached, or "error: ..." when the server has no name.
+        `dialled` is the Host that its client used."""
+        host = HOST.fullmatch(dialled)
+        name = host.group(1).rstrip(".").lower() if host else ""
+        scheme, port = "http", None
+        if self.domains:
+            scheme, name, port = self.domains[0]
+        elif name in ("127.0.0.1", "[::1]"):
+            name = "localhost"
+        elif not name or ADDRESS.fullmatch(name):
+            return "error: no name: the server wants --domain, or a name to dial"
+        port = self.port if port is None else port
+        suffix = "" if port in (0, 80 if scheme == "http" else 443) else ":%d" % port
+        return "%s://%s.%s.%s%s/" % (scheme, service, id, name, suffix)
+
+
+class Router:
+    """Decides where a request goes, and whether it may. Subclass it and hand it to
+    Server(router=...). Hooks are asked for every request, inside the loop: they must
+    not block. One that raises costs its request a 500, and nothing else."""
+
+    names: Names  # how the server reads hosts; the server sets it
+
+    def route(self, request: Request) -> Any:
+        """(id, service), (id, None) for the id's index page, None for a 404."""
+        id = self.find_id(request)
+        return None if id is None else (id, self.find_service(request))
+
+    def find_id(self, request: Request) -> Optional[str]:
+        """Whose request it is."""
+        return self.names.find(request.name)[0]
+
+    def find_service(self, request: Request) -> Optional[str]:
+        """The name of the service it is for, None for the index page."""
+        return self.names.find(request.name)[1]
+
+    def authorize(self, request: Request) -> Any:
+        """None lets the request pass; (status, fields) answers it, for example
+        (401, {"WWW-Authenticate": 'Basic realm="tunnel"'})."""
+        return None
+
+
+# -----------------------------------------------------------------------------------
+# Pages: what the server says itself. HTML for browsers, text for everybody else.
+# -----------------------------------------------------------------------------------
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>%(title)s</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 17px/1.55 system-ui, sans-serif; max-width: 40em; margin: 14vh auto;
+  padding: 0 1.2em }
+h1 { font-size: 1.5em; margin: 0 0 .6em }
+ul { list-style: none; padding: 0 }
+li { margin: .4em 0 }
+pre { background: rgba(127, 127, 127, .14); padding: .8em 1em; border-radius: 6px;
+  overflow-x: auto; font-size: .85em }
+footer { margin-top: 3em; font-size: .8em; opacity: .6 }
+</style></head><body>
+<h1>%(title)s</h1>
+%(body)s
+<footer>mdm-tunnel %(version)s</footer>
+</body></html>
+"""
+PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
+
+
+def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
+    """(content type, body). A line that is a URL becomes a link, one that begins with
+    two spaces something to paste; all is escaped."""
+    if not as_html:
+        return "text/plain; charset=utf-8", "\n".join([title] + lines + [""]).encode()
+    parts = []
+    for line in lines:
+        text = html.escape(line)
+        if line.startswith("  "):
+            parts.append("<pre>%s</pre>" % text.strip())
+        elif line.startswith("http://") or line.startswith("https://"):
+            parts.append('<ul><li><a href="%s">%s</a></li></ul>' % (text, text))
+        else:
+            parts.append("<p>%s</p>" % text)
+    values = {"title": html.escape(title), "body": "\n".join(parts), "version": VERSION}
+    return "text/html; charset=utf-8", (PAGE % values).encode()
+
+
+# -----------------------------------------------------------------------------------
+# Tunnel: the link of one client, from our 101 on: login, its services, its streams.
+# -----------------------------------------------------------------------------------
+LOGIN_TIME = 3.0  # seconds from our 101 to a whole LOGIN
+STRANGERS = 128  # links on which nobody has logged in yet; one more, and one must go
+TAKEOVER = 3.0  # seconds for the owner of an id to show that he lives, when it is asked
+TAKEOVER_LOOK = 0.05  # seconds between looks at whether he has
+
+
+class Tunnel:
+    """One client's link at the server."""
+
+    def __init__(self, server: "Server", connection: Connection, host: str) -> None:
+        self.server, self.dialled = server, host
+        self.id = self.session = ""
+        self.services: Dict[str, Any] = {}
+        self.peer = "client %s" % address_of(connection.sock)
+        self.asked = 0.0  # when the owner of our id was asked whether he lives
+        self.contested = False  # somebody waits for whether we live
+        self.link = Link(server.loop, connection, self, "server")
+        self.timer = Timer(server.loop, self.link, self.on_late)
+        self.timer.set(LOGIN_TIME)
+        self.link.send(Kind.CHALLENGE, version=VERSION)
+
+    def __str__(self) -> str:
+        return self.id or self.peer
+
+    def on_late(self) -> None:
+        raise OSError("no login within %d s" % LOGIN_TIME)
+
+    def on_message(self, kind: int, message: Dict[str, Any]) -> None:
+        if kind == Kind.LOGIN:
+            self.on_login(message)
+        elif kind == Kind.SERVICES:
+            self.on_services(message)
+        elif kind == Kind.GOODBYE:
+            log.info("%s says goodbye: %s", self, message.get("reason"))
+
+    def on_login(self, message: Dict[str, Any]) -> None:
+        self.timer.clear()
+        id, session = message.get("id"), message.get("session")
+        if not isinstance(id, str) or not LABEL.fullmatch(id.lower()):
+            self.refuse("refused", "an id is a DNS label")
+        elif not isinstance(session, str) or not session:
+            raise ProtocolError("LOGIN without a session")
+        else:
+            self.id, self.session = id.lower(), session
+            self.claim()
+
+    def claim(self) -> None:
+        """An id belongs to the session that has it, as long as that lives."""
+        owner = self.server.tunnels.get(self.id)
+        if owner and owner.session == self.session:
+            owner.link.close("the same client dialled again")
+            owner = None
+        if owner is None:
+            self.welcome()
+        elif owner.contested:
+            self.refuse("taken", "the id %s is taken" % self.id)
+        else:
+            owner.contested = True
+            owner.link.ping()
+            self.asked = self.server.loop.clock()
+            self.timer = Timer(self.server.loop, self.link, self.contest)
+            self.contest()
+
+    def contest(self) -> None:
+        """Does the owner of our id live? Any byte since we asked shows it."""
+        owner, now = self.server.tunnels.get(self.id), self.server.loop.clock()
+        if owner and owner.link.heard > self.asked:
+            owner.contested = False
+            self.refuse("taken", "the id %s is taken" % self.id)
+        elif owner and now < self.asked + TAKEOVER:
+            self.timer.set(TAKEOVER_LOOK)
+        else:
+            if owner:
+                owner.link.close("no sign of life when its id was asked for")
+            self.welcome()
+
+    def welcome(self) -> None:
+        self.server.strangers.discard(self.link.connection)
+        self.server.tunnels[self.id] = self
+        self.link.send(Kind.WELCOME)
+        log.info("%s logged in from %s", self.id, self.peer)
+
+    def refuse(self, code: str, cause: str) -> None:
+        log.info("%s refused: %s", self.peer, cause)
+        self.link.goodbye(code, cause)
+
+    def on_services(self, message: Dict[str, Any]) -> None:
+        """The whole list of the client's services; the answer is where they are."""
+        urls, self.services = {}, {}
+        for name, options in message.items():
+            service = name.lower()
+            if LABEL.fullmatch(service):
+                self.services[service] = options
+                urls[name] = self.server.names.url(self.id, service, self.dialled)
+            else:
+                urls[name] = "error: a service's name is a DNS label without --"
+        log.info("%s serves %s", self.id, ", ".join(self.services) or "nothing")
+        self.link.send(Kind.URLS, **urls)
+
+    def open(self, exchange: "Exchange") -> Stream:
+        """A new stream for a request. Raises HTTPError when there can be none."""
+        link = self.link
+        if link.leaving or link.closed:
+            raise HTTPError(503, "leaving", "the client of %s is leaving" % self.id)
+        if len(link.streams) >= MAX_STREAMS or link.held > HELD_LIMIT:
+            raise HTTPError(503, "overload", "%s has too many requests" % self.id)
+        visitor = exchange.request.address
+        return link.open(
+            exchange, service=exchange.service, visitor=visitor, scheme="http"
+        )
+
+    def on_closed(self, cause: str) -> None:
+        self.timer.clear()
+        log.info("%s: link closed: %s", self, cause)
+        if self.server.tunnels.get(self.id) is self:
+            del self.server.tunnels[self.id]
+
+
+# -----------------------------------------------------------------------------------
+# Visitors: a Visitor is a connection from outside; its requests are answered one at a
+# time, each by an Exchange, which owns the stream. An Exchange is in one of these:
+#
+#      asking     the request goes out; nothing of the final answer has come
+#      answering  the head of the answer has gone to the visitor, its body is passing
+#      upgraded   the service said 101: bytes flow both ways, each with its own end
+#      finished   the stream is kept for the visitor's next request to the service
+# -----------------------------------------------------------------------------------
+FIRST_BYTE_TIME = 30.0  # seconds for the first byte of a new connection
+HEAD_TIME = 10.0  # seconds from a head's first byte to its last, however it dribbles
+IDLE_TIME = 60.0  # seconds that a connection is kept after an answer
+KEPT_TIME = 1.0  # seconds a kept stream is good for a request that may not go twice
+RESETS = {  # what a client's RESET means to the visitor
+    "no-service": 404,
+    "timeout": 504,
+    "busy": 503,
+    "overload": 503,
+    "gone": 503,
+}
+
+
+class Visitor:
+    """A connection from outside."""
+
+    def __init__(self, port: "Listener", sock: socket.socket) -> None:
+        self.port, self.server, self.loop = port, port.server, port.server.loop
+        self.address = address_of(sock)
+        self.connection = Connection(self.loop, sock, self)
+        self.buffer = bytearray()  # read, and not yet understood
+        self.searched = 0  # bytes of the buffer in which no head's end was found
+        self.request: Optional[Request] = None
+        self.exchange: Optional[Exchange] = None
+        self.kept: Optional[Exchange] = None  # finished, and its stream still good
+        self.idle_since = self.loop.clock()
+        self.closing = False
+        self.timer = Timer(self.loop, self, self.on_late)
+        self.timer.set(FIRST_BYTE_TIME if port.visitors else HEAD_TIME)
+        self.server.visitors.add(self)
+
+    def __str__(self) -> str:
+        return "visitor %s" % self.address
+
+    def interest(self) -> int:
+        if self.exchange:
+            return READ if self.exchange.wants_read() else 0
+        return 0 if self.closing or self.connection.backlog else READ
+
+    def on_readable(self) -> None:
+        """A body is pulled by its stream; anything else is read ahead, up to a head."""
+        if self.exchange and self.exchange.uploading():
+            self.exchange.wake()
+            return
+        view = self.loop.scratch[: HEAD_LIMIT - len(self.buffer)]
+        count = self.connection.read_into(view)
+        if count:
+            self.buffer += view[:count]
+        if count is not None and not self.exchange:
+            self.next()
+        elif count == 0 and self.connection.lost:
+            self.leave()
+
+    def on_writable(self) -> None:
+        exchange = self.exchange or self.kept
+        if exchange:
+            exchange.settle()
+        elif self.connection.lost:
+            self.leave()
+        self.next()
+
+    def on_late(self) -> None:
+        if self.connection.backlog:
+            self.timer.set(IDLE_TIME)  # he still takes the last answer
+        elif self.buffer:
+            cause = "no whole head within %d s" % HEAD_TIME
+            raise HTTPError(408, "timeout", cause)
+        else:
+            self.leave()
+
+    def next(self) -> None:
+        """Begin the next request, if the last answer has gone and a head is here."""
+        if self.exchange or self.closing or self.connection.backlog:
+            return
+        if self.buffer[:2] == b"\r\n" and not self.searched:
+            del self.buffer[:2]  # RFC 9112 2.2: an empty line before a request
+        end = find_head(self.buffer, self.searched)
+        if end:
+            head = bytes(self.buffer[:end])
+            del self.buffer[:end]
+            self.searched = 0
+            self.timer.clear()
+            self.request = Request(head, self.address)
+            self.serve(self.request)
+        elif self.connection.eof or self.connection.lost:
+            self.leave()
+        elif self.buffer:
+            if not self.searched:
+                self.timer.set(HEAD_TIME)
+            self.searched = len(self.buffer)
+
+    def serve(self, request: Request) -> None:
+        """A whole head is here: whose is it?"""
+        path = request.target.partition("?")[0]
+        if path == LINK_PATH and self.port.clients:
+            self.become_link(request)
+        elif not self.port.visitors:
+            raise HTTPError(404, "client-port", "clients dial this port, not visitors")
+        else:
+            router = self.server.router
+            route, denied = router.route(request), router.authorize(request)
+            if denied is not None:
+                status, fields = denied
+                pairs = dict(fields).items()
+                cause = "this needs a permission"
+                raise HTTPError(int(status), "denied", cause, pairs)
+            self.visit(request, *(route or (None, None)))
+
+    def visit(
+        self, request: Request, id: Optional[str], service: Optional[str]
+    ) -> None:
+        """The Router has spoken: take the request where it belongs."""
+        tunnel = self.server.tunnels.get(id or "")
+        if tunnel and service in tunnel.services:
+            self.exchange = Exchange(self, request, tunnel, str(service))
+            self.exchange.start()
+        elif request.method not in ("GET", "HEAD") or request.target != "/":
+            self.not_found(tunnel, id, service)
+        elif tunnel and service is None:
+            self.show_index(request, tunnel)
+        elif id is None and self.server.names.is_base(request.name):
+            self.respond(200, "", "mdm-tunnel is here", self.server.how_to(request))
+        else:
+            self.not_found(tunnel, id, service)
+
+    def not_found(
+        self, tunnel: Optional[Tunnel], id: Optional[str], service: Optional[str]
+    ) -> None:
+        if tunnel and service:
+            raise HTTPError(404, "no-service", "%s has no service %s" % (id, service))
+        if tunnel:
+            raise HTTPError(404, "no-page", "the index of %s is at /" % id)
+        cause = "nobody is connected as %s" % id if id else "no service has this name"
+        raise HTTPError(404, "no-name", cause)
+
+    def show_index(self, request: Request, tunnel: Tunnel) -> None:
+        lines = []
+        for service in sorted(tunnel.services):
+            lines.append("http://%s.%s/" % (service, request.host))
+        self.respond(200, "", "Services of %s" % tunnel.id, lines or ["None yet."])
+
+    def become_link(self, request: Request) -> None:
+        """RFC 9110 7.8: go over to our protocol."""
+        asked = [value.lower() for value in request.upgrade]
+        if asked != [PROTOCOL]:
+            cause = "this port speaks %s" % PROTOCOL
+            if not asked:
+                cause += "; the request to upgrade is missing, so a proxy in between"
+                cause += " dropped it: let it pass on Upgrade and Connection"
+            fields = [("Upgrade", PROTOCOL), ("Connection", "Upgrade")]
+            raise HTTPError(426, "version", cause, fields)
+        if not request.body.done:
+            raise malformed("a body in a request for a link")
+        self.server.visitors.discard(self)
+        self.server.meet(self.connection)
+        lines = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s"
+        self.connection.write((lines % PROTOCOL + "\r\n\r\n").encode())
+        tunnel = Tunnel(self.server, self.connection, request.host)
+        if self.buffer:
+            self.loop.soon(tunnel.link, tunnel.link.take, memoryview(self.buffer))
+
+    def respond(
+        self, status: int, code: str, title: str, lines: List[str], fields: Any = ()
+    ) -> None:
+        """Answer with a page of our own."""
+        request = self.request
+        kind, body = make_page(title, lines, bool(request and request.wants_html()))
+        keep = bool(request and request.keeps_alive() and request.body.done)
+        keep = keep and not self.server.stopping
+        head = ["HTTP/1.1 %d %s" % (status, PHRASES.get(status, title))]
+        head += ["Content-Type: " + kind, "Content-Length: %d" % len(body)]
+        head += ["Cache-Control: no-store"]
+        head += ["X-Tunnel-Error: " + code] if code else []
+        head += ["%s: %s" % pair for pair in fields]
+        if not keep and not any(name == "Connection" for name, _ in fields):
+            head.append("Connection: close")
+        elif request and request.minor == 0:
+            head.append("Connection: keep-alive")
+        if any("\r" in line or "\n" in line for line in head):
+            raise ValueError("a field of an answer has a line break")
+        if request and request.method == "HEAD":
+            body = b""
+        text = "\r\n".join(head) + "\r\n\r\n"
+        self.connection.write(text.encode("latin-1", "replace") + body)
+        self.log_answer(status, code)
+        self.done(keep)
+
+    def log_answer(self, status: int, note: str) -> None:
+        request, where = self.request, self.exchange or self
+        what = "%s %s" % (request.method, request.target) if request else "-"
+        log.info("%s: %s %s %s", where, what, status, note)
+
+    def fail(self, error: Exception) -> None:
+        """What went wrong before an answer began is answered; after that he is cut."""
+        if self.closing or isinstance(error, OSError):
+            self.leave()
+            return
+        if not isinstance(error, HTTPError):
+            error = HTTPError(500, "error", "the server made a mistake; its log has it")
+        lines = [error.cause[:1].upper() + error.cause[1:] + "."]
+        if error.status == 404 and self.request:
+            lines += self.server.how_to(self.request)
+        title = "%d %s" % (error.status, PHRASES.get(error.status, error.code))
+        self.respond(error.status, error.code, title, lines, error.fields)
+
+    def done(self, keep: bool) -> None:
+        """An answer has been given; what comes next?"""
+        self.exchange = self.request = None
+        self.idle_since = self.loop.clock()
+        if keep and not self.server.stopping:
+            self.timer.set(IDLE_TIME)
+            self.loop.soon(self, self.next)
+        else:
+            self.end()
+
+    def end(self) -> None:
+        """Close, when everything has been said and has arrived."""
+        self.forget()
+        self.connection.after_backlog(self.connection.linger)
+
+    def cut(self) -> None:
+        """What he has got so far is all there is, and it must not look whole."""
+        self.forget()
+        self.connection.after_backlog(self.connection.abort)
+
+    def leave(self) -> None:
+        """He has gone, or may go: nothing is left to say."""
+        self.forget()
+        self.connection.close()
+
+    def forget(self) -> None:
+        """From here on only the connection's own end is left."""
+        self.closing = True
+        self.timer.clear()
+        self.server.visitors.discard(self)
+        for exchange in (self.exchange, self.kept):
+            if exchange:
+                exchange.stream.reset("done" if exchange.finished else "left")
+        self.exchange = self.kept = None
+
+
+class Exchange:
+    """One request and its answer. It owns the stream that carries them."""
+
+    stream: Stream
+
+    def __init__(
+        self, visitor: Visitor, request: Request, tunnel: Tunnel, service: str
+    ) -> None:
+        self.visitor, self.request = visitor, request
+        self.tunnel, self.service = tunnel, service
+        self.options = tunnel.services[service]
+        self.head = b""  # of the request: what is still to be pulled
+        self.carry = bytearray()  # of the answer: what is not understood yet
+        self.searched = 0
+        self.answer: Optional[Answer] = None
+        self.body = Body(0)  # of the answer
+        self.keep = False  # the visitor's connection, after this
+        self.reused = False  # the stream carried an earlier request
+        self.repeated = False  # it is being asked for the second time
+        self.upgraded = False
+        self.finished = False
+
+    def __str__(self) -> str:
+        return "%s %s" % (self.tunnel, self.service)
+
+    # Asking.
+
+    def start(self) -> None:
+        """Take the stream kept from the last request, or a new one."""
+        kept, self.visitor.kept = self.visitor.kept, None
+        if kept and self.may_reuse(kept):
+            self.stream, self.reused = kept.stream, True
+            self.stream.owner = self
+        else:
+            if kept:
+                kept.stream.reset("done")
+            self.stream = self.tunnel.open(self)
+        self.head = self.request.to_service()
+        self.wake()
+
+    def may_reuse(self, kept: "Exchange") -> bool:
+        """Is it the same service still, and if the stream has died unseen, may the
+        request go twice?"""
+        same = (self.tunnel, self.service, self.options)
+        usable = kept.stream.open and not self.tunnel.link.leaving
+        idle = self.visitor.loop.clock() - self.visitor.idle_since
+        fresh = idle < KEPT_TIME or self.repeatable()
+        return usable and fresh and same == (kept.tunnel, kept.service, kept.options)
+
+    def repeatable(self) -> bool:
+        return self.request.method in REPEATABLE and self.request.body.done
+
+    def repeat(self, code: str) -> bool:
+        """Ask once more: a kept stream died before it answered, or the client had not
+        even dialled. False when that may not be, or cannot."""
+        stale = self.reused and self.repeatable()
+        unseen = code == "gone" and self.request.body.untouched
+        tunnel = self.visitor.server.tunnels.get(self.tunnel.id)
+        if self.repeated or not (stale or unseen):
+            return False
+        if tunnel is None or self.service not in tunnel.services:
+            return False
+        self.tunnel, self.repeated = tunnel, True
+        self.stream = tunnel.open(self)
+        self.head = self.request.to_service()
+        self.wake()
+        return True
+
+    def wake(self) -> None:
+        self.stream.wake()
+
+    def uploading(self) -> bool:
+        """Whether what the visitor sends belongs to the stream."""
+        return self.upgraded or not self.request.body.done
+
+    def wants_read(self) -> bool:
+        if self.uploading():
+            return self.stream.wants_read()
+        return len(self.visitor.buffer) < HEAD_LIMIT
+
+    def pull(self, view: memoryview) -> Optional[int]:
+        """The stream's turn: the head, then the body as far as its framing goes."""
+        if self.head:
+            size = min(len(view), len(self.head))
+            view[:size] = self.head[:size]
+            self.head = self.head[size:]
+            return size
+        if not self.uploading():
+            return None
+        buffer, connection = self.visitor.buffer, self.visitor.connection
+        had = min(len(buffer), len(view))
+        view[:had] = buffer[:had]
+        count = connection.read_into(view[had:]) if had < len(view) else None
+        total = had + (count or 0)
+        good = total if self.upgraded else self.request.body.feed(view[:total])
+        buffer[:had] = view[good:total]  # a part of a line, or of the next request
+        if count == 0 and not good:
+            return self.on_visitor_end()
+        return good or None
+
+    def on_visitor_end(self) -> int:
+        """The visitor sends no more: an end after a 101, a fault in a body."""
+        if not self.upgraded:
+            raise OSError("the visitor left in the middle of the request")
+        if self.stream.ended_in:
+            self.visitor.connection.after_backlog(self.visitor.leave)
+        return 0
+
+    # Answering.
+
+    def receive(self, data: memoryview) -> None:
+        """Bytes from the service."""
+        if self.finished:
+            self.drop()
+            return
+        try:
+            if self.upgraded:
+                self.visitor.connection.write(data)
+            elif self.answer:
+                self.on_body(b"", data)
+            else:
+                self.carry += data
+                self.read_heads()
+        except HTTPError as error:
+            raise HTTPError(502, "broken", "%s: %s" % (self.said(), error)) from None
+        self.settle()
+
+    def said(self) -> str:
+        return "service %s of %s" % (self.service, self.tunnel.id)
+
+    def read_heads(self) -> None:
+        """Any number of 1xx, then the head of the answer (RFC 9110 15.2)."""
+        while not (self.answer or self.upgraded):
+            end = find_head(self.carry, self.searched)
+            if not end:
+                self.searched = len(self.carry)
+                return
+            answer = Answer(bytes(self.carry[:end]))
+            del self.carry[:end]
+            self.searched = 0
+            if answer.status == 101:
+                self.on_upgrade(answer)
+            elif answer.status < 200:
+                if self.request.minor:
+                    self.visitor.connection.write(answer.to_visitor("", set()))
+            else:
+                self.on_answer(answer)
+
+    def on_upgrade(self, answer: Answer) -> None:
+        if not (self.request.upgrade and answer.upgrade and self.request.body.done):
+            raise malformed("it changed the protocol without being asked")
+        self.upgraded = True
+        head = answer.to_visitor("Upgrade", set())
+        self.visitor.connection.write(head + bytes(self.carry))
+        self.carry.clear()
+        self.visitor.log_answer(101, "")
+        self.wake()
+
+    def on_answer(self, answer: Answer) -> None:
+        """Its head is whole: say whether the connection goes on, and pass it on."""
+        request, server = self.request, self.visitor.server
+        self.body = answer.frame(request.method)
+        self.answer = answer
+        unwrap = request.minor == 0 and isinstance(self.body, Chunked)
+        ends = unwrap or self.body.until_end
+        keep = request.keeps_alive() and request.body.done and not ends
+        self.keep = keep and not server.stopping
+        connection = "" if self.keep else "close"
+        if self.keep and request.minor == 0:
+            connection = "keep-alive"
+        drop = {"transfer-encoding", "trailer"} if unwrap else set()
+        data = memoryview(bytes(self.carry))
+        self.carry.clear()
+        self.visitor.log_answer(answer.status, "")
+        self.on_body(answer.to_visitor(connection, drop), data)
+
+    def on_body(self, head: bytes, data: memoryview) -> None:
+        """Pass on what the framing allows; keep a line that is not whole."""
+        if self.carry:
+            data = memoryview(bytes(self.carry) + bytes(data))
+            self.carry.clear()
+        good = self.body.feed(data)
+        if self.request.minor == 0 and isinstance(self.body, Chunked):
+            content = b"".join(data[start:end] for start, end in self.body.spans)
+            self.visitor.connection.write(head + content)
+        elif head:
+            self.visitor.connection.write(head + bytes(data[:good]))
+        else:
+            self.visitor.connection.write(data[:good])
+        self.carry += data[good:]
+        if self.body.done:
+            self.finish()
+
+    def settle(self) -> None:
+        """Give credit for what the visitor has taken; see whether he is still there."""
+        connection = self.visitor.connection
+        if connection.lost and (connection.eof or not self.upgraded):
+            self.visitor.leave()
+        else:
+            self.stream.settle(len(self.carry) + len(connection.backlog))
+
+    def finish(self) -> None:
+        """The answer is whole. The stream is kept if everything was as it should be:
+        bytes beyond the answer's framing belong to nobody."""
+        answer, stream = self.answer, self.stream
+        whole = self.request.body.done and not self.carry and not self.body.until_end
+        again = answer and answer.keeps_alive() and not stream.ended_in
+        self.settle()
+        if self.carry:
+            self.keep = False
+        self.finished = True
+        if whole and again and self.request.minor and self.keep and stream.open:
+            self.visitor.kept = self
+        else:
+            stream.reset("done")
+        if not self.visitor.closing:
+            self.visitor.done(self.keep)
+
+    def drop(self) -> None:
+        """The kept stream said something unasked: it is of no more use."""
+        self.stream.reset("done")
+        if self.visitor.kept is self:
+            self.visitor.kept = None
+
+    # When it ends before its time.
+
+    def on_end(self) -> None:
+        """The service sends no more."""
+        connection = self.visitor.connection
+        if self.finished:
+            self.drop()
+        elif self.upgraded:
+            gone = connection.eof or connection.lost
+            connection.after_backlog(self.visitor.leave if gone else connection.finish)
+        elif self.answer and self.body.until_end:
+            self.finish()
+        else:
+            self.stream.reset("done")
+            self.on_reset("reset", "the service closed the connection too early")
+
+    def on_reset(self, code: str, cause: str) -> None:
+        """The stream is over: ask again, say why, or cut what has begun."""
+        if self.finished:
+            self.drop()
+        elif self.answer or self.upgraded:
+            log.info("%s: cut: %s %s", self, code, cause)
+            self.visitor.cut()
+        elif self.carry or not self.repeat(code):
+            word = re.sub("[^a-z-]", "", code)[:32] or "error"
+            text = "%s: %s" % (self.said(), cause or word)
+            self.visitor.fail(HTTPError(RESETS.get(code, 502), word, text))
+
+    def fail(self, error: Exception) -> None:
+        """Something raised while the stream was served."""
+        self.stream.reset("left")
+        if self.answer or self.upgraded:
+            log.info("%s: cut: %s", self, error)
+            self.visitor.cut()
+        else:
+            self.visitor.fail(error)
+
+
+# -----------------------------------------------------------------------------------
+# Server: the two ports, who is connected, and how it all stops.
+# -----------------------------------------------------------------------------------
+ACCEPT_BATCH = 64  # connections accepted in one turn of the loop, on each port
+ACCEPT_PAUSE = 0.5  # seconds without accepting when no descriptors are left
+QUEUE = 1024  # connections that the kernel may hold until we accept them
+DRAIN = 4.0  # seconds for running requests after SIGTERM
+DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
+
+
+def plain_address(host: str) -> str:
+    """An address as people write it: without the mapping into IPv6, or the zone."""
+    return host.partition("%")[0].replace("::ffff:", "") if "." in host else host
+
+
+def address_of(sock: socket.socket) -> str:
+    """The address of a socket's peer; "?" when it has gone already."""
+    try:
+        return plain_address(sock.getpeername()[0])
+    except OSError:
+        return "?"
+
+
+def listen(bind: Optional[str], port: int) -> socket.socket:
+    """A listening socket: one for IPv4 and IPv6 where `bind` is None. Raises OSError."""
+    family, host = socket.AF_INET6, "::"
+    if bind:
+        found = socket.getaddrinfo(bind, port, 0, socket.SOCK_STREAM)[0]
+        family, host = found[0], str(found[4][0])
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        if not bind:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    except OSError:
+        if bind:
+            raise
+        return listen("0.0.0.0", port)
+    name = "SO_EXCLUSIVEADDRUSE" if os.name == "nt" else "SO_REUSEADDR"
+    sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        if not bind and error.errno == errno.EADDRNOTAVAIL:
+            return listen("0.0.0.0", port)
+        raise
+    sock.listen(QUEUE)
+    sock.setblocking(False)
+    return sock
+
+
+class Listener:
+    """A port on which visitors or clients, or both, are accepted."""
+
+    def __init__(
+        self, server: "Server", bind: Optional[str], port: int, serves: str
+    ) -> None:
+        self.server, self.loop = server, server.loop
+        self.visitors, self.clients = "visitors" in serves, "clients" in serves
+        self.sock = listen(bind, port)
+        self.address = self.sock.getsockname()[:2]
+        self.timer = Timer(self.loop, self, self.resume)
+        self.paused = True
+        self.resume()
+
+    def __str__(self) -> str:
+        return "port %d" % self.address[1]
+
+    def on_events(self, mask: int) -> None:
+        for _ in range(ACCEPT_BATCH):
+            if self.paused or (self.loop.full() and not self.server.make_room()):
+                raise OSError("no descriptors left: accepting pauses")
+            try:
+                sock = self.sock.accept()[0]
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            visitor = Visitor(self, sock)
+            if not self.visitors:
+                self.server.meet(visitor.connection)
+
+    def fail(self, error: Exception) -> None:
+        log.warning("%s: %s", self, error)
+        if not self.paused:
+            self.paused = True
+            self.loop.selector.unregister(self.sock)
+            self.timer.set(ACCEPT_PAUSE)
+
+    def resume(self) -> None:
+        self.loop.selector.register(self.sock, READ, self)
+        self.paused = False
+
+    def close(self) -> None:
+        if not self.paused:
+            self.loop.selector.unregister(self.sock)
+            self.paused = True
+        self.timer.clear()
+        self.sock.close()
+
+
+class Server:
+    """Listens from the start; run() serves until stop(). Port 0 takes a free port: see
+    `visitor_address` and `client_address`, (host, port) each. `domain` is as --domain.
+    Raises OSError when it cannot listen, ValueError for a bad domain."""
+
+    def __init__(
+        self,
+        port: int = 8000,
+        client_port: int = 8001,
+        bind: Optional[str] = None,
+        domain: str = "",
+        router: Optional[Router] = None,
+        loop: Optional[Loop] = None,
+    ) -> None:
+        self.loop = loop or Loop()
+        self.tunnels: Dict[str, Tunnel] = {}  # by id
+        self.visitors: Set[Visitor] = set()
+        self.strangers: Set[Connection] = set()  # dialled, and not logged in
+        self.names = Names(parse_domains(domain), self.tunnels)
+        self.router = router or Router()
+        self.router.names = self.names
+        self.stopping = False
+        self.said_goodbye = False
+        self.until = 0.0  # when what we wait for, stopping, has had its time
+        self.timer = Timer(self.loop, self, self.drain)
+        shared = port == client_port != 0
+        serves = "visitors and clients" if shared else "visitors"
+        self.listeners = [Listener(self, bind, port, serves)]
+        if not shared:
+            self.listeners.append(Listener(self, bind, client_port, "clients"))
+        self.visitor_address = self.listeners[0].address
+        self.client_address = self.listeners[-1].address
+        self.names.port = self.visitor_address[1]
+
+    def __str__(self) -> str:
+        return "server"
+
+    def run(self) -> None:
+        """Serve until stop(), or on_signal(), and what follows from it is done."""
+        ports = self.visitor_address[1], self.client_address[1]
+        log.info("visitors on port %d, clients on port %d", *ports)
+        self.loop.run()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything at once."""
+        for listener in self.listeners:
+            listener.close()
+        self.loop.close()
+
+    def fail(self, error: Exception) -> None:
+        log.error("server: %s", error)
+
+    def how_to(self, request: Request) -> List[str]:
+        """For the landing page and the 404s: how somebody gets a name here."""
+        labels = request.name.split(".")
+        if self.names.domains:
+            name = self.names.domains[0].name
+        elif self.names.is_base(request.name):
+            name = request.name
+        else:
+            name = ".".join(labels[2 if len(labels) > 2 else 1 :]) or request.name
+        line = "  python3 mdm_tunnel_client.py -v -h %s -p %d -i tim web=9000"
+        return [
+            "To publish what listens on port 9000 of your machine, run there:",
+            line % (name, self.client_address[1]),
+            "tim is the name you choose; -v prints the address of the service web.",
+        ]
+
+    def meet(self, connection: Connection) -> None:
+        """Somebody who has not logged in: of too many, one at random goes."""
+        self.strangers = {other for other in self.strangers if not other.closed}
+        if len(self.strangers) >= STRANGERS:
+            victim = random.choice(list(self.strangers))
+            self.strangers.discard(victim)
+            victim.fail(OSError("too many connections have not logged in"))
+        self.strangers.add(connection)
+
+    def make_room(self) -> bool:
+        """Close the visitor who is idle longest between requests, if there is one."""
+        idle = [v for v in self.visitors if not (v.exchange or v.connection.backlog)]
+        if idle:
+            min(idle, key=lambda visitor: visitor.idle_since).leave()
+        return bool(idle)
+
+    # Stopping.
+
+    def on_signal(self, number: int) -> None:
+        """SIGTERM lets what runs end; SIGINT, or a second signal, does not."""
+        if self.stopping or number == signal.SIGINT:
+            self.loop.running = False
+        else:
+            self.stop()
+
+    def stop(self) -> None:
+        """Accept no more, give running requests DRAIN seconds, then close the links."""
+        log.info("stopping")
+        self.stopping = True
+        self.until = self.loop.clock() + DRAIN
+        for listener in self.listeners:
+            listener.close()
+        for visitor in list(self.visitors):
+            if not visitor.exchange:
+                visitor.end()
+        self.drain()
+
+    def drain(self) -> None:
+        """Is there anything still to wait for?"""
+        late = self.loop.clock() >= self.until
+        exchanges = [visitor.exchange for visitor in self.visitors]
+        running = [e for e in exchanges if e and not e.upgraded]
+        if not self.said_goodbye and (late or not running):
+            self.say_goodbye()
+        elif self.said_goodbye and (late or not self.loop.connections):
+            self.loop.running = False
+        self.timer.set(DRAIN_LOOK)
+
+    def say_goodbye(self) -> None:
+        """The last words: upgraded connections end, and then the links."""
+        self.said_goodbye = True
+        self.until = self.loop.clock() + LINGER
+        for visitor in list(self.visitors):
+            visitor.cut()
+        for tunnel in list(self.tunnels.values()):
+            tunnel.link.goodbye("stopping", "the server is stopping")
+
+
+# -----------------------------------------------------------------------------------
+# Command line
+# -----------------------------------------------------------------------------------
+def port_number(text: str) -> int:
+    if not (text.isdigit() and int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError("%r is no port: 0 to 65535" % text)
+    return int(text)
+
+
+def domains(text: str) -> str:
+    try:
+        parse_domains(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mdm_tunnel_server.py",
+        description="The public end of a reverse tunnel: takes visitors' HTTP and "
+        "WebSocket requests for service.id.example.com to the client that is logged in "
+        "as id. Silent without -v.",
+    )
+    add = parser.add_argument
+    add("-p", "--port", type=port_number, default=8000, metavar="PORT",
+        help="port for visitors (%(default)s; 0: any free one)")  # fmt: skip
+    add("-c", "--client-port", type=port_number, default=8001, metavar="PORT",
+        help="port for clients (%(default)s); may be the same")  # fmt: skip
+    add("--bind", metavar="ADDR", help="address to listen on (all, IPv4 and IPv6)")
+    add("--domain", type=domains, default="", metavar="NAME",
+        help="serve only names below NAME and localhost; several with commas; a whole "
+        "URL (https://example.com) when a proxy stands in front")  # fmt: skip
+    add("-v", "--verbose", action="count", default=0,
+        help="say what happens, on stderr; -vv: every frame")  # fmt: skip
+    add("-V", "--version", action="version", version=VERSION)
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Serve until a signal. Exit status: 0, 1 (a port is taken) or 2 (usage)."""
+    options = parse_arguments(argv)
+    set_up_log(options.verbose)
+    try:
+        server = Server(
+            options.port, options.client_port, options.bind, options.domain
+        )
+    except OSError as error:
+        ports = "%d or %d" % (options.port, options.client_port)
+        die(1, "cannot listen on port %s: %s" % (ports, error.strerror or error))
+    server.loop.catch_signals(server.on_signal)
+    server.run()
+
+
+if __name__ == "__main__":
+    main()
