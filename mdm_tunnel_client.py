@@ -459,6 +459,8 @@ class Connection:
     def read_into(self, view: memoryview) -> Optional[int]:
         """Bytes read, 0 at the end, None when there are none now. Raises OSError."""
         self.loop.touched.add(self)
+        if self.eof:
+            return 0
         if self.dry or self.closed:
             return None
         try:
@@ -937,10 +939,10 @@ class Link:
         """The connection is broken, or the peer's frames are."""
         if isinstance(error, OSError):
             self.connection.lost = self.connection.lost or error
-        elif not self.leaving:
+        elif not self.connection.backlog:
             code = "protocol" if isinstance(error, ProtocolError) else "error"
-            self.owing.clear()
             self.goodbye(code, str(error))
+            self.owing.clear()
             self.connection.write(self.loop.frames[: self.put_control(0)])
         self.close(str(error))
 
@@ -966,7 +968,7 @@ class Link:
         log.debug("%s %s %d %s %d %r", self, way, number, name, len(payload), start)
 
 
-LINK_FRAMES: Dict[int, Call] = {  # what they do; those that are not here are for the owner
+LINK_FRAMES: Dict[int, Call] = {  # those that are not here are for the owner
     Kind.PING: Link.on_ping,
     Kind.PONG: Link.on_pong,
     Kind.GOODBYE: Link.on_goodbye,
@@ -1196,7 +1198,7 @@ class Dial:
         self.until = loop.clock() + seconds
         self.addresses: List[Address] = []
         self.connection: Optional[Connection] = None
-        self.failure = ("timeout", "%s did not answer in time" % target.text)
+        self.failure: Optional[Tuple[str, str]] = None  # of the first address
         self.over = False
         self.timer = Timer(loop, self, self.on_late)
         self.timer.set(seconds)
@@ -1207,7 +1209,7 @@ class Dial:
 
     def on_addresses(self, found: Any) -> None:
         if isinstance(found, OSError):
-            self.failure = ("refused", str(found))
+            self.note("refused", str(found))
         else:
             self.addresses = list(found)
         self.try_next()
@@ -1218,7 +1220,8 @@ class Dial:
             return
         if not self.addresses:
             self.end()
-            self.owner.on_unreachable(*self.failure)
+            failure = self.failure or ("refused", "%s has no address" % self.target.text)
+            self.owner.on_unreachable(*failure)
             return
         left = max(0.0, self.until - self.loop.clock())
         self.timer.set(left / len(self.addresses))
@@ -1243,18 +1246,19 @@ class Dial:
 
     def on_failure(self, code: int) -> None:
         """This address does not answer: the next?"""
-        said = "%s: %s" % (self.target.text, os.strerror(code))
-        self.failure = ("refused", said)
+        name = self.target.text
         if code == errno.ECONNREFUSED:
-            said = "%s refused the connection" % self.target.text
-            self.failure = ("refused", said)
-        elif code in (errno.EMFILE, errno.ENFILE):
-            self.failure = ("busy", said)
+            self.note("refused", "%s refused the connection" % name)
         elif code == errno.ETIMEDOUT:
-            said = "%s did not answer in time" % self.target.text
-            self.failure = ("timeout", said)
+            self.note("timeout", "%s did not answer in time" % name)
+        else:
+            full = code in (errno.EMFILE, errno.ENFILE)
+            self.note("busy" if full else "refused", name + ": " + os.strerror(code))
         self.drop()
         self.loop.soon(self, self.try_next)
+
+    def note(self, code: str, cause: str) -> None:
+        self.failure = self.failure or (code, cause)
 
     def on_late(self) -> None:
         self.on_failure(errno.ETIMEDOUT)
@@ -1282,7 +1286,7 @@ class Dial:
             self.judge(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
     def fail(self, error: Exception) -> None:
-        self.failure = ("refused", str(error))
+        self.note("refused", str(error))
         self.drop()
         self.loop.soon(self, self.try_next)
 

@@ -458,6 +458,8 @@ class Connection:
     def read_into(self, view: memoryview) -> Optional[int]:
         """Bytes read, 0 at the end, None when there are none now. Raises OSError."""
         self.loop.touched.add(self)
+        if self.eof:
+            return 0
         if self.dry or self.closed:
             return None
         try:
@@ -936,10 +938,10 @@ class Link:
         """The connection is broken, or the peer's frames are."""
         if isinstance(error, OSError):
             self.connection.lost = self.connection.lost or error
-        elif not self.leaving:
+        elif not self.connection.backlog:
             code = "protocol" if isinstance(error, ProtocolError) else "error"
-            self.owing.clear()
             self.goodbye(code, str(error))
+            self.owing.clear()
             self.connection.write(self.loop.frames[: self.put_control(0)])
         self.close(str(error))
 
@@ -965,7 +967,7 @@ class Link:
         log.debug("%s %s %d %s %d %r", self, way, number, name, len(payload), start)
 
 
-LINK_FRAMES: Dict[int, Call] = {  # what they do; those that are not here are for the owner
+LINK_FRAMES: Dict[int, Call] = {  # those that are not here are for the owner
     Kind.PING: Link.on_ping,
     Kind.PONG: Link.on_pong,
     Kind.GOODBYE: Link.on_goodbye,
@@ -1038,6 +1040,7 @@ CHUNK = re.compile(
 )
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::(\d{0,5}))?")
 ABSOLUTE = re.compile(r"(?i:http)://([^/?@]+)([/?].*)?")
+LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
 REPEATABLE = ("GET", "HEAD", "OPTIONS")  # may be sent twice: a kept stream may be dead
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "upgrade"}
@@ -1135,9 +1138,9 @@ class Head:
 
 
 class Request(Head):
-    """A visitor's request. For Router hooks: `method`, `target` (always as `/path?query`
-    or `*`), `host` as it was sent, `name` (the host without port, in lower case),
-    `headers`, `address` of the visitor."""
+    """A visitor's request. Router hooks see its `method`, its `target` (`/path?query`, or
+    `*`), its `host` as it was sent, `name` (the host in lower case, without port), the
+    `headers`, and the `address` of the visitor."""
 
     def __init__(self, head: bytes, address: str) -> None:
         text = head.decode("latin-1")
@@ -1712,9 +1715,10 @@ class Visitor:
             route, denied = router.route(request), router.authorize(request)
             if denied is not None:
                 status, fields = denied
-                pairs = dict(fields).items()
-                cause = "this needs a permission"
-                raise HTTPError(int(status), "denied", cause, pairs)
+                pairs = [(str(name), str(dict(fields)[name])) for name in dict(fields)]
+                if LINE_BREAK.search("".join(map("".join, pairs))):
+                    raise ValueError("authorize() gave a field with a line break")
+                raise HTTPError(int(status), "denied", "this is not for all", pairs)
             self.visit(request, *(route or (None, None)))
 
     def visit(
@@ -1787,8 +1791,6 @@ class Visitor:
             head.append("Connection: close")
         elif request and request.minor == 0:
             head.append("Connection: keep-alive")
-        if any("\r" in line or "\n" in line for line in head):
-            raise ValueError("a field of an answer has a line break")
         if request and request.method == "HEAD":
             body = b""
         text = "\r\n".join(head) + "\r\n\r\n"
@@ -1955,8 +1957,13 @@ class Exchange:
         if not self.upgraded:
             raise OSError("the visitor left in the middle of the request")
         if self.stream.ended_in:
-            self.visitor.connection.after_backlog(self.visitor.leave)
+            self.both_ended()
         return 0
+
+    def both_ended(self) -> None:
+        """After a 101, when neither side sends more."""
+        self.visitor.exchange = None
+        self.visitor.end()
 
     # Answering.
 
@@ -2081,9 +2088,10 @@ class Exchange:
         connection = self.visitor.connection
         if self.finished:
             self.drop()
+        elif self.upgraded and connection.eof:
+            self.both_ended()
         elif self.upgraded:
-            gone = connection.eof or connection.lost
-            connection.after_backlog(self.visitor.leave if gone else connection.finish)
+            connection.after_backlog(connection.finish)
         elif self.answer and self.body.until_end:
             self.finish()
         else:
@@ -2136,7 +2144,7 @@ def address_of(sock: socket.socket) -> str:
 
 
 def listen(bind: Optional[str], port: int) -> socket.socket:
-    """A listening socket: one for IPv4 and IPv6 where `bind` is None. Raises OSError."""
+    """A listening socket, for IPv4 and IPv6 where `bind` is None. Raises OSError."""
     family, host = socket.AF_INET6, "::"
     if bind:
         found = socket.getaddrinfo(bind, port, 0, socket.SOCK_STREAM)[0]
@@ -2182,12 +2190,14 @@ class Listener:
 
     def on_events(self, mask: int) -> None:
         for _ in range(ACCEPT_BATCH):
-            if self.paused or (self.loop.full() and not self.server.make_room()):
+            if self.loop.full() and not self.server.idle():
                 raise OSError("no descriptors left: accepting pauses")
             try:
                 sock = self.sock.accept()[0]
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
+            if self.loop.full():
+                self.server.make_room()
             visitor = Visitor(self, sock)
             if not self.visitors:
                 self.server.meet(visitor.connection)
@@ -2289,12 +2299,13 @@ class Server:
             victim.fail(OSError("too many connections have not logged in"))
         self.strangers.add(connection)
 
-    def make_room(self) -> bool:
-        """Close the visitor who is idle longest between requests, if there is one."""
-        idle = [v for v in self.visitors if not (v.exchange or v.connection.backlog)]
-        if idle:
-            min(idle, key=lambda visitor: visitor.idle_since).leave()
-        return bool(idle)
+    def idle(self) -> List[Visitor]:
+        """Visitors between two requests."""
+        return [v for v in self.visitors if not (v.exchange or v.connection.backlog)]
+
+    def make_room(self) -> None:
+        """Close the visitor who is idle longest."""
+        min(self.idle(), key=lambda visitor: visitor.idle_since).leave()
 
     # Stopping.
 

@@ -1,0 +1,2855 @@
+#!/usr/bin/env python3
+"""The tests of mdm-tunnel: `python3 test_tunnel.py`, or with names of classes or tests.
+
+In the scripts' own order: promises, frames, loop, link, HTTP, names, services, command
+lines, then end to end over loopback sockets. Nothing sleeps: tests on a fake clock move
+it, real ones wait for a state of the programs' loops. Only the standard library.
+"""
+
+import ast
+import base64
+import collections
+import contextlib
+import faulthandler
+import hashlib
+import http.client
+import http.server
+import io
+import json
+import logging
+import os
+import random
+import re
+import selectors
+import shutil
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+import mdm_tunnel_client as client_module
+import mdm_tunnel_server as server_module
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SCRIPTS = ("mdm_tunnel_server.py", "mdm_tunnel_client.py")
+Kind = server_module.Kind
+PATIENCE = 20  # seconds after which a wait has failed; nothing here takes that long
+HANG = 240  # seconds after which the whole run says where it stands, and ends
+KIB = 1 << 10
+
+
+def read(name):
+    with open(os.path.join(HERE, name), encoding="utf-8") as file:
+        return file.read()
+
+
+# -----------------------------------------------------------------------------------
+# Promises: what the project is, beside what it does
+# -----------------------------------------------------------------------------------
+def shared_block(name):
+    lines = read(name).splitlines()
+    marks = [i for i, line in enumerate(lines) if line.startswith("# SHARED BLOCK")]
+    return lines[marks[0] : marks[1]]
+
+
+class Promises(unittest.TestCase):
+    def test_shared_block_is_the_same_in_both_scripts(self):
+        server, client = map(shared_block, SCRIPTS)
+        self.assertGreater(len(server), 500)
+        self.assertEqual(server, client)
+
+    def test_shared_block_leans_on_nothing_outside_itself(self):
+        namespace = {"__name__": "shared"}
+        exec("\n".join(shared_block(SCRIPTS[0])), namespace)
+        self.assertIn("Link", namespace)
+
+    def test_only_the_standard_library_is_imported(self):
+        allowed = set(
+            "argparse ast base64 collections contextlib enum errno faulthandler hashlib "
+            "heapq html http io itertools json logging os queue random re resource "
+            "selectors shlex shutil signal socket socketserver struct subprocess sys "
+            "tempfile threading time typing unittest urllib".split()
+        )
+        for name in SCRIPTS:
+            for node in ast.walk(ast.parse(read(name))):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [node.module]
+                for found in names:
+                    self.assertIn(found.split(".")[0], allowed, name)
+
+    def test_only_the_server_knows_http(self):
+        own = read("mdm_tunnel_client.py").split("# SHARED BLOCK: ends")[1]
+        for word in ("Content-Length", "Transfer-Encoding", "chunked", "GET /"):
+            self.assertNotIn(word, own)
+
+    def test_every_option_of_the_help_is_in_the_readme_and_the_reverse(self):
+        readme = read("README.md")
+        usage = re.findall(r"```\nusage: (mdm_tunnel_\w+\.py.*?)```", readme, re.S)
+        self.assertEqual(len(usage), 2)
+        for text in usage:
+            script = text.split(None, 1)[0]
+            printed = run_script(script, "--help").stdout
+            self.assertEqual(
+                sorted(set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", text))),
+                sorted(set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", printed))),
+            )
+
+    def test_readme_is_short_enough_to_be_read(self):
+        self.assertLess(len(read("README.md").splitlines()), 250)
+
+    def test_every_source_is_within_88_columns(self):
+        for name in SCRIPTS + ("test_tunnel.py",):
+            wide = [line for line in read(name).splitlines() if len(line) > 88]
+            self.assertEqual(wide, [], name)
+
+
+Finished = collections.namedtuple("Finished", "status stdout stderr")
+
+
+def run_script(script, *arguments, stdin=None, cwd=None, isolated=True, env=None):
+    """Run a script to its end, alone in an empty folder."""
+    flags = ["-I"] if isolated else []
+    with tempfile.TemporaryDirectory() as empty:
+        path = "-" if stdin is not None else shutil.copy(os.path.join(HERE, script), empty)
+        process = subprocess.Popen(
+            [sys.executable] + flags + [path] + list(arguments),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=cwd or empty,
+            universal_newlines=True,
+            env=dict(os.environ, COLUMNS="100", **(env or {})),
+        )
+        out, err = process.communicate(stdin, timeout=PATIENCE)
+        return Finished(process.returncode, out, err)
+
+
+# -----------------------------------------------------------------------------------
+# Frames
+# -----------------------------------------------------------------------------------
+def frame(kind, stream=0, payload=b"", length=None):
+    length = len(payload) if length is None else length
+    return struct.pack("!II", kind << 24 | length, stream) + payload
+
+
+def read_frames(data, step=None, peer="server"):
+    """The frames in `data`, fed in pieces of `step` bytes; DATA pieces put together."""
+    reader = server_module.FrameReader(peer)
+    found = []
+    step = step or max(1, len(data))
+    for at in range(0, len(data), step):
+        for kind, stream, payload in reader.feed(memoryview(data[at : at + step])):
+            if kind == Kind.DATA and found and found[-1][:2] == (kind, stream):
+                found[-1] = (kind, stream, found[-1][2] + bytes(payload))
+            else:
+                found.append((kind, stream, bytes(payload)))
+    return found
+
+
+class Frames(unittest.TestCase):
+    GOOD = (
+        frame(Kind.CHALLENGE, 0, b"{}")
+        + frame(Kind.OPEN, 1, b'{"service":"web"}')
+        + frame(Kind.DATA, 1, b"x" * 3000)
+        + frame(Kind.END, 1)
+        + frame(Kind.CREDIT, 2, struct.pack("!I", 5))
+        + frame(Kind.RESET, 2, b"")
+        + frame(Kind.PING, 0, b"12345678")
+    )
+
+    def test_frames_come_out_the_same_however_they_are_cut(self):
+        whole = read_frames(self.GOOD)
+        self.assertEqual(len(whole), 7)
+        self.assertEqual(whole[2], (Kind.DATA, 1, b"x" * 3000))
+        for step in (1, 2, 7, 8, 9, 100):
+            self.assertEqual(read_frames(self.GOOD, step), whole)
+
+    def test_data_is_handed_on_before_its_frame_is_whole(self):
+        reader = server_module.FrameReader("server")
+        part = memoryview(frame(Kind.DATA, 1, b"abc", length=1000))
+        self.assertEqual([bytes(p) for _, _, p in reader.feed(part)], [b"abc"])
+
+    def test_every_limit_is_checked_before_the_payload_comes(self):
+        for kind, (_, on_stream, least, most) in server_module.RULES.items():
+            for length in {least - 1, most + 1} - {-1}:
+                header = frame(kind, int(on_stream), length=length)
+                peer = "client" if kind in (Kind.LOGIN, Kind.SERVICES) else "server"
+                with self.assertRaises(server_module.ProtocolError, msg=kind):
+                    read_frames(header, peer=peer)
+
+    def test_wrong_frames_are_refused(self):
+        table = [
+            ("an unknown kind", frame(99)),
+            ("kind 0", frame(0)),
+            ("a stream's kind on the link", frame(Kind.DATA, 0, b"x")),
+            ("the link's kind on a stream", frame(Kind.PING, 1, b"12345678")),
+            ("LOGIN from the server", frame(Kind.LOGIN, 0, b"{}")),
+            ("SERVICES from the server", frame(Kind.SERVICES, 0, b"{}")),
+            ("empty DATA", frame(Kind.DATA, 1)),
+            ("END with a payload", frame(Kind.END, 1, b"x")),
+            ("CREDIT of three bytes", frame(Kind.CREDIT, 1, b"123")),
+        ]
+        for what, data in table:
+            for step in (None, 1):
+                with self.assertRaises(server_module.ProtocolError, msg=what):
+                    read_frames(data, step)
+
+    def test_kinds_have_the_numbers_of_the_protocol(self):
+        self.assertEqual((Kind.CHALLENGE, Kind.DATA, Kind.GOODBYE), (1, 7, 13))
+
+    def test_json_that_is_no_object_is_refused(self):
+        bad = [b"[]", b"1", b"{", b"\xff", b"[" * 60000, b'{"a":' * 9000, b"null"]
+        for payload in bad:
+            with self.assertRaises(server_module.ProtocolError):
+                server_module.unpack_json(payload)
+
+
+# -----------------------------------------------------------------------------------
+# Loop, on a fake clock
+# -----------------------------------------------------------------------------------
+class Clock:
+    """A clock that stands still until a test moves it."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class NoSelector(selectors.SelectSelector):
+    """Never waits, and sees nothing."""
+
+    def select(self, timeout=None):
+        return []
+
+
+def fake_loop(module, clock=None):
+    return module.Loop(NoSelector(), clock or Clock())
+
+
+class Witness:
+    """An owner that notes what happens to it."""
+
+    def __init__(self):
+        self.errors = []
+        self.rung = 0
+
+    def fail(self, error):
+        self.errors.append(error)
+
+    def ring(self):
+        self.rung += 1
+
+
+class Loops(unittest.TestCase):
+    def setUp(self):
+        self.clock = Clock()
+        self.loop = fake_loop(server_module, self.clock)
+        self.addCleanup(self.loop.close)
+        self.owner = Witness()
+        self.timer = server_module.Timer(self.loop, self.owner, self.owner.ring)
+
+    def after(self, seconds):
+        self.clock.now += seconds
+        self.loop.turn()
+        return self.owner.rung
+
+    def test_timer_rings_once_when_it_is_due(self):
+        self.timer.set(5)
+        self.assertEqual([self.after(4), self.after(2), self.after(100)], [0, 1, 1])
+
+    def test_timer_moved_later_rings_later(self):
+        self.timer.set(5)
+        self.timer.set(10)
+        self.assertEqual([self.after(6), self.after(5)], [0, 1])
+
+    def test_timer_moved_earlier_rings_earlier_and_once(self):
+        self.timer.set(10)
+        self.timer.set(5)
+        self.assertEqual([self.after(6), self.after(20)], [1, 1])
+
+    def test_cleared_timer_does_not_ring_and_can_be_set_again(self):
+        self.timer.set(5)
+        self.timer.clear()
+        self.assertEqual(self.after(6), 0)
+        self.timer.set(5)
+        self.assertEqual(self.after(6), 1)
+
+    def test_cleared_timers_do_not_fill_the_heap(self):
+        for _ in range(20000):
+            timer = server_module.Timer(self.loop, self.owner, self.owner.ring)
+            timer.set(60)
+            timer.clear()
+        self.timer.set(1)
+        self.assertLess(len(self.loop.timers), 2000)
+        self.assertEqual(self.after(2), 1)
+
+    def test_an_error_costs_its_owner_and_nobody_else(self):
+        other = Witness()
+        self.loop.soon(self.owner, self.divide)
+        self.loop.soon(other, other.ring)
+        self.loop.turn()
+        self.assertIsInstance(self.owner.errors[0], ZeroDivisionError)
+        self.assertEqual(other.rung, 1)
+
+    def divide(self):
+        return 1 / 0
+
+    def test_an_owner_that_fails_to_fail_does_not_end_the_loop(self):
+        self.owner.fail = lambda error: self.divide()
+        self.loop.soon(self.owner, self.divide)
+        self.loop.turn()
+
+    def test_calls_from_a_thread_wake_the_loop(self):
+        loop = server_module.Loop()
+        self.addCleanup(loop.close)
+        threading.Thread(target=loop.from_thread, args=(loop, self.owner.ring)).start()
+        while not self.owner.rung:
+            loop.turn()
+
+
+# -----------------------------------------------------------------------------------
+# Link and Stream: the server's copy against the client's, on a fake wire and clock
+# -----------------------------------------------------------------------------------
+class FakeSocket:
+    family = None
+
+    def setsockopt(self, *_):
+        pass
+
+
+class Wire:
+    """In place of a Connection: takes `room` bytes, keeps the rest as backlog."""
+
+    def __init__(self, loop):
+        self.loop, self.sock = loop, FakeSocket()
+        self.owner = self.lost = None
+        self.backlog = bytearray()
+        self.sent = bytearray()
+        self.room = 1 << 40
+        self.moved = 0.0
+        self.ended = ""
+
+    def write(self, data):
+        taken = 0 if self.backlog else min(self.room, len(data))
+        self.take(bytes(data[:taken]))
+        if len(data) > taken and not self.backlog:
+            self.moved = self.loop.clock()
+        self.backlog += data[taken:]
+
+    def take(self, data):
+        self.room -= len(data)
+        self.sent += data
+
+    def flush(self, room):
+        """The kernel has room again."""
+        self.room = room
+        taken = bytes(self.backlog[:room])
+        self.take(taken)
+        del self.backlog[: len(taken)]
+        if taken:
+            self.moved = self.loop.clock()
+        if not self.backlog:
+            self.owner.on_writable()
+
+    def register(self):
+        pass
+
+    def close(self):
+        self.ended = self.ended or "closed"
+
+    def linger(self):
+        self.ended = self.ended or "lingered"
+
+
+class End:
+    """Owner of a stream: a source with something to send, and all that came."""
+
+    def __init__(self, source=b"", endless=False, takes=True):
+        self.source, self.endless, self.takes = bytearray(source), endless, takes
+        self.got = bytearray()
+        self.stream = None
+        self.finished = False  # the source has an end, not only nothing for now
+        self.news = []
+        self.pulled = 0
+
+    def pull(self, view):
+        count = len(view) if self.endless else min(len(view), len(self.source))
+        view[:count] = b"e" * count if self.endless else self.source[:count]
+        del self.source[:count]
+        self.pulled += count
+        return count or (0 if self.finished else None)
+
+    def receive(self, data):
+        self.got += data
+        if self.takes:
+            self.stream.settle(0)
+
+    def take_all(self):
+        self.stream.settle(0)
+
+    def on_end(self):
+        self.news.append("end")
+
+    def on_reset(self, code, cause):
+        self.news.append(code)
+
+    def fail(self, error):
+        self.news.append(error)
+        self.stream.reset("error", "it failed")
+
+    def send(self, data):
+        self.source += data
+        self.stream.wake()
+
+
+class Side:
+    """One end of the link, with its owner's part."""
+
+    def __init__(self, module, role, clock):
+        self.module, self.role = module, role
+        self.loop = fake_loop(module, clock)
+        self.wire = Wire(self.loop)
+        self.link = module.Link(self.loop, self.wire, self, role)
+        self.ends = []
+        self.messages = []
+        self.closed = None
+        self.next_end = End
+
+    def __str__(self):
+        return self.role
+
+    def on_message(self, kind, message):
+        self.messages.append((kind, message))
+        if kind == Kind.CHALLENGE:
+            self.link.send(Kind.LOGIN, id="tim", session="s")
+        elif kind == Kind.LOGIN:
+            self.link.send(Kind.WELCOME)
+        elif kind == Kind.WELCOME:
+            self.link.send(Kind.SERVICES, web={})
+
+    def on_open(self, stream, message):
+        end = self.next_end()
+        end.stream, stream.owner = stream, end
+        self.ends.append(end)
+
+    def on_closed(self, cause):
+        self.closed = cause
+
+    def open(self, end):
+        end.stream = self.link.open(end, service="web")
+        self.ends.append(end)
+        end.stream.wake()
+        return end
+
+
+class LinkCase(unittest.TestCase):
+    def setUp(self):
+        self.clock = Clock()
+        self.server = Side(server_module, "server", self.clock)
+        self.client = Side(client_module, "client", self.clock)
+        self.sides = (self.server, self.client)
+        for side in self.sides:
+            self.addCleanup(side.loop.close)
+        self.server.link.send(Kind.CHALLENGE)
+        self.settle()
+
+    def settle(self):
+        """Let both loops turn until nothing moves any more."""
+        moved = True
+        while moved:
+            moved = self.exchange()
+
+    def exchange(self):
+        for side in self.sides:
+            side.loop.turn()
+            if side.link.busy and not side.wire.backlog:
+                side.link.on_writable()
+        moved = False
+        for side, other in (self.sides, self.sides[::-1]):
+            data, side.wire.sent = bytes(side.wire.sent), bytearray()
+            if data and not other.link.closed:
+                moved = True
+                other.loop.guard(other.link, other.link.take, memoryview(data))
+        return moved
+
+    def pass_time(self, seconds):
+        for _ in range(int(seconds)):
+            self.clock.now += 1
+            self.settle()
+
+    def pair(self, source=b"", **options):
+        """A stream, as (server's end, client's end)."""
+        self.client.next_end = lambda: End(**options)
+        mine = self.server.open(End(source))
+        self.settle()
+        return mine, self.client.ends[-1]
+
+    def feed(self, side, *frames):
+        side.loop.guard(side.link, side.link.take, memoryview(b"".join(frames)))
+
+
+class Links(LinkCase):
+    def test_handshake_brings_both_sides_to_their_work(self):
+        kinds = [kind for kind, _ in self.server.messages + self.client.messages]
+        self.assertEqual(
+            sorted(kinds),
+            [Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES],
+        )
+        self.assertEqual(self.server.link.step, 4)
+
+    def test_bytes_arrive_both_ways(self):
+        mine, theirs = self.pair(b"request")
+        theirs.send(b"answer")
+        self.settle()
+        self.assertEqual((theirs.got, mine.got), (b"request", b"answer"))
+
+    def test_end_is_a_half_close(self):
+        mine, theirs = self.pair(b"all I have")
+        mine.finished = True
+        mine.stream.wake()
+        self.settle()
+        theirs.send(b"still here")
+        self.settle()
+        self.assertEqual((theirs.news, mine.got), (["end"], b"still here"))
+        self.assertTrue(mine.stream.open)
+        theirs.finished = True
+        theirs.stream.wake()
+        self.settle()
+        self.assertEqual(mine.news, ["end"])
+        self.assertEqual((self.server.link.streams, self.client.link.streams), ({}, {}))
+
+    def test_reset_ends_both_ways_and_says_why(self):
+        mine, theirs = self.pair(b"x")
+        theirs.stream.reset("refused", "nobody there")
+        self.settle()
+        self.assertEqual(mine.news, ["refused"])
+        self.assertEqual((self.server.link.streams, self.client.link.streams), ({}, {}))
+
+    def test_late_frames_are_dropped_in_silence(self):
+        mine, theirs = self.pair(b"x")
+        number = theirs.stream.id
+        theirs.stream.reset("refused", "")
+        late = [frame(Kind.DATA, number, b"late"), frame(Kind.END, number)]
+        late += [frame(Kind.CREDIT, number, b"\0\0\0\1"), frame(Kind.RESET, number)]
+        self.feed(self.client, *late)
+        self.assertIsNone(self.client.closed)
+
+    def test_stalled_reader_stops_its_sender_at_the_window(self):
+        mine, theirs = self.pair(b"", takes=False)
+        mine.endless = True
+        mine.stream.wake()
+        self.settle()
+        self.assertLessEqual(len(theirs.got), server_module.WINDOW)
+        self.assertGreater(len(theirs.got), server_module.WINDOW - 4 * KIB)
+        theirs.takes = True
+        theirs.take_all()
+        before = mine.pulled
+        for _ in range(4):
+            self.exchange()
+        self.assertGreater(mine.pulled, before)
+
+    def test_stalled_reader_does_not_stop_other_streams(self):
+        stalled, reader = self.pair(b"", takes=False)
+        stalled.endless = True
+        stalled.stream.wake()
+        self.settle()
+        data = os.urandom(3 << 20)
+        mine, theirs = self.pair(data)
+        self.assertEqual(hashlib.md5(theirs.got).digest(), hashlib.md5(data).digest())
+
+    def test_slow_wire_leaves_no_more_than_one_frame_in_user_space(self):
+        self.server.wire.room = 10000
+        for _ in range(20):
+            end = self.server.open(End(endless=True))
+            end.stream.sent, end.stream.since = 1 << 20, self.clock.now  # busy
+        for _ in range(50):
+            self.server.loop.turn()
+            self.server.wire.flush(5000)
+            bound = server_module.QUANTUM + server_module.COLLECT + 4 * KIB
+            self.assertLessEqual(len(self.server.wire.backlog), bound)
+
+    def test_busy_streams_share_a_slow_wire_fairly(self):
+        for _ in range(4):
+            self.server.open(End(endless=True))
+        self.settle_slowly(turns=400)
+        pulled = [end.pulled for end in self.server.ends]
+        self.assertLess(max(pulled) - min(pulled), 2 * server_module.QUANTUM)
+        self.assertGreater(min(pulled), server_module.WINDOW)
+
+    def settle_slowly(self, turns, room=16 * KIB):
+        for _ in range(turns):
+            self.clock.now += 0.001
+            self.server.wire.flush(room)
+            self.exchange()
+
+    def test_quiet_stream_goes_before_busy_ones(self):
+        for _ in range(8):
+            self.server.open(End(endless=True))
+        self.settle_slowly(turns=200)
+        small = self.server.open(End(b"small"))
+        frames_before = sum(end.pulled for end in self.server.ends)
+        while not small.pulled:
+            self.settle_slowly(turns=1)
+        passed = sum(end.pulled for end in self.server.ends) - frames_before
+        self.assertLessEqual(passed, 2 * server_module.QUANTUM)
+
+    def test_busy_stream_gets_its_turn_among_many_quiet_ones(self):
+        busy = self.server.open(End(endless=True))
+        self.settle_slowly(turns=20)
+        before = busy.pulled
+        quiet = [self.server.open(End(b"q")) for _ in range(200)]
+        for _ in range(30):
+            for end in quiet:
+                end.send(b"q")
+            self.settle_slowly(turns=1, room=64 * KIB)
+        self.assertGreater(busy.pulled, before + 4 * server_module.QUANTUM)
+
+    def test_small_frames_of_one_turn_leave_in_one_write(self):
+        writes = []
+        write = self.server.wire.write
+        self.server.wire.write = lambda data: (writes.append(len(data)), write(data))
+        for _ in range(20):
+            self.server.open(End(b"small request"))
+        self.server.loop.turn()
+        self.assertEqual(len(writes), 1)
+
+    def test_flood_of_pings_owes_one_pong(self):
+        self.server.wire.room = 0
+        self.server.wire.write(b"x")
+        ping = frame(Kind.PING, 0, b"12345678")
+        self.feed(self.server, ping * 10000)
+        self.server.loop.turn()
+        self.assertEqual(list(self.server.link.owed), [Kind.PONG])
+
+    def test_credit_is_owed_as_a_sum(self):
+        mine, theirs = self.pair(b"", takes=True)
+        self.client.wire.room = 0
+        self.client.wire.write(b"x")
+        for _ in range(20):
+            mine.send(b"d" * 10000)
+            self.settle()
+        self.assertEqual(len(self.client.link.owing), 1)
+
+    def test_link_that_holds_too_much_resets_those_who_hold_most(self):
+        limit = server_module.HELD_LIMIT
+        for _ in range(limit // server_module.WINDOW + 8):
+            self.client.next_end = lambda: End(takes=False)
+            self.server.open(End(endless=True))
+        small = self.server.open(End(b"small"))
+        self.settle()
+        self.assertLessEqual(self.client.link.held, limit)
+        codes = {code for end in self.server.ends for code in end.news}
+        self.assertEqual(codes, {"overload"})
+        self.assertEqual(small.news, [])
+
+    def test_owner_that_raises_costs_its_stream_only(self):
+        mine, theirs = self.pair(b"x")
+        theirs.receive = lambda data: 1 / 0
+        mine.send(b"y")
+        self.settle()
+        self.assertIsInstance(theirs.news[0], ZeroDivisionError)
+        self.assertEqual(mine.news, ["error"])
+        other, remote = self.pair(b"fine")
+        self.assertEqual(remote.got, b"fine")
+
+    def test_source_that_raises_costs_its_stream_only(self):
+        mine, theirs = self.pair(b"x")
+        theirs.pull = lambda view: 1 / 0
+        theirs.stream.wake()
+        self.settle()
+        self.assertEqual(mine.news, ["error"])
+        self.assertIsNone(self.client.closed)
+
+    def test_violations_end_the_link_with_goodbye(self):
+        mine, theirs = self.pair(b"x")
+        full = frame(Kind.DATA, 1, b"d" * (1 << 20))
+        table = [
+            ("DATA over the credit", full),
+            ("a stream never opened", frame(Kind.DATA, 9, b"x")),
+            ("CREDIT of zero", frame(Kind.CREDIT, 1, b"\0\0\0\0")),
+            ("CREDIT past u32", frame(Kind.CREDIT, 1, b"\xff" * 4)),
+            ("DATA after END", frame(Kind.END, 1) + frame(Kind.DATA, 1, b"x")),
+            ("END after END", frame(Kind.END, 1) * 2),
+            ("LOGIN again", frame(Kind.LOGIN, 0, b"{}")),
+            ("a kind of the other side", frame(Kind.OPEN, 2, b"{}")),
+            ("a giant length", frame(Kind.DATA, 1, length=(1 << 24) - 1)),
+            ("SERVICES that are a list", frame(Kind.SERVICES, 0, b"[]")),
+        ]
+        for what, data in table:
+            with self.subTest(what):
+                self.setUp()
+                self.pair(b"x")
+                self.feed(self.server, data)
+                self.assertIsNotNone(self.server.closed)
+                self.exchange()
+                kind, message = self.client.messages[-1]
+                self.assertEqual((kind, message["code"]), (Kind.GOODBYE, "protocol"))
+
+    def test_handshake_out_of_order_is_refused(self):
+        for data in (frame(Kind.SERVICES, 0, b"{}"), frame(Kind.PING, 0, b"12345678")):
+            side = Side(server_module, "server", self.clock)
+            self.addCleanup(side.loop.close)
+            side.link.send(Kind.CHALLENGE)
+            self.feed(side, data)
+            self.assertIn("handshake", side.closed)
+
+    def test_stream_opened_out_of_order_is_refused(self):
+        self.feed(self.client, frame(Kind.OPEN, 2, b"{}"))
+        self.assertIn("OPEN of stream 2", self.client.closed)
+
+    def test_unknown_json_keys_are_ignored(self):
+        self.feed(self.client, frame(Kind.OPEN, 1, b'{"service":"web","new":[1]}'))
+        self.assertEqual(len(self.client.ends), 1)
+
+    def test_open_after_goodbye_is_answered_gone(self):
+        self.pair(b"keeps the link open")
+        self.client.link.goodbye("stopping", "")
+        end = self.server.open(End(b"too late"))
+        self.settle()
+        self.assertEqual(end.news, ["gone"])
+
+    def test_goodbye_waits_for_the_last_stream(self):
+        mine, theirs = self.pair(b"x")
+        self.client.link.goodbye("stopping", "")
+        self.settle()
+        self.assertIsNone(self.client.closed)
+        mine.stream.reset("done")
+        self.settle()
+        self.assertEqual(self.client.closed, "goodbye")
+        self.assertEqual(self.client.wire.ended, "lingered")
+
+    def test_silent_peer_is_asked_then_given_up(self):
+        mine, theirs = self.pair(b"x")
+        self.client.loop.turn = lambda: None  # it has stopped
+        self.pass_time(19)
+        self.assertIsNone(self.server.closed)
+        self.pass_time(4)
+        self.assertIn("no sign of life", self.server.closed)
+        self.assertEqual(mine.news, ["link-lost"])
+
+    def test_quiet_but_living_peer_is_kept(self):
+        self.pass_time(120)
+        self.assertEqual((self.server.closed, self.client.closed), (None, None))
+
+    def test_frozen_process_does_not_kill_its_healthy_peer(self):
+        self.server.link.ping()
+        self.server.loop.turn()
+        self.clock.now += 600
+        self.exchange()  # what came meanwhile is read before the timers ring
+        self.pass_time(5)
+        self.assertEqual((self.server.closed, self.client.closed), (None, None))
+
+    def test_link_whose_bytes_do_not_move_is_given_up(self):
+        self.server.wire.room = 0
+        self.server.open(End(b"stuck"))
+        for _ in range(25):
+            self.clock.now += 1
+            self.feed(self.server, frame(Kind.PONG, 0, b"12345678"))
+            self.server.loop.turn()
+        self.assertIn("nothing could be sent", self.server.closed)
+
+    def test_random_schedule_keeps_every_byte(self):
+        dice = random.Random(5)
+        pairs = [self.pair(b"", takes=False) for _ in range(6)]
+        sent = collections.defaultdict(bytes)
+        for _ in range(1500):
+            mine, theirs = dice.choice(pairs)
+            end = dice.choice((mine, theirs))
+            data = bytes([dice.randrange(256)]) * dice.randrange(1, 20000)
+            sent[end] += data
+            end.send(data)
+            dice.choice((mine, theirs)).take_all()
+            for side in self.sides:
+                side.wire.flush(dice.randrange(1, 50000))
+            self.exchange()
+        self.drain(pairs)
+        for mine, theirs in pairs:
+            self.assertEqual(bytes(theirs.got), sent[mine])
+            self.assertEqual(bytes(mine.got), sent[theirs])
+
+    def drain(self, pairs):
+        for _ in range(2000):
+            for side in self.sides:
+                side.wire.flush(1 << 20)
+            for end in sum(map(list, pairs), []):
+                end.take_all()
+            self.exchange()
+
+
+# -----------------------------------------------------------------------------------
+# HTTP, without sockets
+# -----------------------------------------------------------------------------------
+def parse_request(raw, step=None):
+    """Feed a head as a visitor would send it; the Request, or the status it costs."""
+    buffer, searched, step = bytearray(), 0, step or len(raw)
+    for at in range(0, len(raw), step):
+        buffer += raw[at : at + step]
+        try:
+            end = server_module.find_head(buffer, searched)
+            if end:
+                return server_module.Request(bytes(buffer[:end]), "192.0.2.1")
+        except server_module.HTTPError as error:
+            return error.status
+        searched = len(buffer)
+    return None
+
+
+def head(*lines, first="GET / HTTP/1.1", host="Host: a.b"):
+    lines = [first] + ([host] if host else []) + list(lines)
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+class RequestHeads(unittest.TestCase):
+    BAD = [
+        # RFC 9112 2.2, 3: request line
+        (head(first="GET  / HTTP/1.1"), 400),
+        (head(first="GET / HTTP/1.1 "), 400),
+        (head(first="GET /a b HTTP/1.1"), 400),
+        (head(first="GET / HTTP/11"), 400),
+        (head(first="GET /"), 400),
+        (head(first="G\x00T / HTTP/1.1"), 400),
+        (head(first="G(T / HTTP/1.1"), 400),
+        (head(first="GET /\x7f HTTP/1.1"), 400),
+        (head(first="GET /\xe4 HTTP/1.1"), 400),
+        (head(first="GET /a#b HTTP/1.1"), 400),
+        (head(first="GET a HTTP/1.1"), 400),
+        (head(first="GET * HTTP/1.1"), 400),
+        (head(first="GET / HTTP/2.0"), 505),
+        (head(first="GET / HTTP/0.9"), 505),
+        (head(first="CONNECT a.b:443 HTTP/1.1"), 501),
+        (head(first="GET https://a.b/ HTTP/1.1"), 400),
+        (head(first="GET http://u@a.b/ HTTP/1.1"), 400),
+        (head(first="GET http:///x HTTP/1.1"), 400),
+        (head(first="GET ftp://a.b/ HTTP/1.1"), 400),
+        (b"GET / HTTP/1.1\nHost: a.b\n\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a.b\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a.b\r\n\n", 400),
+        (head(first="GET /" + "x" * 17000 + " HTTP/1.1"), 414),
+        # RFC 9112 5: fields
+        (head("A : b"), 400),
+        (head(": b"), 400),
+        (head("A b"), 400),
+        (head("A\xe4: b"), 400),
+        (head("A: b", " folded"), 400),
+        (head("A: b", "\tfolded"), 400),
+        (head("A: b\rc"), 400),
+        (head("A: b\x00c"), 400),
+        (head("A: b\x1bc"), 400),
+        (b"GET / HTTP/1.1\r\n Host: a.b\r\nHost: a.b\r\n\r\n", 400),
+        (head(*["A%d: b" % i for i in range(201)]), 431),
+        (head(*["A%d: %s" % (i, "b" * 1000) for i in range(70)]), 431),
+        # RFC 9112 3.2: Host
+        (head(host=""), 400),
+        (head(host="", first="GET / HTTP/1.0"), 400),
+        (head("Host: c.d"), 400),
+        (head("Host: a.b"), 400),
+        (head(host="Host:"), 400),
+        (head(host="Host: a b"), 400),
+        (head(host="Host: a.b, c.d"), 400),
+        (head(host="Host: a.b:x"), 400),
+        (head(host="Host: a.b/c"), 400),
+        (head(host="Host: u@a.b"), 400),
+        (head(host="Host: [::1"), 400),
+        # RFC 9112 6: framing
+        (head("Content-Length: 5", "Transfer-Encoding: chunked"), 400),
+        (head("Content-Length: 5", "Content-Length: 5"), 400),
+        (head("Content-Length: 5, 5"), 400),
+        (head("Content-Length: +5"), 400),
+        (head("Content-Length: -5"), 400),
+        (head("Content-Length: 5 5"), 400),
+        (head("Content-Length: 0x5"), 400),
+        (head("Content-Length:"), 400),
+        (head("Content-Length: " + "1" * 19), 400),
+        (head("Content-Length: \xb2"), 400),
+        (head("Transfer-Encoding: gzip, chunked"), 501),
+        (head("Transfer-Encoding: identity"), 501),
+        (head("Transfer-Encoding: chunked, chunked"), 501),
+        (head("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), 501),
+        (head("Transfer-Encoding: xchunked"), 501),
+        (head("Transfer-Encoding:"), 501),
+        (head("Transfer-Encoding: chunked", first="GET / HTTP/1.0"), 400),
+        # RFC 9110 7.6.1: Connection
+        (head("Connection: Host"), 400),
+        (head("Connection: close, Content-Length", "Content-Length: 1"), 400),
+        (head("Connection: transfer-encoding", "Transfer-Encoding: chunked"), 400),
+    ]
+
+    def test_what_two_parsers_could_read_differently_is_refused(self):
+        for raw, status in self.BAD:
+            for step in (None, 1):
+                for rest in (b"", b"GET / HTTP/1.1\r\n"):
+                    with self.subTest(raw=raw[:80], step=step, rest=rest):
+                        self.assertEqual(parse_request(raw + rest, step), status)
+
+    GOOD = [
+        (head(), "GET", "/", "a.b"),
+        (head(first="OPTIONS * HTTP/1.1"), "OPTIONS", "*", "a.b"),
+        (head(first="GET http://c.d:80/x?y HTTP/1.1"), "GET", "/x?y", "c.d"),
+        (head(first="GET HTTP://c.d HTTP/1.1"), "GET", "/", "c.d"),
+        (head(first="GET http://c.d?q HTTP/1.1"), "GET", "/?q", "c.d"),
+        (head(first="M-SEARCH / HTTP/1.1"), "M-SEARCH", "/", "a.b"),
+        (head(host="hOsT:\t a.B.:81 \t"), "GET", "/", "a.b"),
+        (head(host="Host: [::1]:80"), "GET", "/", "[::1]"),
+        (head("A:", "B:  c\td\xe4 ", "Content-Length: 0"), "GET", "/", "a.b"),
+    ]
+
+    def test_good_heads_are_understood_however_they_are_cut(self):
+        for raw, method, target, name in self.GOOD:
+            for step in (None, 1, 7):
+                for rest in (b"", b"body"):
+                    found = parse_request(raw + rest, step)
+                    with self.subTest(raw=raw, found=found):
+                        self.assertEqual(
+                            (found.method, found.target, found.name),
+                            (method, target, name),
+                        )
+
+    def test_head_that_goes_on_is_not_judged_yet(self):
+        self.assertIsNone(parse_request(b"GET / HTTP/1.1\r\nHost: a.b\r\n"))
+
+    def test_long_head_of_blanks_is_refused_in_no_time(self):
+        raw = head(*["A:" + " " * 300 for _ in range(199)] + ["bad line"])
+        self.assertEqual(parse_request(raw), 400)
+
+    def to_service(self, *lines, **options):
+        text = parse_request(head(*lines, **options)).to_service().decode("latin-1")
+        first, *fields = text[:-4].split("\r\n")
+        return first, fields
+
+    def test_service_gets_the_request_in_origin_form_with_one_host(self):
+        line, fields = self.to_service(first="GET http://c.d:8000/x HTTP/1.1")
+        self.assertEqual(line, "GET /x HTTP/1.1")
+        self.assertEqual(fields[0], "Host: c.d:8000")
+        self.assertEqual(sum(field.startswith("Host:") for field in fields), 1)
+
+    def test_service_learns_who_asked_and_nobody_can_forge_it(self):
+        forged = [
+            "X-Forwarded-For: 6.6.6.6",
+            "X_Forwarded_For: 6.6.6.6",
+            "x-forwarded-port: 1",
+            "X-Real-IP: 6.6.6.6",
+            "X_real-ip: 6.6.6.6",
+            "Forwarded: for=6.6.6.6",
+        ]
+        _, fields = self.to_service(*forged)
+        self.assertEqual(
+            fields,
+            [
+                "Host: a.b",
+                "X-Forwarded-For: 192.0.2.1",
+                "X-Forwarded-Proto: http",
+                "X-Forwarded-Host: a.b",
+            ],
+        )
+
+    def test_what_concerns_one_hop_is_dropped(self):
+        lines = [
+            "Connection: close, x-private",
+            "X-Private: 1",
+            "Keep-Alive: 5",
+            "Proxy-Connection: x",
+            "TE: gzip",
+            "Upgrade: websocket",
+            "Accept: text/html",
+        ]
+        _, fields = self.to_service(*lines)
+        self.assertEqual(fields[1], "Accept: text/html")
+        self.assertTrue(fields[2].startswith("X-Forwarded-For"))
+
+    def test_upgrade_and_trailers_are_passed_on_as_our_own(self):
+        lines = ["Connection: Upgrade, TE", "Upgrade: websocket", "TE: trailers, gzip"]
+        _, fields = self.to_service(*lines)
+        for field in ("Upgrade: websocket", "TE: trailers", "Connection: Upgrade, TE"):
+            self.assertIn(field, fields)
+
+    def test_upgrade_to_h2c_is_dropped(self):
+        _, fields = self.to_service("Connection: Upgrade", "Upgrade: h2c")
+        self.assertFalse([field for field in fields if "pgrade" in field])
+
+    def test_version_one_point_zero_stays(self):
+        line, fields = self.to_service(first="GET / HTTP/1.0")
+        self.assertEqual(line, "GET / HTTP/1.0")
+        self.assertIn("Connection: close", fields)
+
+    def test_headers_are_found_without_regard_to_case(self):
+        request = parse_request(head("X-A: 1", "x-a: 2"))
+        self.assertEqual(request.headers["X-a"], "1, 2")
+        self.assertEqual(request.headers.get("none", "-"), "-")
+        self.assertIn("x-A", request.headers)
+
+
+class AnswerHeads(unittest.TestCase):
+    def answer(self, *lines, first="HTTP/1.1 200 OK"):
+        return server_module.Answer(head(*lines, first=first, host=""))
+
+    def test_broken_answers_are_refused(self):
+        for first in ("HTTP/2 200 OK", "HTTP/1.1 20 OK", "200 OK", "HTTP/1.1 600 X"):
+            with self.assertRaises(server_module.HTTPError, msg=first):
+                self.answer(first=first)
+        for lines in (["A : b"], ["A: b", " c"], ["A\x00: b"]):
+            with self.assertRaises(server_module.HTTPError, msg=lines):
+                self.answer(*lines)
+        both = self.answer("Content-Length: 1", "Transfer-Encoding: chunked")
+        with self.assertRaises(server_module.HTTPError):
+            both.frame("GET")
+
+    def test_reason_may_be_missing(self):
+        self.assertEqual(self.answer(first="HTTP/1.1 200").status, 200)
+        self.assertEqual(self.answer(first="HTTP/1.0 200 ").reason, "")
+
+    def test_framing_follows_rfc_9112_6_3(self):
+        length, chunked = "Content-Length: 5", "Transfer-Encoding: chunked"
+        table = [
+            ("GET", 200, [length], 5, False),
+            ("HEAD", 200, [length], 0, False),
+            ("GET", 204, [length], 0, False),
+            ("GET", 304, [length], 0, False),
+            ("GET", 100, [], 0, False),
+            ("GET", 200, [], sys.maxsize, True),
+            ("GET", 404, ["Content-Length: 0"], 0, False),
+        ]
+        for method, status, lines, left, until_end in table:
+            body = self.answer(*lines, first="HTTP/1.1 %d x" % status).frame(method)
+            self.assertEqual((body.left, body.until_end), (left, until_end))
+        body = self.answer(chunked).frame("GET")
+        self.assertIsInstance(body, server_module.Chunked)
+
+    def test_length_of_an_answer_that_has_no_body_is_dropped(self):
+        answer = self.answer("Content-Length: 5", first="HTTP/1.1 204 No")
+        self.assertNotIn(b"Length", answer.to_visitor("", set()))
+        answer = self.answer("Content-Length: 5", first="HTTP/1.1 304 No")
+        self.assertIn(b"Length", answer.to_visitor("", set()))
+
+
+def feed_body(body, data, step=None):
+    """How many bytes of `data` belong to the body, fed in pieces as a visitor does."""
+    taken, buffer = 0, b""
+    step = step or max(1, len(data))
+    for at in range(0, len(data), step):
+        buffer += data[at : at + step]
+        good = body.feed(memoryview(buffer))
+        taken += good
+        buffer = buffer[good:]
+    return taken
+
+
+class Bodies(unittest.TestCase):
+    CHUNKED = [
+        b"0\r\n\r\n",
+        b"5\r\nhello\r\n0\r\n\r\n",
+        b"00000005\r\nhello\r\n000\r\n\r\n",
+        b"A;x=y; z = \"q\\\"uo;te\"\r\n0123456789\r\n0\r\n\r\n",
+        b"1\r\na\r\n1\r\nb\r\n0\r\nTrailer: x\r\nOther:\r\n\r\n",
+        b"ff\r\n" + b"\r\n" * 127 + b"x" + b"\r\n0\r\n\r\n",
+    ]
+
+    def test_chunked_bodies_end_where_they_end_however_they_are_cut(self):
+        for data in self.CHUNKED:
+            for step in (None, 1, 2, 3):
+                for rest in (b"", b"GET / HTTP/1.1\r\n"):
+                    body = server_module.Chunked()
+                    with self.subTest(data=data, step=step, rest=rest):
+                        self.assertEqual(feed_body(body, data + rest, step), len(data))
+                        self.assertTrue(body.done)
+
+    BROKEN = [
+        b"\r\n",
+        b"g\r\n",
+        b"-1\r\n",
+        b"+1\r\n",
+        b"0x1\r\n",
+        b" 1\r\na\r\n",
+        b"1 \r\na\r\n",
+        b"1\na\r\n",
+        b"000000001\r\na\r\n",
+        b"123456789\r\n",
+        b"1\r\nab\r\n",
+        b"1\r\na\n",
+        b"1\r\naX\r\n",
+        b"1;\r\na\r\n",
+        b"1;a=\r\na\r\n",
+        b"1;a b\r\na\r\n",
+        b'1;a="b\r\na\r\n',
+        b"1;a=\x00\r\na\r\n",
+        b"0\r\nA : b\r\n\r\n",
+        b"0\r\n folded\r\n\r\n",
+        b"0\r\nno colon\r\n\r\n",
+        b"0\r\nA: b\n\r\n",
+        b"1" * 3000,
+        b"0;" + b"a" * 3000 + b"\r\n",
+        b"0\r\n" + b"A: b\r\n" * 300 + b"\r\n",
+    ]
+
+    def test_broken_chunked_bodies_are_refused(self):
+        for data in self.BROKEN:
+            for step in (None, 1):
+                with self.subTest(data=data[:40], step=step):
+                    with self.assertRaises(server_module.HTTPError):
+                        feed_body(server_module.Chunked(), data, step)
+
+    def test_a_chunk_line_is_passed_on_only_when_it_is_whole(self):
+        body = server_module.Chunked()
+        self.assertEqual(body.feed(b"5;a"), 0)
+        self.assertTrue(body.untouched)
+        self.assertEqual(body.feed(b"5;a=b\r\nhe"), 9)
+
+    def test_content_of_chunks_is_known(self):
+        body, data = server_module.Chunked(), b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n"
+        body.feed(data)
+        content = b"".join(data[start:end] for start, end in body.spans)
+        self.assertEqual(content, b"hello!")
+
+    def test_body_of_a_length_takes_no_more(self):
+        self.assertEqual(feed_body(server_module.Body(5), b"hello, more"), 5)
+        self.assertEqual(feed_body(server_module.Body(0), b"more"), 0)
+        self.assertEqual(feed_body(server_module.Body(None), b"all of it"), 9)
+
+
+# -----------------------------------------------------------------------------------
+# Names
+# -----------------------------------------------------------------------------------
+class NamesOfHosts(unittest.TestCase):
+    def find(self, host, domain="", ids=("tim", "eva")):
+        names = server_module.Names(server_module.parse_domains(domain), set(ids))
+        return names.find(host)
+
+    def test_without_domain_connected_ids_decide(self):
+        table = [
+            ("hello-world.tim.localhost", ("tim", "hello-world")),
+            ("web.tim.localhost.dev", ("tim", "web")),
+            ("web.tim.example.com", ("tim", "web")),
+            ("web.tim", ("tim", "web")),
+            ("web--tim.example.com", ("tim", "web")),
+            ("tim.example.com", ("tim", None)),
+            ("tim", ("tim", None)),
+            ("web.bob.example.com", (None, None)),
+            ("web--bob.example.com", (None, None)),
+            ("example.com", (None, None)),
+            ("localhost", (None, None)),
+            ("127.0.0.1", (None, None)),
+            ("[::1]", (None, None)),
+            ("tim.eva.example.com", ("eva", "tim")),
+        ]
+        for host, found in table:
+            self.assertEqual(self.find(host), found, host)
+
+    def test_with_domain_only_what_is_below_counts(self):
+        table = [
+            ("web.bob.example.com", ("bob", "web")),
+            ("web--bob.example.com", ("bob", "web")),
+            ("bob.example.com", ("bob", None)),
+            ("web.bob.localhost", ("bob", "web")),
+            ("web.bob.other.example", ("bob", "web")),
+            ("web.tim.elsewhere.com", (None, None)),
+            ("a.web.bob.example.com", (None, None)),
+            ("a.web--bob.example.com", (None, None)),
+            ("example.com", (None, None)),
+            ("bobexample.com", (None, None)),
+        ]
+        for host, found in table:
+            domain = "example.com,https://other.example"
+            self.assertEqual(self.find(host, domain), found, host)
+
+    def test_urls_follow_the_domain_or_the_host_that_was_dialled(self):
+        table = [
+            ("", "localhost:8001", "http://web.tim.localhost:8000/"),
+            ("", "Example.COM:8001", "http://web.tim.example.com:8000/"),
+            ("", "127.0.0.1:8001", "http://web.tim.localhost:8000/"),
+            ("example.com", "1.2.3.4:8001", "http://web.tim.example.com:8000/"),
+            ("https://e.com", "x:1", "https://web.tim.e.com/"),
+            ("https://e.com:444,f.com", "x:1", "https://web.tim.e.com:444/"),
+        ]
+        for domain, dialled, url in table:
+            names = server_module.Names(server_module.parse_domains(domain), set())
+            names.port = 8000
+            self.assertEqual(names.url("tim", "web", dialled), url)
+        names = server_module.Names([], set())
+        names.port = 80
+        self.assertEqual(names.url("tim", "web", "a.b"), "http://web.tim.a.b/")
+        self.assertIn("--domain", names.url("tim", "web", "1.2.3.4:8001"))
+        self.assertIn("--domain", names.url("tim", "web", "[2001:db8::1]:8001"))
+
+    def test_broken_domains_are_refused(self):
+        for text in ("a b", "http://", "a/b", "ftp://a.b", "u@a.b", "a..b", "a:x"):
+            with self.assertRaises(ValueError, msg=text):
+                server_module.parse_domains(text)
+
+    def test_base_names_are_the_server_itself(self):
+        names = server_module.Names(server_module.parse_domains("e.com"), set())
+        for host in ("e.com", "localhost", "10.0.0.1", "[::1]"):
+            self.assertTrue(names.is_base(host), host)
+        self.assertFalse(names.is_base("web.e.com"))
+
+
+# -----------------------------------------------------------------------------------
+# Services
+# -----------------------------------------------------------------------------------
+class ServiceFiles(unittest.TestCase):
+    def test_targets(self):
+        local = ("127.0.0.1:9000", "localhost", 9000)
+        table = [
+            (9000, local),
+            ("9000", local),
+            ({"target": 9000}, local),
+            ("nas:80", ("nas:80", "nas", 80)),
+            ("[::1]:80", ("[::1]:80", "::1", 80)),
+            ("unix:/run/x.sock", ("unix:/run/x.sock", "/run/x.sock", 0)),
+        ]
+        for value, target in table:
+            self.assertEqual(client_module.parse_target(value), target)
+
+    def test_broken_targets_are_refused(self):
+        bad = [0, 65536, -1, 1.5, True, None, [], {}, {"target": {}}, "", "nas"]
+        bad += ["nas:", "nas:x", "nas:99999", ":80", "unix:x", {"target": 1, "x": 2}]
+        for value in bad:
+            with self.assertRaises(ValueError, msg=repr(value)):
+                client_module.parse_target(value)
+
+    def test_broken_files_are_refused_with_the_cause(self):
+        table = [
+            (b"", "JSON"),
+            (b"[]", "object"),
+            (b'{"a": 1, "A": 2}', "twice"),
+            (b'{"a": 1, "a": 2}', "twice"),
+            (b'{"a--b": 1}', "--"),
+            (b'{"a.b": 1}', "letters"),
+            (b'{"": 1}', "letters"),
+            (b'{"web": "x"}', "web"),
+            (b"[" * 100000, "JSON"),
+            (b"\xff", "JSON"),
+        ]
+        for data, word in table:
+            with self.assertRaises(ValueError, msg=data[:20]) as caught:
+                client_module.parse_file(data)
+            self.assertIn(word, str(caught.exception))
+
+    def services(self, content, given=None):
+        handle, path = tempfile.mkstemp()
+        os.close(handle)
+        self.addCleanup(lambda: os.path.exists(path) and os.remove(path))
+        self.write(path, content)
+        return client_module.Services(path, given or {}), path
+
+    def write(self, path, content):
+        with open(path, "w") as file:
+            file.write(content)
+
+    def test_change_is_seen_even_of_the_same_size(self):
+        services, path = self.services('{"web": 9000}')
+        self.assertFalse(services.look())
+        self.write(path, '{"web": 9001}')
+        self.assertTrue(services.look())
+        self.assertEqual(services.all["web"].port, 9001)
+
+    def test_broken_or_vanished_file_keeps_the_old_list(self):
+        services, path = self.services('{"web": 9000}')
+        self.write(path, "{")
+        self.assertFalse(services.look())
+        self.assertEqual(services.all["web"].port, 9000)
+        os.remove(path)
+        self.assertFalse(services.look())
+        self.write(path, '{"other": 9000}')
+        self.assertTrue(services.look())
+        self.assertEqual(list(services.all), ["other"])
+
+    def test_command_line_wins_over_the_file(self):
+        given = client_module.parse_services([("web", "7000"), ("x", "7001")])
+        services, path = self.services('{"web": 9000, "y": 1}', given)
+        ports = {name: target.port for name, target in services.all.items()}
+        self.assertEqual(ports, {"web": 7000, "x": 7001, "y": 1})
+
+
+# -----------------------------------------------------------------------------------
+# Command lines
+# -----------------------------------------------------------------------------------
+class CommandLines(unittest.TestCase):
+    def parse(self, *words):
+        return client_module.parse_arguments(list(words))
+
+    def refuse(self, module, *words):
+        """Exit status 2, and a line that says why."""
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            with self.assertRaises(SystemExit) as caught:
+                module.parse_arguments(list(words))
+        self.assertEqual(caught.exception.code, 2)
+        self.assertNotIn("Traceback", errors.getvalue())
+        return errors.getvalue()
+
+    def test_options_and_services_mix_in_any_order(self):
+        for words in (
+            ["web=9000", "-i", "tim", "x=1", "-vv", "-h", "example.com"],
+            ["-vv", "-h", "example.com", "-u", "tim", "web=9000", "x=1"],
+            ["-h", "example.com", "web=9000", "--id=tim", "-v", "x=1", "-v"],
+        ):
+            options = self.parse(*words)
+            self.assertEqual(sorted(options.given), ["web", "x"])
+            found = (options.id, options.host, options.verbose)
+            self.assertEqual(found, ("tim", "example.com", 2))
+
+    def test_older_names_of_options_work(self):
+        for name in ("-c", "--config", "-s", "--service-definitions"):
+            self.assertEqual(self.parse(name, "f").config, "f")
+
+    def test_defaults_are_those_of_the_original(self):
+        options = self.parse()
+        found = (options.id, options.host, options.port, options.config)
+        self.assertEqual(found, ("admin", "localhost", 8001, None))
+        server = server_module.parse_arguments([])
+        self.assertEqual((server.port, server.client_port), (8000, 8001))
+
+    def test_h_alone_is_help_and_with_a_name_the_host(self):
+        for words in (["-h"], ["-v", "-h"], ["-h", "-v"], ["--help"]):
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                with self.assertRaises(SystemExit) as caught:
+                    self.parse(*words)
+            self.assertEqual(caught.exception.code, 0)
+            self.assertIn("usage:", out.getvalue())
+        self.assertEqual(self.parse("-h", "example.com").host, "example.com")
+
+    def test_host_may_hold_the_port(self):
+        table = [
+            (["-h", "a.b:99"], ("a.b", 99)),
+            (["-h", "a.b", "-p", "98"], ("a.b", 98)),
+            (["--host=[::1]:97"], ("::1", 97)),
+            (["--host", "::1"], ("::1", 8001)),
+            (["--host", "[::1]"], ("::1", 8001)),
+        ]
+        for words, found in table:
+            options = self.parse(*words)
+            self.assertEqual((options.host, options.port), found)
+
+    def test_wrong_command_lines_are_refused(self):
+        table = [
+            ["-h", "web=9000"],
+            ["--host", "a b"],
+            ["--host", "a:b"],
+            ["-p", "x"],
+            ["-p", "70000"],
+            ["-p", "0"],
+            ["web"],
+            ["--nonsense"],
+            ["--nonsense=1"],
+            ["web=x"],
+            ["a.b=1"],
+            ["-i", "a.b"],
+            ["-i", "a--b"],
+            ["--max-attempts", "x"],
+            ["--max-attempts", "-1"],
+            ["@/no/such/file"],
+        ]
+        for words in table:
+            self.refuse(client_module, *words)
+        for words in (["-p", "x"], ["-p", "65536"], ["--domain", "a b"], ["x"]):
+            self.refuse(server_module, *words)
+
+    def test_at_file_holds_options_as_one_would_type_them(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "options")
+            with open(path, "w") as file:
+                file.write("-i tim  # me\n\n# all\n--host 'example.com' web=9000\n")
+            options = self.parse("@" + path, "-v")
+        self.assertEqual((options.id, options.host), ("tim", "example.com"))
+        self.assertEqual(list(options.given), ["web"])
+
+    def test_scripts_run_alone_isolated_and_from_standard_input(self):
+        for script in SCRIPTS:
+            for stdin in (None, read(script)):
+                done = run_script(script, "-V", stdin=stdin)
+                self.assertEqual(done, (0, server_module.VERSION + "\n", ""))
+
+    def test_missing_or_broken_file_is_one_line_and_exit_2(self):
+        with tempfile.TemporaryDirectory() as home:
+            for content, word in ((None, "No such file"), ("{", "JSON")):
+                path = os.path.join(home, ".tunnel-services.json")
+                if content:
+                    with open(path, "w") as file:
+                        file.write(content)
+                done = run_script(SCRIPTS[1], env={"HOME": home, "USERPROFILE": home})
+                self.assertEqual((done.status, done.stdout), (2, ""))
+                self.assertEqual(len(done.stderr.splitlines()), 1)
+                self.assertIn(word, done.stderr)
+
+    def test_taken_port_is_one_line_and_exit_1(self):
+        with contextlib.closing(server_module.listen(None, 0)) as taken:
+            port = str(taken.getsockname()[1])
+            done = run_script(SCRIPTS[0], "-p", port, "-c", "0")
+        self.assertEqual((done.status, done.stdout), (1, ""))
+        self.assertEqual(len(done.stderr.splitlines()), 1)
+        self.assertIn(port, done.stderr)
+
+    def test_attempts_used_up_is_one_line_and_exit_4(self):
+        with contextlib.closing(socket.socket()) as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = str(unused.getsockname()[1])
+            words = ["-h", "127.0.0.1", "-p", port, "--max-attempts", "2", "web=9"]
+            done = run_script(SCRIPTS[1], *words)
+        self.assertEqual((done.status, done.stdout), (4, ""))
+        self.assertIn("refused", done.stderr)
+        self.assertEqual(len(done.stderr.splitlines()), 1)
+
+    def test_log_lines_cannot_be_forged(self):
+        formatter = server_module.OneLine("%(message)s")
+        record = logging.LogRecord("x", 20, "", 0, "a\nb\x1b[2Jc\x9b%s", ("\r",), None)
+        self.assertEqual(formatter.format(record), r"a\nb\x1b[2Jc\x9b\r")
+
+
+# -----------------------------------------------------------------------------------
+# End to end: server and client in threads of their own, real sockets on loopback
+# -----------------------------------------------------------------------------------
+class Backstage:
+    """A program in a thread. Tests wait for a state of it: after each turn of its loop
+    they look again, so nothing sleeps and nothing is polled."""
+
+    def __init__(self, module, make, selector):
+        self.turned = threading.Condition()
+        backstage = self
+
+        class Loop(module.Loop):
+            def turn(self):
+                super().turn()
+                with backstage.turned:
+                    backstage.turned.notify_all()
+
+        self.loop = Loop(selector())
+        self.program = make(self.loop)
+        self.error = None
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        try:
+            self.program.run()
+        except client_module.Refused as refusal:
+            self.error = refusal
+        with self.turned:
+            self.turned.notify_all()
+
+    def until(self, condition):
+        with self.turned:
+            if not self.turned.wait_for(condition, PATIENCE):
+                raise AssertionError("waited in vain")
+
+    def do(self, call):
+        """Run `call` inside the loop; what it returned."""
+        results = []
+        self.loop.from_thread(self.loop, lambda: results.append(call()))
+        self.until(lambda: results)
+        return results[0]
+
+    def end(self):
+        self.loop.from_thread(self.loop, setattr, self.loop, "running", False)
+        self.thread.join(PATIENCE)
+        if self.thread.is_alive():
+            raise AssertionError("it does not end")
+
+
+class QuietClient(client_module.Client):
+    def show(self, line):
+        """The log is on in these tests, but stdout is theirs."""
+
+
+class Echo(http.server.BaseHTTPRequestHandler):
+    """An independent service: says what it was asked."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one segment an answer
+
+    def do_GET(self):
+        length = int(self.headers.get("Content-Length", 0))
+        content = json.dumps(
+            {
+                "service": self.server.label,
+                "method": self.command,
+                "path": self.path,
+                "headers": self.headers.items(),
+                "body": self.rfile.read(length).decode("latin-1"),
+                "port": self.client_address[1],
+            }
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_POST = do_PUT = do_HEAD = do_OPTIONS = do_DELETE = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+class EchoServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads = True
+    request_queue_size = 512
+
+    def handle_error(self, request, client_address):
+        """A visitor who was cut is cut here too."""
+
+
+
+class Log(logging.Handler):
+    """Keeps the lines of the programs' log."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(self.format(record))
+
+
+def read_head(conn):
+    """A head, and what came with it, from a socket."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        more = conn.recv(65536)
+        if not more:
+            break
+        data += more
+    first, _, rest = data.partition(b"\r\n\r\n")
+    return first, rest
+
+
+class TunnelCase(unittest.TestCase):
+    selector = selectors.DefaultSelector
+
+    def setUp(self):
+        self.log = Log()
+        logger = logging.getLogger("mdm_tunnel")
+        level = logger.level
+        logger.addHandler(self.log)
+        logger.setLevel(logging.INFO)
+        self.addCleanup(logger.setLevel, level)
+        self.addCleanup(logger.removeHandler, self.log)
+        self.addCleanup(self.check_log)
+
+    def check_log(self):
+        """A traceback in the log is a bug, unless the test is about one."""
+        lines = [line for line in self.log.lines if "Traceback" in line]
+        self.assertEqual(lines, [])
+
+    def start_server(self, **options):
+        options = dict({"port": 0, "client_port": 0, "bind": "127.0.0.1"}, **options)
+        self.server = Backstage(
+            server_module,
+            lambda loop: server_module.Server(loop=loop, **options),
+            self.selector,
+        )
+        self.addCleanup(self.server.end)
+        self.tunnels = self.server.program.tunnels
+        return self.server
+
+    def start_client(self, services, id="tim", wait=True, **options):
+        """Log a client in, with {name: port or target}; until its list is known."""
+        targets = client_module.parse_services(list(services.items()))
+        found = client_module.Services(None, targets)
+        port = options.pop("port", self.server.program.client_address[1])
+        client = Backstage(
+            client_module,
+            lambda loop: QuietClient(
+                found, options.pop("host", "127.0.0.1"), port, id, loop=loop, **options
+            ),
+            self.selector,
+        )
+        self.addCleanup(client.end)
+        if wait:
+            self.server.until(lambda: self.serves(id, services))
+        return client
+
+    def serves(self, id, services):
+        tunnel = self.tunnels.get(id)
+        return tunnel and sorted(tunnel.services) == sorted(services)
+
+    def start(self, **services):
+        """Server and client with these services; an echo called web if there is none."""
+        if not services:
+            services = {"web": self.echo()}
+        self.start_server()
+        self.client = self.start_client(services)
+
+    def echo(self, label="web"):
+        """The port of an Echo service."""
+        server = EchoServer(("127.0.0.1", 0), Echo)
+        server.label = label
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.daemon = True
+        thread.start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        return server.server_address[1]
+
+    def service(self, handler, listener=None):
+        """The port of a service that runs handler(socket) for each connection."""
+        if listener is None:
+            listener = socket.socket()
+            listener.bind(("127.0.0.1", 0))
+        listener.listen(512)
+        self.addCleanup(listener.close)
+
+        def work(conn):
+            with contextlib.suppress(OSError), contextlib.closing(conn):
+                conn.settimeout(PATIENCE)
+                handler(conn)
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    conn = listener.accept()[0]
+                    threading.Thread(target=work, args=(conn,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        return listener.getsockname()[1] if listener.family == socket.AF_INET else 0
+
+    def answering(self, *pieces):
+        """The port of a service that reads a head, and says these bytes."""
+
+        def handler(conn):
+            read_head(conn)
+            for piece in pieces:
+                conn.sendall(piece)
+
+        return self.service(handler)
+
+    def visit(self):
+        """A visitor's connection."""
+        conn = socket.create_connection(self.server.program.visitor_address[:2])
+        self.addCleanup(conn.close)
+        conn.settimeout(PATIENCE)
+        return conn
+
+    def dial(self):
+        """A connection to the client port."""
+        conn = socket.create_connection(self.server.program.client_address[:2])
+        self.addCleanup(conn.close)
+        conn.settimeout(PATIENCE)
+        return conn
+
+    def raw(self, data, conn=None):
+        """All that the server says to these bytes until it closes. A reset raises."""
+        conn = conn or self.visit()
+        if data:
+            conn.sendall(data)
+        said = b""
+        while True:
+            more = conn.recv(65536)
+            if not more:
+                return said
+            said += more
+
+    def ask(self, host, *lines, first="GET / HTTP/1.1", body=b"", close=True):
+        lines += ("Connection: close",) if close else ()
+        return head(*lines, first=first, host="Host: " + host) + body
+
+    def get(self, host, path="/", method="GET", body=None, headers=None, conn=None):
+        """An answer as http.client has it, with .content; `conn` is kept alive."""
+        kept, conn = conn, conn or self.keep()
+        conn.request(method, path, body, dict({"Host": host}, **(headers or {})))
+        answer = conn.getresponse()
+        answer.content = answer.read()
+        if not kept:
+            conn.close()
+        return answer
+
+    def keep(self):
+        """A connection of http.client that can be kept alive."""
+        host, port = self.server.program.visitor_address[:2]
+        conn = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+        self.addCleanup(conn.close)
+        return conn
+
+    def echoed(self, *arguments, **options):
+        answer = self.get(*arguments, **options)
+        self.assertEqual(answer.status, 200, answer.content)
+        return json.loads(answer.content.decode())
+
+    def wait_for_streams(self, count):
+        """Until so many streams are open on tim's link, as the server sees it."""
+        self.server.until(lambda: len(self.tunnels["tim"].link.streams) == count)
+
+
+class EndToEnd(TunnelCase):
+    def test_request_reaches_the_service_named_by_host(self):
+        self.start(web=self.echo("web"), api=self.echo("api"))
+        for name in ("web", "api"):
+            found = self.echoed(name + ".tim.localhost.dev", "/a?b")
+            self.assertEqual((found["service"], found["path"]), (name, "/a?b"))
+
+    def test_every_request_of_a_connection_is_routed_by_its_own_host(self):
+        self.start(web=self.echo("web"), api=self.echo("api"))
+        conn = self.keep()
+        for name in ("web", "api", "web", "web", "api"):
+            found = self.echoed(name + ".tim.localhost", conn=conn)
+            self.assertEqual(found["service"], name)
+
+    def test_large_bodies_pass_both_ways(self):
+        self.start()
+        body = "".join(chr(i % 251) for i in range(3000000))
+        found = self.echoed("web.tim.x", "/", "POST", body.encode("latin-1"))
+        self.assertEqual(found["body"], body)
+
+    def test_kept_connection_is_kept_to_the_service_too(self):
+        self.start()
+        conn = self.keep()
+        ports = {self.echoed("web.tim.x", conn=conn)["port"] for _ in range(5)}
+        self.assertEqual(len(ports), 1)
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        self.start()
+        asked = [
+            self.ask("web.tim.x", first="GET /%d HTTP/1.1" % i, close=i == 19)
+            for i in range(20)
+        ]
+        said = self.raw(b"".join(asked))
+        paths = [int(path) for path in re.findall(rb'"path": "/(\d+)"', said)]
+        self.assertEqual(paths, list(range(20)))
+
+    def test_pipelined_errors_are_answered_in_order_and_without_end(self):
+        self.start()
+        ask = self.ask("none.tim.x", close=False)
+        said = self.raw(ask * 1500 + self.ask("none.tim.x"))
+        self.assertEqual(said.count(b"HTTP/1.1 404"), 1501)
+
+    def test_chunked_upload_and_answer_pass_unchanged(self):
+        def handler(conn):
+            first, rest = read_head(conn)
+            while not rest.endswith(b"0\r\nT: v\r\n\r\n"):
+                rest += conn.recv(65536)
+            conn.sendall(
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: T\r\n\r\n"
+            )
+            conn.sendall(rest)
+
+        self.start(web=self.service(handler))
+        body = b"3\r\nabc\r\n10;x=y\r\n0123456789abcdef\r\n0\r\nT: v\r\n\r\n"
+        line = "Transfer-Encoding: chunked"
+        ask = self.ask("web.tim.x", line, first="POST / HTTP/1.1", body=body)
+        said = self.raw(ask)
+        self.assertTrue(said.endswith(body), said)
+
+    def test_answers_without_body_keep_the_connection(self):
+        table = [
+            ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"),
+            ("GET", b"HTTP/1.1 204 No\r\n\r\n"),
+            ("GET", b"HTTP/1.1 304 No\r\nContent-Length: 999\r\n\r\n"),
+        ]
+        for method, answer in table:
+            with self.subTest(answer):
+                self.start(web=self.answering(answer), echo=self.echo())
+                conn = self.keep()
+                self.get("web.tim.x", "/", method, conn=conn)
+                sock = conn.sock
+                self.echoed("echo.tim.x", conn=conn)
+                self.assertIs(conn.sock, sock)
+
+    def test_continue_comes_before_the_body_is_sent(self):
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            body = conn.recv(100)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n" + body)
+
+        self.start(web=self.service(handler))
+        conn = self.visit()
+        lines = ["Expect: 100-continue", "Content-Length: 4"]
+        conn.sendall(self.ask("web.tim.x", *lines, first="POST / HTTP/1.1"))
+        self.assertTrue(read_head(conn)[0].startswith(b"HTTP/1.1 100"))
+        self.assertTrue(self.raw(b"body", conn).endswith(b"\r\n\r\nbody"))
+
+    def test_early_answer_arrives_while_the_body_still_uploads(self):
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 413 Big\r\nContent-Length: 3\r\n\r\nbig")
+
+        self.start(web=self.service(handler))
+        for _ in range(5):
+            conn = self.visit()
+            line = "Content-Length: 50000000"
+            ask = self.ask("web.tim.x", line, first="PUT / HTTP/1.1", close=False)
+            conn.sendall(ask)
+            with contextlib.suppress(OSError):
+                conn.sendall(b"x" * 1000000)
+            first, rest = read_head(conn)
+            self.assertIn(b"413", first)
+            self.assertIn(b"Connection: close", first)
+            self.assertEqual(rest or conn.recv(100), b"big")
+        self.wait_for_streams(0)
+
+    def test_body_until_the_end_of_the_connection(self):
+        self.start(web=self.answering(b"HTTP/1.1 200 OK\r\n\r\nall", b" of it"))
+        said = self.raw(self.ask("web.tim.x", close=False))
+        self.assertIn(b"Connection: close", said)
+        self.assertTrue(said.endswith(b"\r\n\r\nall of it"))
+
+    def test_visitor_of_version_one_point_zero(self):
+        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        pieces = [b"HTTP/1.1 103 Hint\r\n\r\n", chunked, b"3\r\nabc\r\n0\r\n\r\n"]
+        self.start(web=self.answering(*pieces))
+        said = self.raw(b"GET / HTTP/1.0\r\nHost: web.tim.x\r\n\r\n")
+        self.assertTrue(said.startswith(b"HTTP/1.1 200 OK"), said)
+        self.assertNotIn(b"chunked", said)
+        self.assertTrue(said.endswith(b"\r\n\r\nabc"))
+
+    def test_version_one_point_zero_can_be_kept_alive(self):
+        self.start()
+        ask = b"GET / HTTP/1.0\r\nHost: web.tim.x\r\nConnection: keep-alive\r\n\r\n"
+        last = b"GET / HTTP/1.0\r\nHost: web.tim.x\r\n\r\n"
+        said = self.raw(ask + last)
+        self.assertEqual(said.count(b"HTTP/1.1 200"), 2)
+        self.assertIn(b"Connection: keep-alive", said)
+
+    def test_interim_answers_are_passed_on(self):
+        hint = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+        final = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+        self.start(web=self.answering(hint + hint + final))
+        said = self.raw(self.ask("web.tim.x"))
+        self.assertEqual(said.count(b"HTTP/1.1 103"), 2)
+        self.assertEqual(said.count(b"HTTP/1.1 200"), 1)
+
+    def test_absolute_target_names_the_host(self):
+        self.start(web=self.echo("web"))
+        first = "GET http://web.tim.x:81/y HTTP/1.1"
+        said = self.raw(self.ask("other.eva.x", first=first))
+        self.assertIn(b'"path": "/y"', said)
+        self.assertIn(b'["Host", "web.tim.x:81"]', said)
+
+    def test_server_sent_events_arrive_event_by_event(self):
+        next_event = threading.Semaphore(0)
+
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+            )
+            for number in range(5):
+                next_event.acquire(timeout=PATIENCE)
+                conn.sendall(b"data: %d\n\n" % number)
+
+        self.start(web=self.service(handler))
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x"))
+        first, rest = read_head(conn)
+        for number in range(5):  # each is sent only when the one before has arrived
+            next_event.release()
+            self.assertEqual(conn.recv(100), b"data: %d\n\n" % number)
+
+    def upgraded(self, handler):
+        """A visitor's connection after a 101, to a service that runs handler(socket)."""
+
+        def switch(conn):
+            first, rest = read_head(conn)
+            conn.sendall(
+                b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n"
+                b"Upgrade: x\r\n\r\n"
+            )
+            handler(conn, rest)
+
+        self.start(web=self.service(switch))
+        conn = self.visit()
+        lines = ["Connection: upgrade", "Upgrade: x"]
+        ask = self.ask("web.tim.x", *lines, close=False)
+        conn.sendall(ask + b"early")
+        first, rest = read_head(conn)
+        self.assertTrue(first.startswith(b"HTTP/1.1 101"))
+        self.assertIn(b"Upgrade: x", first)
+        return conn
+
+    def test_upgrade_lets_bytes_flow_both_ways(self):
+        def handler(conn, rest):
+            while True:
+                conn.sendall(conn.recv(65536).upper())
+
+        conn = self.upgraded(handler)
+        self.assertEqual(conn.recv(5), b"EARLY")
+        for word in (b"one", b"two"):
+            conn.sendall(word)
+            self.assertEqual(conn.recv(10), word.upper())
+
+    def test_upgraded_connection_is_closed_one_way_at_a_time(self):
+        def handler(conn, rest):
+            while True:
+                more = conn.recv(65536)
+                if not more:
+                    break
+                rest += more
+            conn.sendall(b"read %d to the end" % len(rest))
+
+        conn = self.upgraded(handler)
+        conn.sendall(b"x" * 100000)
+        conn.shutdown(socket.SHUT_WR)
+        said = b""
+        while True:
+            more = conn.recv(100)
+            if not more:
+                break
+            said += more
+        self.assertEqual(said, b"read 100005 to the end")
+        self.wait_for_streams(0)
+
+    def test_service_may_end_first_after_an_upgrade(self):
+        got = []
+        done = threading.Event()
+
+        def handler(conn, rest):
+            conn.shutdown(socket.SHUT_WR)
+            while True:
+                more = conn.recv(65536)
+                if not more:
+                    break
+                rest += more
+            got.append(rest)
+            done.set()
+
+        conn = self.upgraded(handler)
+        self.assertEqual(conn.recv(10), b"")
+        conn.sendall(b" and more")
+        conn.shutdown(socket.SHUT_WR)
+        self.assertTrue(done.wait(PATIENCE))
+        self.assertEqual(got, [b"early and more"])
+        self.wait_for_streams(0)
+
+    def test_upgrade_that_is_refused_is_an_ordinary_answer(self):
+        self.start()
+        lines = ["Connection: upgrade", "Upgrade: x"]
+        ask = self.ask("web.tim.x", *lines, close=False)
+        said = self.raw(ask + self.ask("web.tim.x"))
+        self.assertEqual(said.count(b"HTTP/1.1 200"), 2)
+
+    def test_upgrade_that_nobody_asked_for_is_a_502(self):
+        switch = b"HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+        self.start(web=self.answering(switch))
+        self.assertEqual(self.get("web.tim.x").status, 502)
+
+    def test_hundred_visitors_at_once(self):
+        self.start()
+        conns = [self.visit() for _ in range(100)]
+        for number, conn in enumerate(conns):
+            first = "GET /%d HTTP/1.1" % number
+            conn.sendall(self.ask("web.tim.x", first=first))
+        for number, conn in enumerate(conns):
+            self.assertIn(b'"path": "/%d"' % number, self.raw(b"", conn))
+
+    def test_service_behind_ipv6_and_localhost(self):
+        listener = socket.socket(socket.AF_INET6)
+        try:
+            listener.bind(("::1", 0))
+        except OSError:
+            self.skipTest("no IPv6 here")
+        port = listener.getsockname()[1]
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nsix"
+
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(answer)
+
+        self.service(handler, listener)
+        self.start(web="localhost:%d" % port, six="[::1]:%d" % port)
+        for name in ("web", "six"):
+            self.assertEqual(self.get(name + ".tim.x").content, b"six")
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "no unix sockets here")
+    def test_service_behind_a_unix_socket(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(os.path.join(folder, "s"))
+
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nunix")
+
+        self.service(handler, listener)
+        self.start(web="unix:" + os.path.join(folder, "s"))
+        self.assertEqual(self.get("web.tim.x").content, b"unix")
+
+    def test_one_port_can_serve_visitors_and_clients(self):
+        port = free_port()
+        self.start_server(port=port, client_port=port)
+        self.start_client({"web": self.echo()}, port=port)
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+
+    def test_names_of_both_kinds_reach_the_service(self):
+        self.start()
+        for host in ("web.tim.localhost", "web--tim.example.com", "WEB.TIM.x:81"):
+            self.assertEqual(self.echoed(host)["service"], "web")
+
+
+class EndToEndOnPoll(EndToEnd):
+    selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+class EndToEndOnSelect(EndToEnd):
+    selector = selectors.SelectSelector
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Pages(TunnelCase):
+    def test_index_has_links_to_the_services_that_work(self):
+        self.start(web=self.echo("web"), api=self.echo("api"))
+        port = self.server.program.visitor_address[1]
+        host = "tim.localhost:%d" % port
+        page = self.get(host, headers={"Accept": "text/html"}).content.decode()
+        links = re.findall(r'href="([^"]*)"', page)
+        self.assertEqual(
+            links,
+            ["http://api.tim.localhost:%d/" % port, "http://web.tim.localhost:%d/" % port],
+        )
+        for link in links:
+            self.assertEqual(self.get(link.split("/")[2]).status, 200)
+
+    def test_index_is_text_for_programs(self):
+        self.start()
+        answer = self.get("tim.localhost:80")
+        self.assertIn("text/plain", answer.headers["Content-Type"])
+        self.assertIn(b"http://web.tim.localhost:80/", answer.content)
+
+    def test_base_names_and_addresses_show_how_to_begin(self):
+        self.start_server()
+        port = self.server.program.client_address[1]
+        for host in ("localhost:8000", "127.0.0.1:8000", "[::1]:8000"):
+            answer = self.get(host)
+            self.assertEqual(answer.status, 200)
+            self.assertIn(b"-p %d" % port, answer.content)
+
+    def test_what_names_nothing_is_a_404_with_the_line_to_paste(self):
+        self.start()
+        table = [
+            ("nobody.x", "/", "no-name"),
+            ("web.bob.x", "/", "no-name"),
+            ("none.tim.x", "/", "no-service"),
+            ("tim.x", "/path", "no-page"),
+            ("localhost", "/path", "no-name"),
+        ]
+        for host, path, code in table:
+            answer = self.get(host, path)
+            found = (answer.status, answer.headers["X-Tunnel-Error"])
+            self.assertEqual(found, (404, code), host)
+            self.assertIn(b"mdm_tunnel_client.py", answer.content)
+
+    def test_with_domain_any_other_name_is_a_404(self):
+        self.start_server(domain="example.com")
+        self.start_client({"web": self.echo()})
+        self.assertEqual(self.get("web.tim.example.com").status, 200)
+        self.assertEqual(self.get("web.tim.localhost").status, 200)
+        self.assertEqual(self.get("web.tim.evil.com").status, 404)
+
+    def test_pages_are_never_stored_and_escape_what_came_from_outside(self):
+        self.start()
+        headers = {"Accept": "text/html"}
+        answer = self.get("x.tim.x", "/<script>", headers=headers)
+        self.assertEqual(answer.headers["Cache-Control"], "no-store")
+        self.assertNotIn(b"<script>", answer.content)
+
+    def test_head_of_a_page_has_its_length_and_no_body(self):
+        self.start_server()
+        answer = self.get("localhost", method="HEAD")
+        self.assertEqual((answer.status, answer.content), (200, b""))
+        self.assertGreater(int(answer.headers["Content-Length"]), 0)
+
+    def test_error_keeps_the_connection_when_the_request_was_read_whole(self):
+        self.start()
+        conn = self.keep()
+        self.get("none.tim.x", conn=conn)
+        sock = conn.sock
+        self.echoed("web.tim.x", conn=conn)
+        self.assertIs(conn.sock, sock)
+
+    def test_error_before_a_body_is_read_closes_the_connection_and_arrives(self):
+        self.start()
+        line = "Content-Length: 3000000"
+        ask = self.ask("none.tim.x", line, first="POST / HTTP/1.1", close=False)
+        for _ in range(5):
+            said = self.raw(ask + b"x" * 100000)
+            self.assertIn(b"404", said)
+            self.assertIn(b"Connection: close", said)
+
+    def test_malformed_request_is_answered_and_closed(self):
+        self.start()
+        said = self.raw(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n" * 2)
+        self.assertEqual(said.count(b"HTTP/1.1 400"), 1)
+        self.assertIn(b"Connection: close", said)
+
+    def test_urls_are_told_to_the_client(self):
+        self.start_server(domain="https://example.com")
+        client = self.start_client({"web": 9000})
+        client.until(lambda: client.program.urls)
+        self.assertEqual(client.program.urls, {"web": "https://web.tim.example.com/"})
+
+
+class Faults(TunnelCase):
+    """What goes wrong costs the one whom it concerns, and he is told."""
+
+    def status(self, port, *arguments, **options):
+        self.start(web=port)
+        answer = self.get("web.tim.x", *arguments, **options)
+        return answer.status, answer.headers["X-Tunnel-Error"], answer.content.decode()
+
+    def test_refused_target_is_a_502_that_names_it(self):
+        port = free_port()
+        status, code, text = self.status(port)
+        self.assertEqual((status, code), (502, "refused"))
+        self.assertIn("ervice web of tim: 127.0.0.1:%d refused" % port, text)
+
+    def test_service_that_closes_without_an_answer_is_a_502(self):
+        self.assertEqual(self.status(self.answering())[:2], (502, "reset"))
+
+    def test_service_that_resets_is_a_502(self):
+        def handler(conn):
+            read_head(conn)
+            linger = struct.pack("ii", 1, 0)
+            conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+        self.assertEqual(self.status(self.service(handler))[:2], (502, "reset"))
+
+    def test_broken_answers_are_a_502(self):
+        table = [
+            b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
+            b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n",
+            b"SSH-2.0-OpenSSH\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nA: " + b"x" * 70000 + b"\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n",
+        ]
+        for answer in table[:-1]:
+            with self.subTest(answer[:60]):
+                self.assertEqual(self.status(self.answering(answer))[:2], (502, "broken"))
+        with self.assertRaises((OSError, http.client.HTTPException)):
+            self.status(self.answering(table[-1]))
+
+    def cut(self, *pieces):
+        """What a visitor gets of an answer that is cut, which must end with a reset."""
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x"))
+        said = b""
+        with self.assertRaises(ConnectionResetError):
+            while True:
+                more = conn.recv(65536)
+                if not more:
+                    break
+                said += more
+        return said
+
+    def test_answer_that_was_cut_never_looks_complete(self):
+        starts = [
+            b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\npart",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\n",
+        ]
+        for start in starts:
+            self.start(web=self.answering(start))
+            self.cut()
+
+    def test_body_until_the_end_that_was_reset_never_looks_complete(self):
+        go = threading.Event()
+
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 200 OK\r\n\r\npart")
+            go.wait(PATIENCE)
+            linger = struct.pack("ii", 1, 0)
+            conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+        self.start(web=self.service(handler))
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x"))
+        read_head(conn)
+        go.set()
+        with self.assertRaises(ConnectionResetError):
+            while conn.recv(100):
+                pass
+
+    def test_visitor_who_leaves_in_the_middle_of_an_answer_frees_the_service(self):
+        left = threading.Event()
+
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            try:
+                while True:
+                    conn.sendall(b"x" * 65536)
+            except OSError:
+                left.set()
+
+        self.start(web=self.service(handler), echo=self.echo())
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x"))
+        conn.recv(1000)
+        conn.close()
+        self.assertTrue(left.wait(PATIENCE))
+        self.assertEqual(self.echoed("echo.tim.x")["service"], "web")
+        self.wait_for_streams(0)
+
+    def test_visitor_who_leaves_before_the_answer_frees_the_service(self):
+        left = threading.Event()
+
+        def handler(conn):
+            read_head(conn)
+            try:
+                conn.recv(100)
+            except OSError:
+                pass
+            left.set()
+
+        self.start(web=self.service(handler))
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x"))
+        self.wait_for_streams(1)
+        linger = struct.pack("ii", 1, 0)
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        conn.close()
+        self.assertTrue(left.wait(PATIENCE))
+
+    def test_half_closed_visitor_is_answered(self):
+        self.start()
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x", close=False))
+        conn.shutdown(socket.SHUT_WR)
+        self.assertIn(b"200 OK", self.raw(b"", conn))
+
+    def test_stalled_visitor_does_not_stop_others(self):
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+            for _ in range(1000):
+                conn.sendall(b"x" * 100000)
+
+        self.start(web=self.service(handler), echo=self.echo())
+        stalled = [self.visit() for _ in range(4)]
+        for conn in stalled:
+            conn.sendall(self.ask("web.tim.x"))
+        for _ in range(20):
+            self.echoed("echo.tim.x")
+        held = self.server.do(lambda: self.tunnels["tim"].link.held)
+        self.assertLessEqual(held, 4 * server_module.WINDOW)
+
+    def test_service_that_never_reads_stops_its_visitor_only(self):
+        stop = threading.Event()
+        self.addCleanup(stop.set)
+
+        def handler(conn):
+            stop.wait(PATIENCE)
+
+        self.start(web=self.service(handler), echo=self.echo())
+        conn = self.visit()
+        conn.setblocking(False)
+        line = "Content-Length: 900000000"
+        conn.send(self.ask("web.tim.x", line, first="PUT / HTTP/1.1"))
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                conn.send(b"x" * 65536)
+        for _ in range(20):
+            self.echoed("echo.tim.x")
+        held = self.client.do(lambda: self.client.program.tunnel.link.held)
+        self.assertLessEqual(held, client_module.WINDOW)
+
+    def test_dead_kept_stream_is_asked_once_more(self):
+        """A service that closes after each answer, without saying so."""
+
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+        self.start(web=self.service(handler))
+        conn = self.keep()
+        for _ in range(30):
+            self.assertEqual(self.get("web.tim.x", conn=conn).content, b"ok")
+
+    def test_unasked_bytes_after_an_answer_are_not_the_next_answer(self):
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+        evil = answer + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+        self.start(web=self.answering(evil))
+        said = self.raw(self.ask("web.tim.x", close=False) * 2)
+        self.assertNotIn(b"evil", said)
+
+    def test_service_without_dial_answer_is_a_504(self):
+        """A listener whose queue is full does not answer the dial at all."""
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            self.addCleanup(filler.close)
+            filler.setblocking(False)
+            filler.connect_ex(address)
+        time_of = client_module.DIAL_TIME
+        self.addCleanup(setattr, client_module, "DIAL_TIME", time_of)
+        client_module.DIAL_TIME = 0.3
+        status, code, text = self.status(address[1])
+        self.assertEqual((status, code), (504, "timeout"))
+
+    def test_name_that_cannot_be_found_is_a_502(self):
+        status, code, text = self.status("no-such-host.invalid:80")
+        self.assertEqual((status, code), (502, "refused"))
+        self.assertIn("no-such-host.invalid", text)
+
+    def test_lost_link_is_told_to_its_visitors_at_once(self):
+        def handler(conn):
+            first, rest = read_head(conn)
+            if b"/begun" in first:
+                conn.sendall(b"HTTP/1.1 200 OK\r\n\r\npart")
+            conn.recv(100)
+
+        self.start(web=self.service(handler))
+        waiting, begun = self.visit(), self.visit()
+        waiting.sendall(self.ask("web.tim.x"))
+        begun.sendall(self.ask("web.tim.x", first="GET /begun HTTP/1.1"))
+        read_head(begun)
+        self.wait_for_streams(2)
+        self.client.end()
+        said = self.raw(b"", waiting)
+        self.assertIn(b"HTTP/1.1 502", said)
+        self.assertIn(b"X-Tunnel-Error: link-lost", said)
+        with self.assertRaises(ConnectionResetError):
+            while begun.recv(100):
+                pass
+
+    def test_no_descriptors_grow_over_many_requests(self):
+        self.start()
+        conn = self.keep()
+        self.echoed("web.tim.x", conn=conn)
+        before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc") else 0
+        for number in range(300):
+            self.echoed("web.tim.x", conn=conn if number % 2 else None)
+        conn.close()
+        self.wait_for_streams(0)
+        self.client.until(lambda: len(self.client.loop.connections) == 1)
+        self.assertEqual(len(self.client.program.tunnel.link.streams), 0)
+        self.server.until(lambda: len(self.server.loop.connections) == 1)
+        after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc") else 0
+        self.assertLess(after, before + 20)
+
+
+class Hooks(TunnelCase):
+    def start_router(self, router):
+        self.start_server(router=router)
+        self.start_client({"web": self.echo("web"), "api": self.echo("api")})
+
+    def test_one_function_can_route_by_what_it_likes(self):
+        class ByPath(server_module.Router):
+            def route(self, request):
+                if request.target.startswith("/api/"):
+                    return "tim", "api"
+                return super().route(request)
+
+        self.start_router(ByPath())
+        conn = self.keep()
+        self.assertEqual(self.echoed("a.b", "/api/x", conn=conn)["service"], "api")
+        self.assertEqual(self.echoed("web.tim.b", "/x", conn=conn)["service"], "web")
+
+    def test_find_id_and_find_service_are_asked_by_default(self):
+        class Fixed(server_module.Router):
+            def find_id(self, request):
+                return "tim" if request.host == "my.host:81" else None
+
+            def find_service(self, request):
+                return request.headers.get("x-service")
+
+        self.start_router(Fixed())
+        found = self.echoed("my.host:81", headers={"X-Service": "api"})
+        self.assertEqual(found["service"], "api")
+        self.assertEqual(self.get("my.host:81").status, 200)
+        self.assertEqual(self.get("other", "/x").status, 404)
+
+    def test_authorize_is_asked_for_every_page_and_on_kept_connections(self):
+        class Password(server_module.Router):
+            def authorize(self, request):
+                if request.headers.get("Authorization") != "Basic dDp0":
+                    return 401, {"WWW-Authenticate": "Basic"}
+
+        self.start_router(Password())
+        conn = self.keep()
+        headers = {"Authorization": "Basic dDp0"}
+        for host in ("web.tim.x", "tim.x", "localhost", "nobody.x"):
+            answer = self.get(host, conn=conn)
+            self.assertEqual(answer.status, 401)
+            self.assertEqual(answer.headers["WWW-Authenticate"], "Basic")
+        self.assertEqual(self.get("web.tim.x", conn=conn, headers=headers).status, 200)
+        self.assertEqual(self.get("web.tim.x", conn=conn).status, 401)
+
+    def test_hook_that_raises_costs_its_request_a_500(self):
+        class Broken(server_module.Router):
+            def route(self, request):
+                if request.target == "/broken":
+                    raise KeyError("oops")
+                return super().route(request)
+
+        self.start_router(Broken())
+        conn = self.keep()
+        self.assertEqual(self.get("web.tim.x", "/broken", conn=conn).status, 500)
+        sock = conn.sock
+        self.echoed("web.tim.x", conn=conn)
+        self.assertIs(conn.sock, sock)
+        self.assertIn("oops", "\n".join(self.log.lines))
+        self.log.lines.clear()
+
+    def test_hook_that_answers_nonsense_costs_its_request_a_500(self):
+        for nonsense in (7, ("a",), (401, {"X": "a\r\nb"})):
+
+            class Broken(server_module.Router):
+                answer = nonsense
+
+                def authorize(self, request):
+                    return self.answer
+
+            self.start_router(Broken())
+            self.assertEqual(self.get("web.tim.x").status, 500, nonsense)
+            self.log.lines.clear()
+
+
+class Logins(TunnelCase):
+    def hello(self, version="mdm-tunnel/1", upgrade=True):
+        conn = self.dial()
+        lines = ["Connection: Upgrade", "Upgrade: " + version] if upgrade else []
+        first = "GET /.well-known/mdm-tunnel HTTP/1.1"
+        conn.sendall(self.ask("localhost:1", *lines, first=first, close=False))
+        return conn
+
+    def log_in(self, id="tim", session="s"):
+        """A hand-made client, logged in with no services; frames follow."""
+        conn = self.hello()
+        self.rest = read_head(conn)[1]
+        login = json.dumps({"id": id, "session": session}).encode()
+        conn.sendall(frame(Kind.LOGIN, 0, login) + frame(Kind.SERVICES, 0, b"{}"))
+        return conn
+
+    def frames(self, conn, until):
+        """The frames that come, up to one of the kind `until`, or to the end."""
+        reader = server_module.FrameReader("server")
+        found, data = [], self.rest
+        while True:
+            for kind, stream, payload in reader.feed(memoryview(data)):
+                found.append((kind, stream, bytes(payload)))
+                if kind == until:
+                    return found
+            try:
+                data = conn.recv(65536)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                return found
+
+    def test_hand_made_client_is_greeted_as_the_protocol_says(self):
+        self.start_server()
+        found = self.frames(self.log_in(), Kind.URLS)
+        kinds = [kind for kind, _, _ in found]
+        self.assertEqual(kinds, [Kind.CHALLENGE, Kind.WELCOME, Kind.URLS])
+
+    def test_wrong_version_is_told_the_right_one(self):
+        self.start_server()
+        first, _ = read_head(self.hello("mdm-tunnel/9"))
+        self.assertTrue(first.startswith(b"HTTP/1.1 426"))
+        self.assertIn(b"Upgrade: mdm-tunnel/1", first)
+
+    def test_request_without_upgrade_is_told_that_a_proxy_dropped_it(self):
+        self.start_server()
+        first, rest = read_head(self.hello(upgrade=False))
+        self.assertTrue(first.startswith(b"HTTP/1.1 426"))
+        self.assertIn(b"proxy", rest)
+
+    def test_visitor_on_the_client_port_is_told_so(self):
+        self.start_server()
+        said = self.raw(self.ask("web.tim.x"), self.dial())
+        self.assertIn(b"X-Tunnel-Error: client-port", said)
+
+    def test_link_path_on_the_visitors_port_is_like_any_other(self):
+        self.start()
+        found = self.echoed("web.tim.x", "/.well-known/mdm-tunnel")
+        self.assertEqual(found["service"], "web")
+
+    def test_silent_login_ends_after_its_time(self):
+        self.addCleanup(setattr, server_module, "LOGIN_TIME", server_module.LOGIN_TIME)
+        server_module.LOGIN_TIME = 0.1
+        self.start_server()
+        conn = self.hello()
+        self.rest = read_head(conn)[1]
+        self.assertEqual(self.frames(conn, None)[-1][0], Kind.CHALLENGE)
+
+    def test_bad_logins_are_refused(self):
+        self.start_server()
+        for id in ("", "a.b", "a--b", "x" * 64):
+            conn = self.log_in(id)
+            kind, _, payload = self.frames(conn, Kind.GOODBYE)[-1]
+            self.assertEqual(kind, Kind.GOODBYE)
+            self.assertEqual(json.loads(payload.decode())["code"], "refused")
+
+    def test_id_belongs_to_the_session_that_has_it(self):
+        self.start()
+        rival = self.start_client({"web": 1}, wait=False)
+        rival.until(lambda: rival.error)
+        self.assertEqual(rival.error.status, 3)
+        self.assertIn("taken", str(rival.error))
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+
+    def test_id_of_a_dead_owner_goes_to_the_newcomer(self):
+        self.addCleanup(setattr, server_module, "TAKEOVER", server_module.TAKEOVER)
+        server_module.TAKEOVER = 0.2
+        self.start_server()
+        silent = self.log_in()
+        self.frames(silent, Kind.URLS)
+        self.start_client({"web": self.echo()})
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+
+    def test_same_session_replaces_its_old_link(self):
+        self.start_server()
+        old = self.log_in(session="mine")
+        self.frames(old, Kind.URLS)
+        new = self.log_in(session="mine")
+        self.frames(new, Kind.URLS)
+        self.rest = b""
+        self.frames(old, None)  # it ends
+        tunnel = self.server.do(lambda: self.tunnels["tim"].link.closed)
+        self.assertFalse(tunnel)
+
+    def test_end_of_an_old_link_does_not_remove_the_newer_one(self):
+        self.start_server()
+        old, new = self.log_in(session="mine"), self.log_in(session="mine")
+        self.frames(new, Kind.URLS)
+        old.close()
+        self.rest = b""
+        new.sendall(frame(Kind.PING, 0, b"12345678"))
+        self.frames(new, Kind.PONG)
+        self.assertIn("tim", self.tunnels)
+
+    def test_too_many_strangers_cost_one_of_them(self):
+        self.addCleanup(setattr, server_module, "STRANGERS", server_module.STRANGERS)
+        server_module.STRANGERS = 5
+        self.start()
+        conns = [self.dial() for _ in range(20)]
+        self.server.until(lambda: len(self.server.program.strangers) == 5)
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+        self.assertEqual(len(conns), 20)
+
+    def test_first_answer_that_is_no_tunnel_ends_the_client(self):
+        self.start_server()
+        port = self.echo()
+        client = self.start_client({"web": 1}, port=port, wait=False)
+        client.until(lambda: client.error)
+        self.assertEqual(client.error.status, 1)
+        self.assertIn("200", str(client.error))
+
+    def test_visitors_port_instead_of_clients_is_explained(self):
+        self.start_server()
+        port = self.server.program.visitor_address[1]
+        client = self.start_client({"web": 1}, port=port, wait=False)
+        client.until(lambda: client.error)
+        self.assertIn("--client-port", str(client.error))
+
+
+class Reconnects(TunnelCase):
+    def test_client_comes_back_to_a_server_that_comes_back(self):
+        port, client_port = free_port(), free_port()
+        self.start_server(port=port, client_port=client_port)
+        self.start_client({"web": self.echo()})
+        self.server.end()
+        self.start_server(port=port, client_port=client_port)
+        self.server.until(lambda: self.serves("tim", {"web": 1}))
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+
+    def test_waiting_grows_to_its_limit_and_is_never_the_same(self):
+        services = client_module.Services(None, {})
+        loop = fake_loop(client_module)
+        self.addCleanup(loop.close)
+        client = client_module.Client(services, loop=loop)
+        waits = []
+        for _ in range(12):
+            client.again("down")
+            waits.append(client.timer.due - loop.clock())
+        self.assertLessEqual(waits[0], client_module.FIRST_WAIT)
+        self.assertLessEqual(max(waits), client_module.LONGEST_WAIT)
+        self.assertGreater(waits[-1], client_module.LONGEST_WAIT / 2 - 0.01)
+        self.assertEqual(len(set(waits)), len(waits))
+
+    def test_change_of_the_file_takes_effect_without_dropping_a_stream(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        path = os.path.join(folder, "services")
+        go = threading.Event()
+
+        def slow(conn):
+            read_head(conn)
+            go.wait(PATIENCE)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nslow")
+
+        def write(**services):
+            with open(path, "w") as file:
+                json.dump(services, file)
+
+        write(web=self.service(slow))
+        self.start_server()
+        port = self.server.program.client_address[1]
+        services = client_module.Services(path, {})
+        client = Backstage(
+            client_module,
+            lambda loop: QuietClient(
+                services, "127.0.0.1", port, "tim", loop=loop
+            ),
+            self.selector,
+        )
+        self.addCleanup(client.end)
+        self.server.until(lambda: self.serves("tim", {"web": 1}))
+        running = self.visit()
+        running.sendall(self.ask("web.tim.x"))
+        self.wait_for_streams(1)
+        write(other=self.echo("other"))
+        self.server.until(lambda: self.serves("tim", {"other": 1}))
+        self.assertEqual(self.echoed("other.tim.x")["service"], "other")
+        self.assertEqual(self.get("web.tim.x").status, 404)
+        go.set()
+        self.assertIn(b"slow", self.raw(b"", running))
+
+    def test_kept_stream_is_not_used_after_its_target_changed(self):
+        self.start(web=self.echo("old"))
+        conn = self.keep()
+        self.assertEqual(self.echoed("web.tim.x", conn=conn)["service"], "old")
+        program = self.client.program
+        new = client_module.parse_services([("web", self.echo("new"))])
+        tunnel = self.tunnels["tim"]
+        before = dict(tunnel.services)
+        program.services.all = new
+        self.client.do(program.tunnel.publish)
+        self.server.until(lambda: tunnel.services != before)
+        self.assertEqual(self.echoed("web.tim.x", conn=conn)["service"], "new")
+
+
+class Hostile(TunnelCase):
+    """Limits, each reached, each with a clear answer and no harm to others."""
+
+    def shorten(self, name, value):
+        self.addCleanup(setattr, server_module, name, getattr(server_module, name))
+        setattr(server_module, name, value)
+
+    def test_slow_head_is_a_408_however_it_dribbles(self):
+        self.shorten("HEAD_TIME", 0.2)
+        self.start()
+        said = self.raw(b"GET / HTTP/1.1\r\nHost: a")
+        self.assertIn(b"HTTP/1.1 408", said)
+
+    def test_silent_visitor_is_closed_without_a_word(self):
+        self.shorten("FIRST_BYTE_TIME", 0.1)
+        self.start()
+        self.assertEqual(self.raw(b""), b"")
+
+    def test_idle_visitor_is_closed_after_his_time(self):
+        self.shorten("IDLE_TIME", 0.1)
+        self.start()
+        self.assertIn(b"200 OK", self.raw(self.ask("web.tim.x", close=False)))
+
+    def test_too_many_streams_are_a_503(self):
+        self.shorten("MAX_STREAMS", 2)
+        stop = threading.Event()
+        self.addCleanup(stop.set)
+        self.start(web=self.service(lambda conn: stop.wait(PATIENCE)))
+        for _ in range(2):
+            self.visit().sendall(self.ask("web.tim.x"))
+        self.wait_for_streams(2)
+        answer = self.get("web.tim.x")
+        self.assertEqual(answer.status, 503)
+        self.assertEqual(answer.headers["X-Tunnel-Error"], "overload")
+
+    def test_without_descriptors_the_visitor_idle_longest_goes(self):
+        self.start()
+        idle = self.keep()
+        self.echoed("web.tim.x", conn=idle)
+        self.server.do(self.fill)
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+        self.assertEqual(idle.sock.recv(1), b"")
+
+    def fill(self):
+        self.server.loop.capacity = len(self.server.loop.connections)
+        return True
+
+    def test_client_without_descriptors_says_busy(self):
+        self.start()
+        self.client.do(lambda: setattr(self.client.loop, "capacity", 0) or True)
+        answer = self.get("web.tim.x")
+        self.assertEqual(answer.status, 503)
+        self.assertEqual(answer.headers["X-Tunnel-Error"], "busy")
+
+    def test_dials_beyond_the_limit_wait_their_turn(self):
+        self.addCleanup(setattr, client_module, "DIALS", client_module.DIALS)
+        client_module.DIALS = 2
+        self.start()
+        conns = [self.visit() for _ in range(20)]
+        for conn in conns:
+            conn.sendall(self.ask("web.tim.x"))
+        for conn in conns:
+            self.assertIn(b"200 OK", self.raw(b"", conn))
+
+    def test_requests_opened_and_cancelled_by_the_hundred_leave_nothing(self):
+        self.start()
+        linger = struct.pack("ii", 1, 0)
+        for _ in range(300):
+            conn = self.visit()
+            conn.sendall(self.ask("web.tim.x", close=False))
+            conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            conn.close()
+        self.wait_for_streams(0)
+        self.client.until(lambda: len(self.client.loop.connections) == 1)
+        self.echoed("web.tim.x")
+
+
+# -----------------------------------------------------------------------------------
+# The programs as processes: silence, signals, exit codes
+# -----------------------------------------------------------------------------------
+class Processes(TunnelCase):
+    def setUp(self):
+        super().setUp()
+        self.processes = []
+
+    def launch(self, script, *arguments):
+        """A script as a process; its output is read line by line."""
+        process = subprocess.Popen(
+            [sys.executable, os.path.join(HERE, script)] + list(arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+        )
+        self.addCleanup(self.put_down, process)
+        return process
+
+    def put_down(self, process):
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=PATIENCE)
+
+    def launch_server(self):
+        """The process, and its two ports as -v says them."""
+        process = self.launch(SCRIPTS[0], "-v", "-p", "0", "-c", "0")
+        ports = re.findall(r"port (\d+)", process.stderr.readline())
+        return process, int(ports[0]), ports[1]
+
+    def launch_both(self):
+        server, port, client_port = self.launch_server()
+        words = ["-v", "-h", "127.0.0.1", "-p", client_port, "-i", "tim"]
+        client = self.launch(SCRIPTS[1], *words + ["web=%d" % self.echo()])
+        line = client.stdout.readline()
+        self.assertIn("http://web.tim.localhost:%d/" % port, line)
+        return server, client, port
+
+    def fetch(self, port, path="/"):
+        conn = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        self.addCleanup(conn.close)
+        conn.request("GET", path, None, {"Host": "web.tim.localhost"})
+        return conn.getresponse()
+
+    def test_verbose_client_prints_urls_that_work(self):
+        server, client, port = self.launch_both()
+        self.assertEqual(self.fetch(port).status, 200)
+
+    def test_silent_without_v(self):
+        ports = free_port(), free_port()
+        server = self.launch(SCRIPTS[0], "-p", str(ports[0]), "-c", str(ports[1]))
+        client = self.launch(
+            SCRIPTS[1], "-h", "127.0.0.1", "-p", str(ports[1]), "-i", "tim", "web=9"
+        )
+        self.start_server()  # only for its until(): the processes have none to ask
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if self.fetch(ports[0]).status == 502:
+                    break
+        for process in (client, server):
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, out, err), (0, "", ""))
+
+    def test_both_signals_end_both_programs_with_status_0(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            server, client, port = self.launch_both()
+            for process in (client, server):
+                process.send_signal(number)
+                process.communicate(timeout=PATIENCE)
+                self.assertEqual(process.returncode, 0)
+
+    def test_sigterm_lets_the_running_request_end(self):
+        go, asked = threading.Event(), threading.Event()
+
+        def slow(conn):
+            read_head(conn)
+            asked.set()
+            go.wait(PATIENCE)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nslow")
+
+        for script in SCRIPTS:
+            go.clear()
+            asked.clear()
+            server, port, client_port = self.launch_server()
+            words = ["-v", "-h", "127.0.0.1", "-p", client_port, "-i", "tim"]
+            client = self.launch(SCRIPTS[1], *words + ["web=%d" % self.service(slow)])
+            client.stdout.readline()
+            conn = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            self.addCleanup(conn.close)
+            conn.sendall(self.ask("web.tim.x"))
+            self.assertTrue(asked.wait(PATIENCE))
+            process = server if script == SCRIPTS[0] else client
+            process.send_signal(signal.SIGTERM)
+            while "stopping" not in process.stderr.readline():
+                pass
+            go.set()
+            self.assertIn(b"slow", self.raw(b"", conn))
+            process.communicate(timeout=PATIENCE)
+            self.assertEqual(process.returncode, 0)
+
+    def test_second_client_of_an_id_ends_with_one_line_and_exit_3(self):
+        server, port, client_port = self.launch_server()
+        words = ["-h", "127.0.0.1", "-p", client_port, "-i", "tim", "web=9"]
+        first = self.launch(SCRIPTS[1], "-v", *words)
+        first.stdout.readline()
+        done = run_script(SCRIPTS[1], *words)
+        self.assertEqual((done.status, done.stdout), (3, ""))
+        self.assertEqual(len(done.stderr.splitlines()), 1)
+        self.assertIn("taken", done.stderr)
+
+    def test_frames_are_shown_with_vv(self):
+        server, port, client_port = self.launch_server()
+        words = ["-vv", "-h", "127.0.0.1", "-p", client_port, "-i", "tim", "web=9"]
+        client = self.launch(SCRIPTS[1], *words)
+        client.stdout.readline()
+        client.send_signal(signal.SIGTERM)
+        out, err = client.communicate(timeout=PATIENCE)
+        for word in ("< 0 CHALLENGE", "> 0 LOGIN", "< 0 WELCOME", "> 0 GOODBYE"):
+            self.assertIn(word, err)
+
+    def test_killed_server_and_client_come_back(self):
+        ports = free_port(), free_port()
+        words = ["-p", str(ports[0]), "-c", str(ports[1])]
+        server = self.launch(SCRIPTS[0], *words)
+        mine = ["-v", "-h", "127.0.0.1", "-p", str(ports[1]), "-i", "tim"]
+        mine.append("web=%d" % self.echo())
+        client = self.launch(SCRIPTS[1], *mine)
+        client.stdout.readline()
+        self.assertEqual(self.fetch(ports[0]).status, 200)
+        client.kill()
+        client = self.launch(SCRIPTS[1], *mine)
+        client.stdout.readline()
+        self.assertEqual(self.fetch(ports[0]).status, 200)
+        server.kill()
+        server.wait(PATIENCE)
+        server = self.launch(SCRIPTS[0], "-v", *words)
+        while "tim serves" not in server.stderr.readline():
+            pass
+        self.assertEqual(self.fetch(ports[0]).status, 200)
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(HANG, exit=True)
+    unittest.main()
