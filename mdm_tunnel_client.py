@@ -1043,7 +1043,7 @@ def split_host(text: str, port: int) -> Tuple[str, int]:
 
 
 def parse_target(value: Any) -> Target:
-    """9000, "host:port", "unix:/path" or {"target": one of those}. Raises ValueError."""
+    """9000, "host:port", "unix:/path" or {"target": any of them}. Raises ValueError."""
     if isinstance(value, dict):
         extra = sorted(set(value) - {"target"})
         if extra or "target" not in value:
@@ -1220,8 +1220,8 @@ class Dial:
             return
         if not self.addresses:
             self.end()
-            failure = self.failure or ("refused", "%s has no address" % self.target.text)
-            self.owner.on_unreachable(*failure)
+            self.note("refused", "%s has no address" % self.target.text)
+            self.owner.on_unreachable(*(self.failure or ()))
             return
         left = max(0.0, self.until - self.loop.clock())
         self.timer.set(left / len(self.addresses))
@@ -1719,9 +1719,9 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="mdm_tunnel_client.py",
         usage="%(prog)s [options] [name=target ...]",
-        description="Publishes local services through an mdm-tunnel server. A target is "
-        "a port, host:port or unix:/path; given here, it replaces the default file. "
-        "@FILE holds options as one would type them. Silent without -v.",
+        description="Publishes local services through an mdm-tunnel server. A target "
+        "is a port, host:port or unix:/path; given here, it replaces the default "
+        "file. @FILE holds options as one would type them. Silent without -v.",
         add_help=False,
         fromfile_prefix_chars="@",
     )

@@ -1138,9 +1138,9 @@ class Head:
 
 
 class Request(Head):
-    """A visitor's request. Router hooks see its `method`, its `target` (`/path?query`, or
-    `*`), its `host` as it was sent, `name` (the host in lower case, without port), the
-    `headers`, and the `address` of the visitor."""
+    """A visitor's request. Router hooks see its `method`, its `target` (`/path?query`
+    or `*`), its `host` as it was sent, `name` (the host in lower case, without port),
+    the `headers`, and the `address` of the visitor."""
 
     def __init__(self, head: bytes, address: str) -> None:
         text = head.decode("latin-1")

@@ -7,7 +7,6 @@ it, real ones wait for a state of the programs' loops. Only the standard library
 """
 
 import ast
-import base64
 import collections
 import contextlib
 import faulthandler
@@ -71,10 +70,9 @@ class Promises(unittest.TestCase):
 
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
-            "argparse ast base64 collections contextlib enum errno faulthandler hashlib "
-            "heapq html http io itertools json logging os queue random re resource "
-            "selectors shlex shutil signal socket socketserver struct subprocess sys "
-            "tempfile threading time typing unittest urllib".split()
+            "argparse collections contextlib enum errno heapq html http itertools json "
+            "logging os queue random re resource selectors shlex signal socket struct "
+            "sys threading time typing urllib".split()
         )
         for name in SCRIPTS:
             for node in ast.walk(ast.parse(read(name))):
@@ -119,7 +117,9 @@ def run_script(script, *arguments, stdin=None, cwd=None, isolated=True, env=None
     """Run a script to its end, alone in an empty folder."""
     flags = ["-I"] if isolated else []
     with tempfile.TemporaryDirectory() as empty:
-        path = "-" if stdin is not None else shutil.copy(os.path.join(HERE, script), empty)
+        path = "-"
+        if stdin is None:
+            path = shutil.copy(os.path.join(HERE, script), empty)
         process = subprocess.Popen(
             [sys.executable] + flags + [path] + list(arguments),
             stdin=subprocess.PIPE,
@@ -1524,7 +1524,7 @@ def read_head(conn):
 
 
 class TunnelCase(unittest.TestCase):
-    selector = selectors.DefaultSelector
+    selector: type = selectors.DefaultSelector
 
     def setUp(self):
         self.log = Log()
@@ -1574,7 +1574,7 @@ class TunnelCase(unittest.TestCase):
         return tunnel and sorted(tunnel.services) == sorted(services)
 
     def start(self, **services):
-        """Server and client with these services; an echo called web if there is none."""
+        """Server and client with these services, or with an echo called web."""
         if not services:
             services = {"web": self.echo()}
         self.start_server()
@@ -1846,7 +1846,7 @@ class EndToEnd(TunnelCase):
             self.assertEqual(conn.recv(100), b"data: %d\n\n" % number)
 
     def upgraded(self, handler):
-        """A visitor's connection after a 101, to a service that runs handler(socket)."""
+        """A visitor's connection, to a service that says 101 and runs `handler`."""
 
         def switch(conn):
             first, rest = read_head(conn)
@@ -1868,8 +1868,8 @@ class EndToEnd(TunnelCase):
 
     def test_upgrade_lets_bytes_flow_both_ways(self):
         def handler(conn, rest):
-            while True:
-                conn.sendall(conn.recv(65536).upper())
+            for data in iter(lambda: conn.recv(65536), b""):
+                conn.sendall(data.upper())
 
         conn = self.upgraded(handler)
         self.assertEqual(conn.recv(5), b"EARLY")
@@ -2009,7 +2009,7 @@ class Pages(TunnelCase):
         links = re.findall(r'href="([^"]*)"', page)
         self.assertEqual(
             links,
-            ["http://api.tim.localhost:%d/" % port, "http://web.tim.localhost:%d/" % port],
+            ["http://%s.tim.localhost:%d/" % (name, port) for name in ("api", "web")],
         )
         for link in links:
             self.assertEqual(self.get(link.split("/")[2]).status, 200)
@@ -2129,7 +2129,8 @@ class Faults(TunnelCase):
         ]
         for answer in table[:-1]:
             with self.subTest(answer[:60]):
-                self.assertEqual(self.status(self.answering(answer))[:2], (502, "broken"))
+                found = self.status(self.answering(answer))[:2]
+                self.assertEqual(found, (502, "broken"))
         with self.assertRaises((OSError, http.client.HTTPException)):
             self.status(self.answering(table[-1]))
 
@@ -2729,7 +2730,9 @@ class Processes(TunnelCase):
     def put_down(self, process):
         if process.poll() is None:
             process.kill()
-        process.communicate(timeout=PATIENCE)
+        process.wait(PATIENCE)
+        process.stdout.close()
+        process.stderr.close()
 
     def launch_server(self):
         """The process, and its two ports as -v says them."""
