@@ -999,6 +999,7 @@ class OneLine(logging.Formatter):
 
 def set_up_log(verbose: int) -> None:
     """-v tells events, -vv frames too, on stderr."""
+    logging.raiseExceptions = False  # a full disk under the log harms only the log
     if verbose:
         handler = logging.StreamHandler()
         handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -1690,6 +1691,7 @@ class Client:
         self.until = self.loop.clock() + DRAIN
         if self.tunnel and self.tunnel.logged_in:
             self.tunnel.link.goodbye("stopping", "the client is stopping")
+        self.timer.clear()
         self.timer = Timer(self.loop, self, self.drain)
         self.drain()
 

@@ -998,6 +998,7 @@ class OneLine(logging.Formatter):
 
 def set_up_log(verbose: int) -> None:
     """-v tells events, -vv frames too, on stderr."""
+    logging.raiseExceptions = False  # a full disk under the log harms only the log
     if verbose:
         handler = logging.StreamHandler()
         handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -1140,7 +1141,8 @@ class Head:
 class Request(Head):
     """A visitor's request. Router hooks see its `method`, its `target` (`/path?query`
     or `*`), its `host` as it was sent, `name` (the host in lower case, without port),
-    the `headers`, and the `address` of the visitor."""
+    the `headers`, and the `address` of the visitor. What they take out of `fields`,
+    (name, value) pairs, the service does not get."""
 
     def __init__(self, head: bytes, address: str) -> None:
         text = head.decode("latin-1")
@@ -1519,6 +1521,9 @@ class Tunnel:
             self.on_services(message)
         elif kind == Kind.GOODBYE:
             log.info("%s says goodbye: %s", self, message.get("reason"))
+            for stream in list(self.link.streams.values()):
+                if stream.owner.finished:
+                    stream.owner.drop()  # kept for nothing: it would hold up the end
 
     def on_login(self, message: Dict[str, Any]) -> None:
         self.timer.clear()
@@ -1718,7 +1723,8 @@ class Visitor:
                 pairs = [(str(name), str(dict(fields)[name])) for name in dict(fields)]
                 if LINE_BREAK.search("".join(map("".join, pairs))):
                     raise ValueError("authorize() gave a field with a line break")
-                raise HTTPError(int(status), "denied", "this is not for all", pairs)
+                cause = "a password is needed" if status == 401 else "not allowed"
+                raise HTTPError(int(status), "denied", cause, pairs)
             self.visit(request, *(route or (None, None)))
 
     def visit(
@@ -1801,7 +1807,7 @@ class Visitor:
     def log_answer(self, status: int, note: str) -> None:
         request, where = self.request, self.exchange or self
         what = "%s %s" % (request.method, request.target) if request else "-"
-        log.info("%s: %s %s %s", where, what, status, note)
+        log.info("%s: %s %s", where, what, ("%d %s" % (status, note)).strip())
 
     def fail(self, error: Exception) -> None:
         """What went wrong before an answer began is answered; after that he is cut."""
@@ -1810,7 +1816,7 @@ class Visitor:
             return
         if not isinstance(error, HTTPError):
             error = HTTPError(500, "error", "the server made a mistake; its log has it")
-        lines = [error.cause[:1].upper() + error.cause[1:] + "."]
+        lines = [error.cause]
         if error.status == 404 and self.request:
             lines += self.server.how_to(self.request)
         title = "%d %s" % (error.status, PHRASES.get(error.status, error.code))
@@ -2145,29 +2151,33 @@ def address_of(sock: socket.socket) -> str:
 
 def listen(bind: Optional[str], port: int) -> socket.socket:
     """A listening socket, for IPv4 and IPv6 where `bind` is None. Raises OSError."""
-    family, host = socket.AF_INET6, "::"
     if bind:
         found = socket.getaddrinfo(bind, port, 0, socket.SOCK_STREAM)[0]
-        family, host = found[0], str(found[4][0])
+        return listen_on(found[0], found[4])
     try:
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        if not bind:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    except OSError:
-        if bind:
+        return listen_on(socket.AF_INET6, ("::", port))
+    except OSError as error:
+        if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
             raise
-        return listen("0.0.0.0", port)
-    name = "SO_EXCLUSIVEADDRUSE" if os.name == "nt" else "SO_REUSEADDR"
-    sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), 1)
+    return listen_on(socket.AF_INET, ("0.0.0.0", port))
+
+
+def listen_on(family: int, address: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.bind((host, port))
+        # Windows would let SO_REUSEADDR share the port with somebody else
+        name = "SO_EXCLUSIVEADDRUSE" if os.name == "nt" else "SO_REUSEADDR"
+        sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), 1)
+        if family == socket.AF_INET6:
+            only = int(address[0] != "::")
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        sock.bind(address)
+        sock.listen(QUEUE)
+        sock.setblocking(False)
     except OSError as error:
         sock.close()
-        if not bind and error.errno == errno.EADDRNOTAVAIL:
-            return listen("0.0.0.0", port)
-        raise
-    sock.listen(QUEUE)
-    sock.setblocking(False)
+        cause = "port %d: %s" % (address[1], error.strerror)
+        raise OSError(error.errno, cause) from None
     return sock
 
 
@@ -2175,11 +2185,10 @@ class Listener:
     """A port on which visitors or clients, or both, are accepted."""
 
     def __init__(
-        self, server: "Server", bind: Optional[str], port: int, serves: str
+        self, server: "Server", sock: socket.socket, visitors: bool, clients: bool
     ) -> None:
-        self.server, self.loop = server, server.loop
-        self.visitors, self.clients = "visitors" in serves, "clients" in serves
-        self.sock = listen(bind, port)
+        self.server, self.loop, self.sock = server, server.loop, sock
+        self.visitors, self.clients = visitors, clients
         self.address = self.sock.getsockname()[:2]
         self.timer = Timer(self.loop, self, self.resume)
         self.paused = True
@@ -2224,7 +2233,7 @@ class Listener:
 class Server:
     """Listens from the start; run() serves until stop(). Port 0 takes a free port: see
     `visitor_address` and `client_address`, (host, port) each. `domain` is as --domain.
-    Raises OSError when it cannot listen, ValueError for a bad domain."""
+    Raises OSError when it cannot listen, ValueError for a bad domain or port."""
 
     def __init__(
         self,
@@ -2235,22 +2244,29 @@ class Server:
         router: Optional[Router] = None,
         loop: Optional[Loop] = None,
     ) -> None:
+        domains, ports = parse_domains(domain), [port, client_port]
+        if not all(0 <= number < 1 << 16 for number in ports):
+            raise ValueError("a port is a number from 0 to 65535")
+        shared = port == client_port != 0
+        with contextlib.ExitStack() as undo:
+            socks: List[socket.socket] = []
+            for number in ports[shared:]:
+                socks.append(undo.enter_context(listen(bind, number)))
+            undo.pop_all()
         self.loop = loop or Loop()
         self.tunnels: Dict[str, Tunnel] = {}  # by id
         self.visitors: Set[Visitor] = set()
         self.strangers: Set[Connection] = set()  # dialled, and not logged in
-        self.names = Names(parse_domains(domain), self.tunnels)
+        self.names = Names(domains, self.tunnels)
         self.router = router or Router()
         self.router.names = self.names
         self.stopping = False
         self.said_goodbye = False
         self.until = 0.0  # when what we wait for, stopping, has had its time
         self.timer = Timer(self.loop, self, self.drain)
-        shared = port == client_port != 0
-        serves = "visitors and clients" if shared else "visitors"
-        self.listeners = [Listener(self, bind, port, serves)]
+        self.listeners = [Listener(self, socks[0], True, shared)]
         if not shared:
-            self.listeners.append(Listener(self, bind, client_port, "clients"))
+            self.listeners.append(Listener(self, socks[1], False, True))
         self.visitor_address = self.listeners[0].address
         self.client_address = self.listeners[-1].address
         self.names.port = self.visitor_address[1]
@@ -2397,8 +2413,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             options.port, options.client_port, options.bind, options.domain
         )
     except OSError as error:
-        ports = "%d or %d" % (options.port, options.client_port)
-        die(1, "cannot listen on port %s: %s" % (ports, error.strerror or error))
+        die(1, "cannot listen on %s" % (error.strerror or error))
     server.loop.catch_signals(server.on_signal)
     server.run()
 
