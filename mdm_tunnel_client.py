@@ -325,7 +325,7 @@ class Loop:
 
     def patience(self) -> Optional[float]:
         """Seconds that the selector may wait; None is for ever."""
-        if self.calls:
+        if self.calls or self.touched or self.unsent:
             return 0
         if not self.timers:
             return POLL
@@ -560,9 +560,10 @@ class Connection:
 #
 # Two rings: *quiet* streams, which sent little of late, go first and leave together
 # in one system call at the end of each turn of the loop; *busy* ones get one frame
-# each time the selector finds the link writable. Control is owed, not queued: a stream
-# remembers its credit or its reset, the link one frame of each kind, and they become
-# bytes when the link can send. A peer that floods and never reads costs nothing more.
+# each time the selector finds the link writable, so that none starves. Control is
+# owed, not queued: a stream remembers its credit or its reset, the link one frame of
+# each kind, and they become bytes when the link can send. A peer that floods and never
+# reads costs nothing more.
 # -----------------------------------------------------------------------------------
 WINDOW = 256 << 10  # bytes that may be sent on a stream before it needs CREDIT
 HELD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
@@ -572,7 +573,6 @@ QUANTUM = 64 << 10  # bytes in one turn of a busy stream
 LEAST_TURN = 4 << 10  # bytes: less credit than this counts as none (no tiny frames)
 QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first
 QUIET_TIME = 0.1  # seconds
-QUIET_TURNS = 16  # turns of quiet streams to one of a busy one, when both have some
 COLLECT = 64 << 10  # bytes of small frames that leave in one system call
 PING_AFTER = 10.0  # seconds of silence until we ask whether the other side lives
 PONG_WITHIN = 10.0  # seconds it then has, for any byte at all
@@ -660,7 +660,6 @@ class Link:
         self.held = 0  # bytes received on all streams that nobody has taken
         self.quiet: Deque[Stream] = collections.deque()
         self.busy: Deque[Stream] = collections.deque()
-        self.quiet_turns = 0  # since a busy stream had one
         self.owing: Deque[Stream] = collections.deque()
         self.owed: Dict[int, bytes] = {}  # the link's own frames, one of a kind
         self.heard = loop.clock()  # when the last byte came
@@ -843,7 +842,7 @@ class Link:
         while not self.connection.backlog and not self.closed:
             fill = self.put_quiet(self.put_control(0))
             if busy and self.busy:
-                busy = self.quiet_turns = 0
+                busy = 0
                 fill = self.put_turn(self.busy.popleft(), fill, QUANTUM)
             if not fill:
                 break
@@ -867,9 +866,6 @@ class Link:
     def put_quiet(self, fill: int) -> int:
         """Turns of quiet streams, until they are worth a system call."""
         while self.quiet and fill < COLLECT:
-            if self.busy and self.quiet_turns >= QUIET_TURNS:
-                break
-            self.quiet_turns += 1
             fill = self.put_turn(self.quiet.popleft(), fill, QUIET)
         return fill
 

@@ -40,7 +40,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = ("mdm_tunnel_server.py", "mdm_tunnel_client.py")
 Kind = server_module.Kind
 PATIENCE = 20  # seconds after which a wait has failed; nothing here takes that long
-HANG = 240  # seconds after which the whole run says where it stands, and ends
+HANG = 600  # seconds after which the whole run says where it stands, and ends
 KIB = 1 << 10
 
 
@@ -317,6 +317,115 @@ class Loops(unittest.TestCase):
         threading.Thread(target=loop.from_thread, args=(loop, self.owner.ring)).start()
         while not self.owner.rung:
             loop.turn()
+
+
+# -----------------------------------------------------------------------------------
+# Connection, on real sockets
+# -----------------------------------------------------------------------------------
+class Connections(unittest.TestCase):
+    def setUp(self):
+        self.loop = server_module.Loop()
+        self.addCleanup(self.loop.close)
+        with contextlib.closing(server_module.listen("127.0.0.1", 0)) as listener:
+            self.peer = socket.create_connection(listener.getsockname())
+            self.addCleanup(self.peer.close)
+            self.peer.settimeout(PATIENCE)
+            listener.settimeout(PATIENCE)
+            sock = listener.accept()[0]
+        self.errors = []
+        self.connection = server_module.Connection(self.loop, sock, self)
+        self.view = memoryview(bytearray(100000))
+
+    def interest(self):
+        return server_module.READ
+
+    def on_readable(self):
+        pass
+
+    def on_writable(self):
+        pass
+
+    def fail(self, error):
+        self.errors.append(error)
+
+    def reset_by_peer(self):
+        linger = struct.pack("ii", 1, 0)
+        self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.peer.close()
+
+    def turn_until(self, condition):
+        while not condition():
+            self.loop.turn()
+
+    def test_small_writes_leave_at_once_and_dead_peers_are_found(self):
+        option = self.connection.sock.getsockopt
+        self.assertTrue(option(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        self.assertTrue(option(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+
+    def test_what_the_kernel_does_not_take_waits_in_order(self):
+        data = os.urandom(20 << 20)
+        for at in range(0, len(data), 1 << 20):
+            self.connection.write(memoryview(data)[at : at + (1 << 20)])
+        self.assertTrue(self.connection.backlog)
+        self.connection.after_backlog(self.connection.finish)
+        got = []
+        reader = threading.Thread(target=lambda: got.extend(self.read_all()))
+        reader.start()
+        self.turn_until(lambda: not self.connection.backlog)
+        reader.join(PATIENCE)
+        self.assertEqual(b"".join(got), data)
+
+    def read_all(self):
+        return list(iter(lambda: self.peer.recv(1 << 20), b""))
+
+    def test_last_word_is_read_after_a_failed_send(self):
+        self.peer.sendall(b"last word")
+        self.reset_by_peer()
+        self.turn_until(lambda: not self.connection.dry)
+        self.connection.write(b"x")
+        self.assertIsNotNone(self.connection.lost)
+        count = self.connection.read_into(self.view)
+        self.assertEqual(bytes(self.view[:count]), b"last word")
+
+    def test_cut_does_not_look_like_an_end_after_a_failed_send(self):
+        self.peer.sendall(b"part")
+        self.reset_by_peer()
+        self.turn_until(lambda: not self.connection.dry)
+        self.connection.write(b"x")  # this swallows the socket's error
+        self.connection.read_into(self.view)
+        self.connection.dry = False
+        with self.assertRaises(ConnectionResetError):
+            self.connection.read_into(self.view)
+
+    def test_end_is_told_again_and_again(self):
+        self.peer.close()
+        self.turn_until(lambda: not self.connection.dry)
+        self.assertEqual(self.connection.read_into(self.view), 0)
+        self.assertEqual(self.connection.read_into(self.view), 0)
+
+    def test_lingering_delivers_the_last_word_though_more_comes(self):
+        self.peer.sendall(b"x" * 100000)
+        self.connection.write(b"last word")
+        self.connection.after_backlog(self.connection.linger)
+        self.peer.sendall(b"x" * 100000)
+        got = []
+        reader = threading.Thread(target=lambda: got.extend(self.read_all()))
+        reader.start()
+        self.turn_until(lambda: got)
+        reader.join(PATIENCE)
+        self.assertEqual(got, [b"last word"])
+        self.peer.close()
+        self.turn_until(lambda: self.connection.closed)
+
+    def test_lingering_ends_after_its_time(self):
+        clock = self.loop.clock = Clock()
+        self.connection.linger()
+        self.loop.selector.close()
+        self.loop.selector = NoSelector()
+        clock.now += server_module.LINGER + 1
+        self.connection.events = 0
+        self.loop.turn()
+        self.assertTrue(self.connection.closed)
 
 
 # -----------------------------------------------------------------------------------
@@ -1557,7 +1666,7 @@ class TunnelCase(unittest.TestCase):
         """Log a client in, with {name: port or target}; until its list is known."""
         targets = client_module.parse_services(list(services.items()))
         found = client_module.Services(None, targets)
-        port = options.pop("port", self.server.program.client_address[1])
+        port = options.pop("port", 0) or self.server.program.client_address[1]
         client = Backstage(
             client_module,
             lambda loop: QuietClient(
@@ -1598,7 +1707,7 @@ class TunnelCase(unittest.TestCase):
             listener = socket.socket()
             listener.bind(("127.0.0.1", 0))
         listener.listen(512)
-        self.addCleanup(listener.close)
+        self.addCleanup(self.hang_up, listener)
 
         def work(conn):
             with contextlib.suppress(OSError), contextlib.closing(conn):
@@ -1614,6 +1723,11 @@ class TunnelCase(unittest.TestCase):
         threading.Thread(target=accept, daemon=True).start()
         return listener.getsockname()[1] if listener.family == socket.AF_INET else 0
 
+    def hang_up(self, listener):
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept()
+        listener.close()
+
     def answering(self, *pieces):
         """The port of a service that reads a head, and says these bytes."""
 
@@ -1623,6 +1737,19 @@ class TunnelCase(unittest.TestCase):
                 conn.sendall(piece)
 
         return self.service(handler)
+
+    def deaf_port(self):
+        """A port that does not answer a dial at all: its listener's queue is full."""
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            filler = socket.socket()
+            self.addCleanup(filler.close)
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        return listener.getsockname()[1]
 
     def visit(self):
         """A visitor's connection."""
@@ -1944,11 +2071,14 @@ class EndToEnd(TunnelCase):
 
     def test_service_behind_ipv6_and_localhost(self):
         listener = socket.socket(socket.AF_INET6)
+        other = socket.socket()  # keeps the port of IPv4 for nobody
+        self.addCleanup(other.close)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
         try:
-            listener.bind(("::1", 0))
+            listener.bind(("::1", port))
         except OSError:
             self.skipTest("no IPv6 here")
-        port = listener.getsockname()[1]
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nsix"
 
         def handler(conn):
@@ -2244,21 +2374,41 @@ class Faults(TunnelCase):
         self.assertEqual(self.echoed("echo.tim.x")["service"], "web")
         self.wait_for_streams(0)
 
-    def test_visitor_who_leaves_before_the_answer_frees_the_service(self):
+    def test_visitor_who_had_ended_and_then_leaves_frees_the_service(self):
         left = threading.Event()
 
         def handler(conn):
             read_head(conn)
+            conn.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
             try:
-                conn.recv(100)
+                while True:
+                    conn.sendall(b"x" * 65536)
             except OSError:
-                pass
-            left.set()
+                left.set()
 
         self.start(web=self.service(handler))
         conn = self.visit()
         conn.sendall(self.ask("web.tim.x"))
-        self.wait_for_streams(1)
+        conn.shutdown(socket.SHUT_WR)
+        conn.recv(1000)
+        conn.close()
+        self.assertTrue(left.wait(PATIENCE))
+
+    def test_visitor_who_leaves_before_the_answer_frees_the_service(self):
+        asked, left = threading.Event(), threading.Event()
+
+        def handler(conn):
+            read_head(conn)
+            asked.set()
+            try:
+                conn.recv(100)
+            except ConnectionResetError:
+                left.set()
+
+        self.start(web=self.service(handler))
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x"))
+        self.assertTrue(asked.wait(PATIENCE))
         linger = struct.pack("ii", 1, 0)
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         conn.close()
@@ -2327,21 +2477,10 @@ class Faults(TunnelCase):
         self.assertNotIn(b"evil", said)
 
     def test_service_without_dial_answer_is_a_504(self):
-        """A listener whose queue is full does not answer the dial at all."""
-        listener = socket.socket()
-        self.addCleanup(listener.close)
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        address = listener.getsockname()
-        fillers = [socket.socket() for _ in range(4)]
-        for filler in fillers:
-            self.addCleanup(filler.close)
-            filler.setblocking(False)
-            filler.connect_ex(address)
         time_of = client_module.DIAL_TIME
         self.addCleanup(setattr, client_module, "DIAL_TIME", time_of)
         client_module.DIAL_TIME = 0.3
-        status, code, text = self.status(address[1])
+        status, code, text = self.status(self.deaf_port())
         self.assertEqual((status, code), (504, "timeout"))
 
     def test_name_that_cannot_be_found_is_a_502(self):
@@ -2607,6 +2746,73 @@ class Logins(TunnelCase):
         self.assertIn("--client-port", str(client.error))
 
 
+class HandMadeServer(TunnelCase):
+    """The client, against a server of frames by hand."""
+
+    def greet(self, **services):
+        """A logged-in client's connection, as the server has it."""
+        with contextlib.closing(socket.socket()) as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            listener.settimeout(PATIENCE)
+            self.start_client(services, wait=False, port=listener.getsockname()[1])
+            conn = listener.accept()[0]
+        self.addCleanup(conn.close)
+        conn.settimeout(PATIENCE)
+        read_head(conn)
+        conn.sendall(
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n\r\n"
+            + frame(Kind.CHALLENGE, 0, b"{}")
+        )
+        self.reader = client_module.FrameReader("client")
+        self.expect(conn, Kind.LOGIN)
+        conn.sendall(frame(Kind.WELCOME, 0, b"{}"))
+        self.expect(conn, Kind.SERVICES)
+        return conn
+
+    def expect(self, conn, *kinds):
+        """The next frames must be of these kinds; their payloads. Whole DATA only."""
+        payloads = []
+        while len(payloads) < len(kinds):
+            data = conn.recv(65536)
+            self.assertTrue(data, "it closed")
+            for kind, _, payload in self.reader.feed(memoryview(data)):
+                self.assertEqual(kind, kinds[len(payloads)])
+                payloads.append(bytes(payload))
+        return payloads
+
+    def test_data_and_end_may_follow_open_at_once(self):
+        def handler(conn):
+            got = b"".join(iter(lambda: conn.recv(100), b""))
+            conn.sendall(got.upper())
+
+        conn = self.greet(web=self.service(handler))
+        opening = frame(Kind.OPEN, 1, b'{"service":"web"}')
+        conn.sendall(opening + frame(Kind.DATA, 1, b"hello") + frame(Kind.END, 1))
+        self.assertEqual(self.expect(conn, Kind.DATA, Kind.END), [b"HELLO", b""])
+
+    def test_only_what_the_list_names_is_dialled(self):
+        conn = self.greet(web=1)
+        conn.sendall(frame(Kind.OPEN, 1, b'{"service":"127.0.0.1:22"}'))
+        conn.sendall(frame(Kind.OPEN, 2, b'{"service":["web"]}'))
+        conn.sendall(frame(Kind.OPEN, 3, b"{}"))
+        for payload in self.expect(conn, *[Kind.RESET] * 3):
+            self.assertTrue(payload.startswith(b"no-service"))
+
+    def test_reset_gives_the_dial_up(self):
+        conn = self.greet(web=self.deaf_port())
+        conn.sendall(frame(Kind.OPEN, 1, b'{"service":"web"}') + frame(Kind.RESET, 1))
+        conn.sendall(frame(Kind.PING, 0, b"12345678"))
+        self.expect(conn, Kind.PONG)
+        conn.close()
+
+    def test_violation_is_answered_with_goodbye_and_a_new_dial(self):
+        conn = self.greet(web=1)
+        conn.sendall(frame(Kind.DATA, 1, b"x"))
+        (payload,) = self.expect(conn, Kind.GOODBYE)
+        self.assertIn(b"protocol", payload)
+
+
 class Reconnects(TunnelCase):
     def test_client_comes_back_to_a_server_that_comes_back(self):
         port, client_port = free_port(), free_port()
@@ -2736,6 +2942,35 @@ class Hostile(TunnelCase):
         answer = self.get("web.tim.x")
         self.assertEqual(answer.status, 503)
         self.assertEqual(answer.headers["X-Tunnel-Error"], "busy")
+
+    def test_visitor_who_never_reads_has_one_answer_waiting(self):
+        self.start()
+        conn = self.visit()
+        ask = self.ask("none.tim.x", close=False) * 100
+
+        def flood():
+            with contextlib.suppress(OSError):
+                while True:
+                    conn.sendall(ask)
+
+        threading.Thread(target=flood, daemon=True).start()
+        visitors = self.server.program.visitors
+        self.server.until(lambda: any(v.connection.backlog for v in visitors))
+        for _ in range(50):  # many turns of the loop
+            self.echoed("web.tim.x")
+        waiting = self.server.do(lambda: [len(v.connection.backlog) for v in visitors])
+        self.assertLess(max(waiting), 4 * KIB)
+        conn.shutdown(socket.SHUT_RDWR)
+
+    def test_dials_at_once_are_counted(self):
+        self.addCleanup(setattr, client_module, "DIALS", client_module.DIALS)
+        client_module.DIALS = 2
+        self.start(web=self.deaf_port())
+        for _ in range(5):
+            self.visit().sendall(self.ask("web.tim.x"))
+        tunnel = self.client.program.tunnel
+        self.client.until(lambda: tunnel.link.last_id == 5)
+        self.assertEqual((len(tunnel.dials), len(tunnel.waiting)), (2, 3))
 
     def test_dials_beyond_the_limit_wait_their_turn(self):
         self.addCleanup(setattr, client_module, "DIALS", client_module.DIALS)
