@@ -278,7 +278,7 @@ class Loop:
     def close(self) -> None:
         """Close everything. The loop cannot be used again."""
         for connection in list(self.connections):
-            connection.close()
+            connection.abort() if connection.backlog else connection.close()
         for part in (self.selector, self.alarm, self.bell):
             part.close()  # type: ignore[attr-defined]
 
@@ -389,6 +389,7 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 # -----------------------------------------------------------------------------------
 KEEPALIVE = 60  # seconds of silence until TCP asks whether a peer is still there
 LINGER = 2.0  # seconds to read and drop after a last word, so that it arrives
+STALLED = 60.0  # seconds for a peer to take anything of what is left, at the end
 SOCKET_OPTIONS = (
     ("IPPROTO_TCP", "TCP_NODELAY", 1),  # what is small leaves at once
     ("SOL_SOCKET", "SO_KEEPALIVE", 1),
@@ -401,7 +402,7 @@ class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock owner backlog dry eof lost last moved events timer closed"
+        "loop sock owner backlog dry eof lost last moved events timer lingering closed"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
@@ -413,7 +414,8 @@ class Connection:
         self.last: Optional[Call] = None  # to do when the backlog is gone
         self.moved = 0.0  # when the backlog began, or last became shorter
         self.events = 0  # what the selector was told
-        self.timer: Optional[Timer] = None  # while it lingers
+        self.timer: Optional[Timer] = None  # when it comes to an end
+        self.lingering = False
         self.closed = False
         sock.setblocking(False)
         loop.connections.add(self)
@@ -428,24 +430,24 @@ class Connection:
         return str(self.owner)
 
     def fail(self, error: Exception) -> None:
-        self.close() if self.timer else self.owner.fail(error)
+        self.close() if self.lingering else self.owner.fail(error)
 
     def on_events(self, mask: int) -> None:
         """The selector says that the socket is ready."""
         self.loop.touched.add(self)
         if mask & WRITE and not self.closed:
             self.flush()
-            if not self.timer:
+            if not self.lingering:
                 self.owner.on_writable()
         if mask & READ and not self.closed:
             self.dry = False
-            self.on_dropped() if self.timer else self.owner.on_readable()
+            self.drop() if self.lingering else self.owner.on_readable()
 
     def register(self) -> None:
         """Tell the selector what is waited for now, if that has changed."""
         if self.closed:
             return
-        events = READ if self.timer else self.owner.interest()
+        events = READ if self.lingering else self.owner.interest()
         events = (events & ~READ if self.eof else events) | bool(self.backlog) * WRITE
         if events != self.events:
             if self.events and events:
@@ -520,17 +522,33 @@ class Connection:
         except OSError as error:
             self.lost = self.lost or error
 
+    def end(self, call: Call) -> None:
+        """The last thing to do, when everything has been sent. A peer who takes nothing
+        of it for STALLED seconds is given up."""
+        self.watch(STALLED)
+        self.after_backlog(call)
+
     def linger(self) -> None:
         """Close, but so that the last word arrives: with bytes unread a plain close
         would reset the connection, and the reset can overtake what was said."""
         self.finish()
-        self.timer = Timer(self.loop, self, self.close)
-        self.timer.set(LINGER)
+        self.lingering = True
+        self.watch(LINGER)
         if self.eof or self.lost:
             self.close()
 
-    def on_dropped(self) -> None:
-        """While it lingers, what still comes is dropped."""
+    def watch(self, seconds: float) -> None:
+        self.timer = self.timer or Timer(self.loop, self, self.on_late)
+        self.timer.set(seconds)
+
+    def on_late(self) -> None:
+        if self.backlog and self.loop.clock() - self.moved < STALLED:
+            self.watch(STALLED)
+        else:
+            self.abort() if self.backlog else self.close()
+
+    def drop(self) -> None:
+        """While it lingers, what still comes is of no use."""
         if self.read_into(self.loop.scratch) == 0:
             self.close()
 
@@ -547,6 +565,9 @@ class Connection:
             self.closed = True
             self.loop.connections.discard(self)
             self.backlog.clear()
+            self.last = None
+            if self.timer:
+                self.timer.clear()
             if self.events:
                 self.loop.selector.unregister(self.sock)
             self.sock.close()
@@ -631,6 +652,10 @@ class Stream:
             self.link.owe(self)
             self.link.forget(self)
 
+    def fail(self, error: Exception) -> None:
+        """It could not be given an owner."""
+        self.reset("error", str(error))
+
     def control(self) -> Iterator[Tuple[int, bytes]]:
         """The frames that it owes; with this they are paid."""
         self.owing = False
@@ -693,6 +718,8 @@ class Link:
 
     def take(self, data: memoryview) -> None:
         """Act on what was read."""
+        if self.closed:
+            return
         self.heard = self.loop.clock()
         for kind, number, payload in self.reader.feed(data):
             if log.isEnabledFor(logging.DEBUG):
@@ -730,8 +757,8 @@ class Link:
 
     def on_goodbye(self, kind: int, payload: memoryview) -> None:
         self.leaving = True
+        self.loop.unsent[self] = None
         self.on_text(kind, payload)
-        self.maybe_finish()
 
     def on_open(self, number: int, payload: memoryview) -> None:
         if number != self.last_id + 1:
@@ -742,7 +769,7 @@ class Link:
         elif len(self.streams) > MAX_STREAMS or self.held > HELD_LIMIT:
             stream.reset("overload", "the client has too much to do")
         else:
-            self.owner.on_open(stream, message)
+            self.loop.guard(stream, self.owner.on_open, stream, message)
 
     def on_data(self, stream: Stream, payload: memoryview) -> None:
         stream.allowed -= len(payload)
@@ -783,7 +810,7 @@ class Link:
         stream = self.streams[self.last_id] = Stream(self, self.last_id, owner)
         return stream
 
-    def open(self, owner: Any, **message: Any) -> Stream:
+    def open(self, owner: Any, message: Dict[str, Any]) -> Stream:
         """Open a stream, as only the server does."""
         stream = self.add(owner)
         stream.opening = pack_json(message)
@@ -802,15 +829,15 @@ class Link:
             stream.open = False
             self.held -= stream.held
             stream.held = 0
-            self.maybe_finish()
+            self.loop.unsent[self] = None
 
     # What goes out.
 
-    def send(self, kind: int, **message: Any) -> None:
-        """Owe a message; a newer one of its kind takes its place."""
+    def send(self, kind: int, message: Dict[str, Any]) -> None:
         self.post(kind, pack_json(message))
 
     def post(self, kind: int, payload: bytes) -> None:
+        """Owe a frame of the link's own; a newer one of its kind takes its place."""
         self.in_order(kind)
         self.owed[kind] = payload
         self.loop.unsent[self] = None
@@ -848,7 +875,9 @@ class Link:
                 break
             self.connection.write(self.loop.frames[:fill])
         self.loop.touched.add(self.connection)
-        self.maybe_finish()
+        waiting = self.streams or self.owed or self.owing or self.connection.backlog
+        if self.leaving and not waiting:
+            self.close("goodbye")
 
     def put_control(self, fill: int) -> int:
         """Write the frames that are owed from `fill` on; return where they end."""
@@ -920,16 +949,10 @@ class Link:
             self.post(Kind.PING, STAMP.pack(self.loop.clock()))
 
     def goodbye(self, code: str, reason: str) -> None:
-        """Take no new streams, and close when the last has ended."""
+        """Take no new streams; flush() closes the link after the last."""
         if not self.leaving:
             self.leaving = True
-            self.send(Kind.GOODBYE, code=code, reason=reason)
-
-    def maybe_finish(self) -> None:
-        """After a GOODBYE the link closes with its last stream."""
-        waiting = self.streams or self.owed or self.owing or self.connection.backlog
-        if self.leaving and not waiting:
-            self.close("goodbye")
+            self.send(Kind.GOODBYE, {"code": code, "reason": reason})
 
     def fail(self, error: Exception) -> None:
         """The connection is broken, or the peer's frames are."""
@@ -942,17 +965,16 @@ class Link:
             self.connection.write(self.loop.frames[: self.put_control(0)])
         self.close(str(error))
 
-    def close(self, cause: str) -> None:
+    def close(self, cause: str, code: str = "link-lost") -> None:
         """Over, with all its streams; what was said last still arrives."""
         if not self.closed:
             self.closed = True
             self.timer.clear()
+            self.owner.on_closed(cause)
             streams, self.streams = self.streams, {}
             for stream in streams.values():
                 stream.open = False
-                owner = stream.owner
-                self.loop.guard(owner, owner.on_reset, "link-lost", cause)
-            self.owner.on_closed(cause)
+                self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
             if self.connection.lost or self.connection.backlog:
                 self.connection.close()
             else:
@@ -1007,7 +1029,8 @@ def die(status: int, cause: Any) -> NoReturn:
     """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
     attempts used up."""
     name = os.path.basename(sys.argv[0] or "-")
-    print("%s: %s" % ("mdm-tunnel" if name == "-" else name, cause), file=sys.stderr)
+    text = "".join(map(OneLine.printable, str(cause)))
+    print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
     sys.exit(status)
 # ===================================================================================
 # SHARED BLOCK: ends.
@@ -1135,6 +1158,7 @@ class Services:
 # Dialling: names are looked up in one helper thread, the only one there is, since the
 # system's resolver blocks; then the addresses are tried in turn.
 # -----------------------------------------------------------------------------------
+RETRY_TIME = 0.05  # seconds until a unix socket whose queue is full is tried again
 Address = Tuple[int, Any]  # family, and what connect() takes
 
 
@@ -1159,7 +1183,7 @@ class Resolver:
         else:
             try:
                 dial.on_addresses(self.look_up(host, port, socket.AI_NUMERICHOST))
-            except socket.gaierror:
+            except (OSError, UnicodeError):  # a name
                 self.ask(host, port, dial)
 
     def ask(self, host: str, port: int, dial: "Dial") -> None:
@@ -1199,6 +1223,7 @@ class Dial:
         self.over = False
         self.timer = Timer(loop, self, self.on_late)
         self.timer.set(seconds)
+        self.retry = Timer(loop, self, self.try_next)
         resolver.resolve(target.host, target.port, self)
 
     def __str__(self) -> str:
@@ -1213,7 +1238,7 @@ class Dial:
 
     def try_next(self) -> None:
         """Begin with the next address; each has its share of the time that is left."""
-        if self.over:
+        if self.over or self.connection:
             return
         if not self.addresses:
             self.end()
@@ -1222,13 +1247,18 @@ class Dial:
             return
         left = max(0.0, self.until - self.loop.clock())
         self.timer.set(left / len(self.addresses))
-        family, address = self.addresses.pop(0)
+        family, address = self.addresses[0]
         try:
             sock = socket.socket(family, socket.SOCK_STREAM)
             self.connection = Connection(self.loop, sock, self)
-            self.judge(sock.connect_ex(address))
+            code = sock.connect_ex(address)
+            if code == errno.EAGAIN and not self.target.port:
+                self.drop()  # a unix socket's queue is full, and tells no more
+                self.retry.set(RETRY_TIME)
+            else:
+                self.judge(code)
         except OSError as error:
-            self.on_failure(error.errno or 0)
+            self.on_failure(error.errno or 0, str(error))
 
     def judge(self, code: int) -> None:
         """What connect() has said so far."""
@@ -1241,16 +1271,18 @@ class Dial:
             self.end()
             self.owner.on_connected(connection)
 
-    def on_failure(self, code: int) -> None:
+    def on_failure(self, code: int, said: str = "") -> None:
         """This address does not answer: the next?"""
         name = self.target.text
+        self.addresses = self.addresses[1:]
         if code == errno.ECONNREFUSED:
             self.note("refused", "%s refused the connection" % name)
         elif code == errno.ETIMEDOUT:
             self.note("timeout", "%s did not answer in time" % name)
         else:
             full = code in (errno.EMFILE, errno.ENFILE)
-            self.note("busy" if full else "refused", name + ": " + os.strerror(code))
+            said = os.strerror(code) if code else said
+            self.note("busy" if full else "refused", "%s: %s" % (name, said))
         self.drop()
         self.loop.soon(self, self.try_next)
 
@@ -1269,6 +1301,7 @@ class Dial:
         """Stop trying. The owner is not told."""
         self.over = True
         self.timer.clear()
+        self.retry.clear()
         self.drop()
 
     def interest(self) -> int:
@@ -1283,9 +1316,7 @@ class Dial:
             self.judge(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
     def fail(self, error: Exception) -> None:
-        self.note("refused", str(error))
-        self.drop()
-        self.loop.soon(self, self.try_next)
+        self.on_failure(0, str(error))
 
 
 # -----------------------------------------------------------------------------------
@@ -1293,7 +1324,7 @@ class Dial:
 # here, an end is remembered, and a reset gives the dial up.
 # -----------------------------------------------------------------------------------
 DIAL_TIME = 5.0  # seconds from OPEN to a connected target, waiting for a place included
-DIALS = 128  # at once on a link: a service that hangs must not use up all descriptors
+DIALS = 128  # at once to a target: one that hangs holds up its own visitors only
 
 
 class Bridge:
@@ -1347,7 +1378,7 @@ class Bridge:
             return None
         count = self.connection.read_into(view)
         if count == 0 and self.stream.ended_in:
-            self.connection.after_backlog(self.connection.close)
+            self.connection.end(self.connection.close)
         return count
 
     def receive(self, data: memoryview) -> None:
@@ -1363,9 +1394,10 @@ class Bridge:
 
     def on_end(self) -> None:
         connection = self.connection
-        if connection:
-            both = connection.eof
-            connection.after_backlog(connection.close if both else connection.finish)
+        if connection and connection.eof:
+            connection.end(connection.close)
+        elif connection:
+            connection.after_backlog(connection.finish)
 
     def on_reset(self, code: str, cause: str) -> None:
         """The other side gives it up: the service learns it by a reset, but for code
@@ -1429,8 +1461,8 @@ class Tunnel:
         self.client, self.connection = client, connection
         self.head = bytearray()  # of the answer, while it is not whole
         self.logged_in = False
-        self.dials: Set[Bridge] = set()
-        self.waiting: Deque[Bridge] = collections.deque()  # for a place to dial
+        self.dials: Dict[Target, Set[Bridge]] = {}
+        self.waiting: Dict[Target, Deque[Bridge]] = {}  # for a place to dial
         self.since = client.loop.clock()
         self.timer = Timer(client.loop, connection, self.on_late)
         self.timer.set(WELCOME_TIME)
@@ -1462,7 +1494,7 @@ class Tunnel:
             raise OSError("the server closed the connection")
         self.head += view[: count or 0]
         end = self.head.find(b"\r\n\r\n")
-        if not self.head.startswith(b"HTTP/1.1 "[: len(self.head)]):
+        if not self.head.startswith(b"HTTP/1."[: len(self.head)]):
             raise OSError("whoever listens there does not speak HTTP")
         if end >= 0:
             self.on_answer(bytes(self.head[: end + 4]))
@@ -1490,7 +1522,8 @@ class Tunnel:
     def on_message(self, kind: int, message: Dict[str, Any]) -> None:
         if kind == Kind.CHALLENGE:
             client = self.client
-            self.link.send(Kind.LOGIN, id=client.id, session=client.session, link=0)
+            login = {"id": client.id, "session": client.session, "link": 0}
+            self.link.send(Kind.LOGIN, login)
         elif kind == Kind.WELCOME:
             self.timer.clear()
             self.logged_in = True
@@ -1505,7 +1538,7 @@ class Tunnel:
     def publish(self) -> None:
         """Send the list of services, whole."""
         if self.logged_in and not self.link.leaving:
-            self.link.send(Kind.SERVICES, **offer(self.client.services.all))
+            self.link.send(Kind.SERVICES, offer(self.client.services.all))
 
     def on_open(self, stream: Stream, message: Dict[str, Any]) -> None:
         """Only what our own list names is dialled."""
@@ -1515,20 +1548,29 @@ class Tunnel:
         elif self.client.loop.full():
             stream.reset("busy", "the client has no descriptors left")
         else:
-            self.waiting.append(Bridge(self, stream, target))
-            self.dial_next()
+            waiting = self.waiting.setdefault(target, collections.deque())
+            waiting.append(Bridge(self, stream, target))
+            self.dial_next(target)
 
-    def dial_next(self) -> None:
-        while self.waiting and len(self.dials) < DIALS:
-            bridge = self.waiting.popleft()
+    def dial_next(self, target: Target) -> None:
+        """Begin as many dials to the target as there are places."""
+        waiting = self.waiting.get(target, ())
+        dials = self.dials.setdefault(target, set())
+        while waiting and len(dials) < DIALS:
+            bridge = waiting.popleft()  # type: ignore[union-attr]
             if bridge.stream.open:
-                self.dials.add(bridge)
+                dials.add(bridge)
                 bridge.begin()
+        if not dials and not waiting:
+            self.dials.pop(target, None)
+            self.waiting.pop(target, None)
 
     def dialled(self, bridge: Bridge) -> None:
         """A dial has ended, one way or the other."""
-        self.dials.discard(bridge)
-        self.dial_next()
+        dials = self.dials.get(bridge.target, set())
+        if bridge in dials:
+            dials.discard(bridge)
+            self.client.loop.soon(self, self.dial_next, bridge.target)
 
     def on_closed(self, cause: str) -> None:
         self.timer.clear()
@@ -1585,6 +1627,8 @@ class Client:
         self.timer.set(0)
         self.look_timer.set(LOOK_TIME)
         self.loop.run()
+        if self.tunnel and self.tunnel.logged_in:
+            self.tunnel.link.close("the client is stopping")
         self.loop.close()
         if self.refusal:
             raise self.refusal
@@ -1652,15 +1696,15 @@ class Client:
             lived = self.loop.clock() - tunnel.since
             if tunnel.logged_in and lived >= STEADY:
                 self.wait = FIRST_WAIT
-            self.again("%s" % error)
+            self.again(str(error), 0 if tunnel.logged_in else 1)
 
-    def again(self, cause: str) -> None:
+    def again(self, cause: str, failures: int = 1) -> None:
         """Dial again, after a while that grows and is never the same for all."""
         if self.stopping:
             return
-        self.failures += 1
+        self.failures += failures
         log.info("%s: %s", self.server, cause)
-        if self.failures == self.max_attempts:
+        if failures and self.failures == self.max_attempts:
             self.end(Refused(4, "gave up %s: %s" % (self.server, cause)))
         else:
             self.timer.set(self.wait * random.uniform(0.5, 1.0))
@@ -1685,16 +1729,18 @@ class Client:
         log.info("stopping")
         self.stopping = True
         self.until = self.loop.clock() + DRAIN
-        if self.tunnel and self.tunnel.logged_in:
-            self.tunnel.link.goodbye("stopping", "the client is stopping")
         self.timer.clear()
         self.timer = Timer(self.loop, self, self.drain)
-        self.drain()
+        if self.tunnel and self.tunnel.logged_in:
+            self.tunnel.link.goodbye("stopping", "the client is stopping")
+            self.drain()
+        else:
+            self.loop.running = False
 
     def drain(self) -> None:
         """Is there anything still to wait for?"""
         late = self.loop.clock() >= self.until
-        if late or not self.loop.connections or not self.tunnel:
+        if late or not self.loop.connections:
             self.loop.running = False
         self.timer.set(DRAIN_LOOK)
 
@@ -1742,7 +1788,10 @@ def make_parser() -> Parser:
 def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     """Options and name=target in any order. Exits with 2 when something is wrong."""
     parser = make_parser()
-    options, rest = parser.parse_known_args(argv)
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except ValueError as error:  # in an @file
+        parser.error(str(error))
     if options.host == HELP:
         parser.print_help()
         sys.exit(0)

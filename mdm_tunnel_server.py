@@ -277,7 +277,7 @@ class Loop:
     def close(self) -> None:
         """Close everything. The loop cannot be used again."""
         for connection in list(self.connections):
-            connection.close()
+            connection.abort() if connection.backlog else connection.close()
         for part in (self.selector, self.alarm, self.bell):
             part.close()  # type: ignore[attr-defined]
 
@@ -388,6 +388,7 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 # -----------------------------------------------------------------------------------
 KEEPALIVE = 60  # seconds of silence until TCP asks whether a peer is still there
 LINGER = 2.0  # seconds to read and drop after a last word, so that it arrives
+STALLED = 60.0  # seconds for a peer to take anything of what is left, at the end
 SOCKET_OPTIONS = (
     ("IPPROTO_TCP", "TCP_NODELAY", 1),  # what is small leaves at once
     ("SOL_SOCKET", "SO_KEEPALIVE", 1),
@@ -400,7 +401,7 @@ class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock owner backlog dry eof lost last moved events timer closed"
+        "loop sock owner backlog dry eof lost last moved events timer lingering closed"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
@@ -412,7 +413,8 @@ class Connection:
         self.last: Optional[Call] = None  # to do when the backlog is gone
         self.moved = 0.0  # when the backlog began, or last became shorter
         self.events = 0  # what the selector was told
-        self.timer: Optional[Timer] = None  # while it lingers
+        self.timer: Optional[Timer] = None  # when it comes to an end
+        self.lingering = False
         self.closed = False
         sock.setblocking(False)
         loop.connections.add(self)
@@ -427,24 +429,24 @@ class Connection:
         return str(self.owner)
 
     def fail(self, error: Exception) -> None:
-        self.close() if self.timer else self.owner.fail(error)
+        self.close() if self.lingering else self.owner.fail(error)
 
     def on_events(self, mask: int) -> None:
         """The selector says that the socket is ready."""
         self.loop.touched.add(self)
         if mask & WRITE and not self.closed:
             self.flush()
-            if not self.timer:
+            if not self.lingering:
                 self.owner.on_writable()
         if mask & READ and not self.closed:
             self.dry = False
-            self.on_dropped() if self.timer else self.owner.on_readable()
+            self.drop() if self.lingering else self.owner.on_readable()
 
     def register(self) -> None:
         """Tell the selector what is waited for now, if that has changed."""
         if self.closed:
             return
-        events = READ if self.timer else self.owner.interest()
+        events = READ if self.lingering else self.owner.interest()
         events = (events & ~READ if self.eof else events) | bool(self.backlog) * WRITE
         if events != self.events:
             if self.events and events:
@@ -519,17 +521,33 @@ class Connection:
         except OSError as error:
             self.lost = self.lost or error
 
+    def end(self, call: Call) -> None:
+        """The last thing to do, when everything has been sent. A peer who takes nothing
+        of it for STALLED seconds is given up."""
+        self.watch(STALLED)
+        self.after_backlog(call)
+
     def linger(self) -> None:
         """Close, but so that the last word arrives: with bytes unread a plain close
         would reset the connection, and the reset can overtake what was said."""
         self.finish()
-        self.timer = Timer(self.loop, self, self.close)
-        self.timer.set(LINGER)
+        self.lingering = True
+        self.watch(LINGER)
         if self.eof or self.lost:
             self.close()
 
-    def on_dropped(self) -> None:
-        """While it lingers, what still comes is dropped."""
+    def watch(self, seconds: float) -> None:
+        self.timer = self.timer or Timer(self.loop, self, self.on_late)
+        self.timer.set(seconds)
+
+    def on_late(self) -> None:
+        if self.backlog and self.loop.clock() - self.moved < STALLED:
+            self.watch(STALLED)
+        else:
+            self.abort() if self.backlog else self.close()
+
+    def drop(self) -> None:
+        """While it lingers, what still comes is of no use."""
         if self.read_into(self.loop.scratch) == 0:
             self.close()
 
@@ -546,6 +564,9 @@ class Connection:
             self.closed = True
             self.loop.connections.discard(self)
             self.backlog.clear()
+            self.last = None
+            if self.timer:
+                self.timer.clear()
             if self.events:
                 self.loop.selector.unregister(self.sock)
             self.sock.close()
@@ -630,6 +651,10 @@ class Stream:
             self.link.owe(self)
             self.link.forget(self)
 
+    def fail(self, error: Exception) -> None:
+        """It could not be given an owner."""
+        self.reset("error", str(error))
+
     def control(self) -> Iterator[Tuple[int, bytes]]:
         """The frames that it owes; with this they are paid."""
         self.owing = False
@@ -692,6 +717,8 @@ class Link:
 
     def take(self, data: memoryview) -> None:
         """Act on what was read."""
+        if self.closed:
+            return
         self.heard = self.loop.clock()
         for kind, number, payload in self.reader.feed(data):
             if log.isEnabledFor(logging.DEBUG):
@@ -729,8 +756,8 @@ class Link:
 
     def on_goodbye(self, kind: int, payload: memoryview) -> None:
         self.leaving = True
+        self.loop.unsent[self] = None
         self.on_text(kind, payload)
-        self.maybe_finish()
 
     def on_open(self, number: int, payload: memoryview) -> None:
         if number != self.last_id + 1:
@@ -741,7 +768,7 @@ class Link:
         elif len(self.streams) > MAX_STREAMS or self.held > HELD_LIMIT:
             stream.reset("overload", "the client has too much to do")
         else:
-            self.owner.on_open(stream, message)
+            self.loop.guard(stream, self.owner.on_open, stream, message)
 
     def on_data(self, stream: Stream, payload: memoryview) -> None:
         stream.allowed -= len(payload)
@@ -782,7 +809,7 @@ class Link:
         stream = self.streams[self.last_id] = Stream(self, self.last_id, owner)
         return stream
 
-    def open(self, owner: Any, **message: Any) -> Stream:
+    def open(self, owner: Any, message: Dict[str, Any]) -> Stream:
         """Open a stream, as only the server does."""
         stream = self.add(owner)
         stream.opening = pack_json(message)
@@ -801,15 +828,15 @@ class Link:
             stream.open = False
             self.held -= stream.held
             stream.held = 0
-            self.maybe_finish()
+            self.loop.unsent[self] = None
 
     # What goes out.
 
-    def send(self, kind: int, **message: Any) -> None:
-        """Owe a message; a newer one of its kind takes its place."""
+    def send(self, kind: int, message: Dict[str, Any]) -> None:
         self.post(kind, pack_json(message))
 
     def post(self, kind: int, payload: bytes) -> None:
+        """Owe a frame of the link's own; a newer one of its kind takes its place."""
         self.in_order(kind)
         self.owed[kind] = payload
         self.loop.unsent[self] = None
@@ -847,7 +874,9 @@ class Link:
                 break
             self.connection.write(self.loop.frames[:fill])
         self.loop.touched.add(self.connection)
-        self.maybe_finish()
+        waiting = self.streams or self.owed or self.owing or self.connection.backlog
+        if self.leaving and not waiting:
+            self.close("goodbye")
 
     def put_control(self, fill: int) -> int:
         """Write the frames that are owed from `fill` on; return where they end."""
@@ -919,16 +948,10 @@ class Link:
             self.post(Kind.PING, STAMP.pack(self.loop.clock()))
 
     def goodbye(self, code: str, reason: str) -> None:
-        """Take no new streams, and close when the last has ended."""
+        """Take no new streams; flush() closes the link after the last."""
         if not self.leaving:
             self.leaving = True
-            self.send(Kind.GOODBYE, code=code, reason=reason)
-
-    def maybe_finish(self) -> None:
-        """After a GOODBYE the link closes with its last stream."""
-        waiting = self.streams or self.owed or self.owing or self.connection.backlog
-        if self.leaving and not waiting:
-            self.close("goodbye")
+            self.send(Kind.GOODBYE, {"code": code, "reason": reason})
 
     def fail(self, error: Exception) -> None:
         """The connection is broken, or the peer's frames are."""
@@ -941,17 +964,16 @@ class Link:
             self.connection.write(self.loop.frames[: self.put_control(0)])
         self.close(str(error))
 
-    def close(self, cause: str) -> None:
+    def close(self, cause: str, code: str = "link-lost") -> None:
         """Over, with all its streams; what was said last still arrives."""
         if not self.closed:
             self.closed = True
             self.timer.clear()
+            self.owner.on_closed(cause)
             streams, self.streams = self.streams, {}
             for stream in streams.values():
                 stream.open = False
-                owner = stream.owner
-                self.loop.guard(owner, owner.on_reset, "link-lost", cause)
-            self.owner.on_closed(cause)
+                self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
             if self.connection.lost or self.connection.backlog:
                 self.connection.close()
             else:
@@ -1006,7 +1028,8 @@ def die(status: int, cause: Any) -> NoReturn:
     """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
     attempts used up."""
     name = os.path.basename(sys.argv[0] or "-")
-    print("%s: %s" % ("mdm-tunnel" if name == "-" else name, cause), file=sys.stderr)
+    text = "".join(map(OneLine.printable, str(cause)))
+    print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
     sys.exit(status)
 # ===================================================================================
 # SHARED BLOCK: ends.
@@ -1148,7 +1171,7 @@ class Request(Head):
         if line.group(3) != "1":
             raise HTTPError(505, "version", "only HTTP/1.x is spoken here")
         self.method, self.target = line.group(1, 2)
-        self.minor = int(line.group(4))
+        self.minor = min(1, int(line.group(4)))  # RFC 9110 2.5: 1.7 is 1.1 to us
         self.address = address
         super().__init__(text, line.end())
         self.body = self.framing() or Body(0)
@@ -1239,9 +1262,10 @@ class Answer(Head):
         """The head as the visitor gets it; `connection` is ours to say."""
         if self.status == 204 or self.status < 200:
             drop = drop | {"content-length", "transfer-encoding"}  # RFC 9110 8.6
-        add = [("Upgrade", value) for value in self.upgrade if self.status == 101]
-        if connection:
-            add.append(("Connection", connection))
+        keep = self.status in (101, 426)  # RFC 9110 7.8
+        add = [("Upgrade", value) for value in self.upgrade if keep]
+        words = ["Upgrade"] * bool(add) + [connection] * bool(connection)
+        add += [("Connection", ", ".join(words))] * bool(words)
         first = "HTTP/1.1 %d %s" % (self.status, self.reason)
         return self.pass_on(first, drop, add)
 
@@ -1498,11 +1522,12 @@ class Tunnel:
         self.services: Dict[str, Any] = {}
         self.peer = "client %s" % address_of(connection.sock)
         self.asked = 0.0  # when the owner of our id was asked whether he lives
-        self.contested = False  # somebody waits for whether we live
+        self.challenger: Optional[Tunnel] = None  # waits for whether we live
         self.link = Link(server.loop, connection, self, "server")
         self.timer = Timer(server.loop, self.link, self.on_late)
         self.timer.set(LOGIN_TIME)
-        self.link.send(Kind.CHALLENGE, version=VERSION)
+        self.contest_timer = Timer(server.loop, self.link, self.contest)
+        self.link.send(Kind.CHALLENGE, {"version": VERSION})
 
     def __str__(self) -> str:
         return self.id or self.peer
@@ -1540,23 +1565,22 @@ class Tunnel:
             owner = None
         if owner is None:
             self.welcome()
-        elif owner.contested:
+        elif owner.challenger and not owner.challenger.link.closed:
             self.refuse("taken", "the id %s is taken" % self.id)
         else:
-            owner.contested = True
+            owner.challenger = self
             owner.link.ping()
             self.asked = self.server.loop.clock()
-            self.timer = Timer(self.server.loop, self.link, self.contest)
             self.contest()
 
     def contest(self) -> None:
         """Does the owner of our id live? Any byte since we asked shows it."""
         owner, now = self.server.tunnels.get(self.id), self.server.loop.clock()
         if owner and owner.link.heard > self.asked:
-            owner.contested = False
+            owner.challenger = None
             self.refuse("taken", "the id %s is taken" % self.id)
         elif owner and now < self.asked + TAKEOVER:
-            self.timer.set(TAKEOVER_LOOK)
+            self.contest_timer.set(TAKEOVER_LOOK)
         else:
             if owner:
                 owner.link.close("no sign of life when its id was asked for")
@@ -1565,7 +1589,8 @@ class Tunnel:
     def welcome(self) -> None:
         self.server.strangers.discard(self.link.connection)
         self.server.tunnels[self.id] = self
-        self.link.send(Kind.WELCOME)
+        self.timer.set(LOGIN_TIME)  # for its services
+        self.link.send(Kind.WELCOME, {})
         log.info("%s logged in from %s", self.id, self.peer)
 
     def refuse(self, code: str, cause: str) -> None:
@@ -1574,6 +1599,7 @@ class Tunnel:
 
     def on_services(self, message: Dict[str, Any]) -> None:
         """The whole list of the client's services; the answer is where they are."""
+        self.timer.clear()
         urls, self.services = {}, {}
         for name, options in message.items():
             service = name.lower()
@@ -1583,7 +1609,9 @@ class Tunnel:
             else:
                 urls[name] = "error: a service's name is a DNS label without --"
         log.info("%s serves %s", self.id, ", ".join(self.services) or "nothing")
-        self.link.send(Kind.URLS, **urls)
+        if len(pack_json(urls)) > TEXT_LIMIT:
+            urls = {"*": "error: too many services to tell where each is"}
+        self.link.send(Kind.URLS, urls)
 
     def open(self, exchange: "Exchange") -> Stream:
         """A new stream for a request. Raises HTTPError when there can be none."""
@@ -1593,12 +1621,12 @@ class Tunnel:
         if len(link.streams) >= MAX_STREAMS or link.held > HELD_LIMIT:
             raise HTTPError(503, "overload", "%s has too many requests" % self.id)
         visitor = exchange.request.address
-        return link.open(
-            exchange, service=exchange.service, visitor=visitor, scheme="http"
-        )
+        message = {"service": exchange.service, "visitor": visitor, "scheme": "http"}
+        return link.open(exchange, message)
 
     def on_closed(self, cause: str) -> None:
         self.timer.clear()
+        self.contest_timer.clear()
         log.info("%s: link closed: %s", self, cause)
         if self.server.tunnels.get(self.id) is self:
             del self.server.tunnels[self.id]
@@ -1616,6 +1644,7 @@ class Tunnel:
 FIRST_BYTE_TIME = 30.0  # seconds for the first byte of a new connection
 HEAD_TIME = 10.0  # seconds from a head's first byte to its last, however it dribbles
 IDLE_TIME = 60.0  # seconds that a connection is kept after an answer
+PROBE_TIME = 5.0  # seconds between looks at whether a visitor we do not read is there
 KEPT_TIME = 1.0  # seconds a kept stream is good for a request that may not go twice
 RESETS = {  # what a client's RESET means to the visitor
     "no-service": 404,
@@ -1623,6 +1652,7 @@ RESETS = {  # what a client's RESET means to the visitor
     "busy": 503,
     "overload": 503,
     "gone": 503,
+    "stopping": 503,
 }
 
 
@@ -1654,29 +1684,36 @@ class Visitor:
 
     def on_readable(self) -> None:
         """A body is pulled by its stream; anything else is read ahead, up to a head."""
-        if self.exchange and self.exchange.uploading():
-            self.exchange.wake()
+        exchange = self.exchange
+        if exchange and exchange.uploading() and exchange.stream.wants_read():
+            exchange.stream.wake()
             return
         view = self.loop.scratch[: HEAD_LIMIT - len(self.buffer)]
         count = self.connection.read_into(view)
         if count:
             self.buffer += view[:count]
-        if count is not None and not self.exchange:
+        if count is not None and not exchange:
             self.next()
         elif count == 0 and self.connection.lost:
             self.leave()
 
     def on_writable(self) -> None:
-        exchange = self.exchange or self.kept
-        if exchange:
-            exchange.settle()
+        if self.exchange:
+            self.exchange.settle()
         elif self.connection.lost:
             self.leave()
-        self.next()
+        else:
+            self.next()
 
     def on_late(self) -> None:
-        if self.connection.backlog:
-            self.timer.set(IDLE_TIME)  # he still takes the last answer
+        """Time is up: for a head, for the next request, or for a look at him."""
+        connection = self.connection
+        if self.exchange:
+            # After his FIN, or with no room to read, the selector tells nothing.
+            gone = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            self.leave() if gone else self.timer.set(PROBE_TIME)
+        elif connection.backlog:
+            self.end()  # he takes what is left, or is given up
         elif self.buffer:
             cause = "no whole head within %d s" % HEAD_TIME
             raise HTTPError(408, "timeout", cause)
@@ -1702,7 +1739,8 @@ class Visitor:
         elif self.buffer:
             if not self.searched:
                 self.timer.set(HEAD_TIME)
-            self.searched = len(self.buffer)
+            if self.buffer != b"\r":  # perhaps half of an empty line
+                self.searched = len(self.buffer)
 
     def serve(self, request: Request) -> None:
         """A whole head is here: whose is it?"""
@@ -1731,6 +1769,7 @@ class Visitor:
         if tunnel and service in tunnel.services:
             self.exchange = Exchange(self, request, tunnel, str(service))
             self.exchange.start()
+            self.timer.set(PROBE_TIME)
         elif request.method not in ("GET", "HEAD") or request.target != "/":
             self.not_found(tunnel, id, service)
         elif tunnel and service is None:
@@ -1769,13 +1808,13 @@ class Visitor:
             raise HTTPError(426, "version", cause, fields)
         if not request.body.done:
             raise malformed("a body in a request for a link")
-        self.server.visitors.discard(self)
+        self.forget()
         self.server.meet(self.connection)
         lines = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s"
         self.connection.write((lines % PROTOCOL + "\r\n\r\n").encode())
         tunnel = Tunnel(self.server, self.connection, request.host)
-        if self.buffer:
-            self.loop.soon(tunnel.link, tunnel.link.take, memoryview(self.buffer))
+        link, early = tunnel.link, memoryview(bytes(self.buffer))
+        self.loop.guard(link, link.take, early)
 
     def respond(
         self, status: int, code: str, title: str, lines: List[str], fields: Any = ()
@@ -1823,6 +1862,7 @@ class Visitor:
         """An answer has been given; what comes next?"""
         self.exchange = self.request = None
         self.idle_since = self.loop.clock()
+        self.loop.touched.add(self.connection)  # it may be read again
         if keep and not self.server.stopping:
             self.timer.set(IDLE_TIME)
             self.loop.soon(self, self.next)
@@ -1832,12 +1872,12 @@ class Visitor:
     def end(self) -> None:
         """Close, when everything has been said and has arrived."""
         self.forget()
-        self.connection.after_backlog(self.connection.linger)
+        self.connection.end(self.connection.linger)
 
     def cut(self) -> None:
         """What he has got so far is all there is, and it must not look whole."""
         self.forget()
-        self.connection.after_backlog(self.connection.abort)
+        self.connection.end(self.connection.abort)
 
     def leave(self) -> None:
         """He has gone, or may go: nothing is left to say."""
@@ -1851,7 +1891,7 @@ class Visitor:
         self.server.visitors.discard(self)
         for exchange in (self.exchange, self.kept):
             if exchange:
-                exchange.stream.reset("done" if exchange.finished else "left")
+                exchange.stream.reset("done" if exchange.whole() else "left")
         self.exchange = self.kept = None
 
 
@@ -1874,6 +1914,7 @@ class Exchange:
         self.keep = False  # the visitor's connection, after this
         self.reused = False  # the stream carried an earlier request
         self.repeated = False  # it is being asked for the second time
+        self.spoken = False  # a 1xx has been passed on
         self.upgraded = False
         self.finished = False
 
@@ -1893,7 +1934,7 @@ class Exchange:
                 kept.stream.reset("done")
             self.stream = self.tunnel.open(self)
         self.head = self.request.to_service()
-        self.wake()
+        self.stream.wake()
 
     def may_reuse(self, kept: "Exchange") -> bool:
         """Is it the same service still, and if the stream has died unseen, may the
@@ -1913,26 +1954,24 @@ class Exchange:
         stale = self.reused and self.repeatable()
         unseen = code == "gone" and self.request.body.untouched
         tunnel = self.visitor.server.tunnels.get(self.tunnel.id)
-        if self.repeated or not (stale or unseen):
+        if self.repeated or self.spoken or not (stale or unseen):
             return False
         if tunnel is None or self.service not in tunnel.services:
             return False
         self.tunnel, self.repeated = tunnel, True
         self.stream = tunnel.open(self)
         self.head = self.request.to_service()
-        self.wake()
-        return True
-
-    def wake(self) -> None:
         self.stream.wake()
+        return True
 
     def uploading(self) -> bool:
         """Whether what the visitor sends belongs to the stream."""
         return self.upgraded or not self.request.body.done
 
     def wants_read(self) -> bool:
-        if self.uploading():
-            return self.stream.wants_read()
+        """What is not for the stream now is read ahead, so that a reset is seen."""
+        if self.uploading() and (self.stream.wants_read() or self.stream.ready):
+            return not self.stream.ready
         return len(self.visitor.buffer) < HEAD_LIMIT
 
     def pull(self, view: memoryview) -> Optional[int]:
@@ -2003,6 +2042,7 @@ class Exchange:
             if answer.status == 101:
                 self.on_upgrade(answer)
             elif answer.status < 200:
+                self.spoken = True
                 if self.request.minor:
                     self.visitor.connection.write(answer.to_visitor("", set()))
             else:
@@ -2012,11 +2052,11 @@ class Exchange:
         if not (self.request.upgrade and answer.upgrade and self.request.body.done):
             raise malformed("it changed the protocol without being asked")
         self.upgraded = True
-        head = answer.to_visitor("Upgrade", set())
+        head = answer.to_visitor("", set())
         self.visitor.connection.write(head + bytes(self.carry))
         self.carry.clear()
         self.visitor.log_answer(101, "")
-        self.wake()
+        self.stream.wake()
 
     def on_answer(self, answer: Answer) -> None:
         """Its head is whole: say whether the connection goes on, and pass it on."""
@@ -2051,7 +2091,11 @@ class Exchange:
             self.visitor.connection.write(data[:good])
         self.carry += data[good:]
         if self.body.done:
-            self.finish()
+            self.visitor.connection.after_backlog(self.finish)
+
+    def whole(self) -> bool:
+        """Whether the answer is here to its last byte; the visitor may not have it."""
+        return self.answer is not None and self.body.done
 
     def settle(self) -> None:
         """Give credit for what the visitor has taken; see whether he is still there."""
@@ -2062,21 +2106,18 @@ class Exchange:
             self.stream.settle(len(self.carry) + len(connection.backlog))
 
     def finish(self) -> None:
-        """The answer is whole. The stream is kept if everything was as it should be:
-        bytes beyond the answer's framing belong to nobody."""
-        answer, stream = self.answer, self.stream
-        whole = self.request.body.done and not self.carry and not self.body.until_end
-        again = answer and answer.keeps_alive() and not stream.ended_in
-        self.settle()
-        if self.carry:
-            self.keep = False
+        """The visitor has the whole answer. The stream is kept if everything was as it
+        should be: bytes beyond the answer's framing belong to nobody."""
+        answer, stream, visitor = self.answer, self.stream, self.visitor
+        usable = stream.open and not (stream.ended_in or self.head or self.carry)
+        usable = usable and self.request.body.done and self.request.minor == 1
+        self.stream.settle(0)
         self.finished = True
-        if whole and again and self.request.minor and self.keep and stream.open:
-            self.visitor.kept = self
+        if usable and self.keep and answer and answer.keeps_alive():
+            visitor.kept = self
         else:
             stream.reset("done")
-        if not self.visitor.closing:
-            self.visitor.done(self.keep)
+        visitor.done(self.keep and not self.carry)
 
     def drop(self) -> None:
         """The kept stream said something unasked: it is of no more use."""
@@ -2096,8 +2137,9 @@ class Exchange:
         elif self.upgraded:
             connection.after_backlog(connection.finish)
         elif self.answer and self.body.until_end:
-            self.finish()
-        else:
+            self.body.left = 0
+            connection.after_backlog(self.finish)
+        elif not self.whole():
             self.stream.reset("done")
             self.on_reset("reset", "the service closed the connection too early")
 
@@ -2105,6 +2147,11 @@ class Exchange:
         """The stream is over: ask again, say why, or cut what has begun."""
         if self.finished:
             self.drop()
+        elif code == "overload" and self.answer:
+            self.visitor.forget()
+            self.visitor.connection.abort()  # what waits for him is what is too much
+        elif self.whole():
+            log.debug("%s: the stream ended after a whole answer", self)
         elif self.answer or self.upgraded:
             log.info("%s: cut: %s %s", self, code, cause)
             self.visitor.cut()
@@ -2135,7 +2182,7 @@ DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
 
 def plain_address(host: str) -> str:
     """An address as people write it: without the mapping into IPv6, or the zone."""
-    return host.partition("%")[0].replace("::ffff:", "") if "." in host else host
+    return re.sub("^::ffff:(?=.*[.])|%.*", "", host)
 
 
 def address_of(sock: socket.socket) -> str:
@@ -2149,7 +2196,10 @@ def address_of(sock: socket.socket) -> str:
 def listen(bind: Optional[str], port: int) -> socket.socket:
     """A listening socket, for IPv4 and IPv6 where `bind` is None. Raises OSError."""
     if bind:
-        found = socket.getaddrinfo(bind, port, 0, socket.SOCK_STREAM)[0]
+        try:
+            found = socket.getaddrinfo(bind, port, 0, socket.SOCK_STREAM)[0]
+        except (OSError, UnicodeError):
+            raise OSError("%s: no such address" % bind) from None
         return listen_on(found[0], found[4])
     try:
         return listen_on(socket.AF_INET6, ("::", port))
@@ -2279,10 +2329,17 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Let go of everything at once."""
+        """Let go of everything at once; what is cut does not look whole."""
         for listener in self.listeners:
             listener.close()
+        self.close_links()
         self.loop.close()
+
+    def close_links(self) -> None:
+        for tunnel in list(self.tunnels.values()):
+            tunnel.link.goodbye("stopping", "the server is stopping")
+            tunnel.link.flush()
+            tunnel.link.close("the server is stopping", "stopping")
 
     def fail(self, error: Exception) -> None:
         log.error("server: %s", error)
@@ -2353,13 +2410,12 @@ class Server:
         self.timer.set(DRAIN_LOOK)
 
     def say_goodbye(self) -> None:
-        """The last words: upgraded connections end, and then the links."""
+        """The last words, to visitors and to clients."""
         self.said_goodbye = True
         self.until = self.loop.clock() + LINGER
+        self.close_links()
         for visitor in list(self.visitors):
-            visitor.cut()
-        for tunnel in list(self.tunnels.values()):
-            tunnel.link.goodbye("stopping", "the server is stopping")
+            visitor.end()
 
 
 # -----------------------------------------------------------------------------------
