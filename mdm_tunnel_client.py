@@ -1305,7 +1305,7 @@ class Dial:
         self.drop()
 
     def interest(self) -> int:
-        return WRITE
+        return 0 if self.over else WRITE
 
     def on_readable(self) -> None:
         pass
@@ -1436,6 +1436,7 @@ class Bridge:
 # -----------------------------------------------------------------------------------
 WELCOME_TIME = 10.0  # seconds: the server may be asking the old owner of our id
 ANSWER_LIMIT = 16 << 10  # bytes of the answer to our request to upgrade
+STATUS = re.compile(rb"HTTP/1[.]\d (\d{3})[ \r]")
 LIKELY = {
     404: "is this the visitors' port? clients dial the server's --client-port",
     426: "client and server are of different versions, or a proxy drops Upgrade",
@@ -1502,11 +1503,11 @@ class Tunnel:
             raise OSError("the server's answer does not end")
 
     def on_answer(self, head: bytes) -> None:
-        status = head.split(b" ")[1].split(b"\r")[0].decode("latin-1")
+        status = int((STATUS.match(head) or [b"", b"0"])[1])
         rest = memoryview(self.head)[len(head) :]
-        if status != "101":
-            hint = LIKELY.get(int(status) if status.isdigit() else 0, "no tunnel here")
-            raise Refused(1, "the answer was %s: %s" % (status, hint))
+        if status != 101:
+            hint = LIKELY.get(status, "whoever listens there is no mdm-tunnel server")
+            raise Refused(1, "the answer was %d: %s" % (status, hint))
         self.link = Link(self.client.loop, self.connection, self, "client")
         if rest:
             self.link.take(rest)

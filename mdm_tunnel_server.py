@@ -1044,6 +1044,7 @@ def die(status: int, cause: Any) -> NoReturn:
 HEAD_LIMIT = 64 << 10  # bytes of a head: far more than cookies need
 LINE_LIMIT = 16 << 10  # bytes of a request line
 FIELD_LIMIT = 200  # fields of a head, and of a trailer section
+INTERIM_LIMIT = 100  # 1xx answers to one request
 CHUNK_LINE_LIMIT = 2 << 10  # bytes of a chunk or trailer line: fits the least turn
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
@@ -1058,7 +1059,7 @@ CHUNK = re.compile(
     r"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*"
     % (TOKEN, TOKEN, QUOTED)
 )
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::(\d{0,5}))?")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._-]{1,255})(?::(\d{0,5}))?")
 ABSOLUTE = re.compile(r"(?i:http)://([^/?@]+)([/?].*)?")
 LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
@@ -1317,8 +1318,11 @@ class Chunked(Body):
                 self.left -= end - at
                 at = end
                 continue
-            start = bytes(data[at : at + CHUNK_LINE_LIMIT])
-            end = start.find(b"\n")
+            for size in (32, CHUNK_LINE_LIMIT):  # most lines are short
+                start = bytes(data[at : at + size])
+                end = start.find(b"\n")
+                if end >= 0:
+                    break
             if end < 0 and len(start) < CHUNK_LINE_LIMIT:
                 break
             if end < 1 or start[end - 1 : end] != b"\r":
@@ -1644,6 +1648,7 @@ class Tunnel:
 FIRST_BYTE_TIME = 30.0  # seconds for the first byte of a new connection
 HEAD_TIME = 10.0  # seconds from a head's first byte to its last, however it dribbles
 IDLE_TIME = 60.0  # seconds that a connection is kept after an answer
+HALF_CLOSED_TIME = 60.0  # seconds for an answer to begin: is he still there at all?
 PROBE_TIME = 5.0  # seconds between looks at whether a visitor we do not read is there
 KEPT_TIME = 1.0  # seconds a kept stream is good for a request that may not go twice
 RESETS = {  # what a client's RESET means to the visitor
@@ -1711,7 +1716,9 @@ class Visitor:
         if self.exchange:
             # After his FIN, or with no room to read, the selector tells nothing.
             gone = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            self.leave() if gone else self.timer.set(PROBE_TIME)
+            self.timer.set(PROBE_TIME)
+            if gone or (connection.eof and self.exchange.is_late()):
+                self.leave()
         elif connection.backlog:
             self.end()  # he takes what is left, or is given up
         elif self.buffer:
@@ -1914,7 +1921,8 @@ class Exchange:
         self.keep = False  # the visitor's connection, after this
         self.reused = False  # the stream carried an earlier request
         self.repeated = False  # it is being asked for the second time
-        self.spoken = False  # a 1xx has been passed on
+        self.interim = 0  # 1xx answers so far
+        self.since = visitor.loop.clock()
         self.upgraded = False
         self.finished = False
 
@@ -1954,7 +1962,7 @@ class Exchange:
         stale = self.reused and self.repeatable()
         unseen = code == "gone" and self.request.body.untouched
         tunnel = self.visitor.server.tunnels.get(self.tunnel.id)
-        if self.repeated or self.spoken or not (stale or unseen):
+        if self.repeated or self.interim or not (stale or unseen):
             return False
         if tunnel is None or self.service not in tunnel.services:
             return False
@@ -1963,6 +1971,11 @@ class Exchange:
         self.head = self.request.to_service()
         self.stream.wake()
         return True
+
+    def is_late(self) -> bool:
+        """Whether a visitor who sends no more has waited long enough for an answer."""
+        waited = self.visitor.loop.clock() - self.since
+        return waited > HALF_CLOSED_TIME and not (self.answer or self.upgraded)
 
     def uploading(self) -> bool:
         """Whether what the visitor sends belongs to the stream."""
@@ -2042,7 +2055,9 @@ class Exchange:
             if answer.status == 101:
                 self.on_upgrade(answer)
             elif answer.status < 200:
-                self.spoken = True
+                self.interim += 1
+                if self.interim > INTERIM_LIMIT:
+                    raise malformed("more than %d interim answers" % INTERIM_LIMIT)
                 if self.request.minor:
                     self.visitor.connection.write(answer.to_visitor("", set()))
             else:

@@ -417,13 +417,28 @@ class Connections(unittest.TestCase):
         self.peer.close()
         self.turn_until(lambda: self.connection.closed)
 
-    def test_lingering_ends_after_its_time(self):
-        clock = self.loop.clock = Clock()
-        self.connection.linger()
-        self.loop.selector.close()
+    def stop_the_clock(self):
+        """From here on only the test moves the time, and nothing is read."""
+        self.loop.selector.unregister(self.loop.alarm)
         self.loop.selector = NoSelector()
+        self.loop.clock = Clock()
+        return self.loop.clock
+
+    def test_lingering_ends_after_its_time(self):
+        clock = self.stop_the_clock()
+        self.connection.linger()
         clock.now += server_module.LINGER + 1
-        self.connection.events = 0
+        self.loop.turn()
+        self.assertTrue(self.connection.closed)
+
+    def test_peer_who_never_takes_the_last_word_is_given_up(self):
+        clock = self.stop_the_clock()
+        self.connection.write(b"x" * (20 << 20))
+        self.connection.end(self.connection.linger)
+        clock.now += server_module.STALLED - 1
+        self.loop.turn()
+        self.assertFalse(self.connection.closed)
+        clock.now += 2
         self.loop.turn()
         self.assertTrue(self.connection.closed)
 
@@ -839,6 +854,18 @@ class Links(LinkCase):
         self.assertEqual(self.client.closed, "goodbye")
         self.assertEqual(self.client.wire.ended, "lingered")
 
+    def test_last_end_of_a_leaving_link_is_sent_before_it_closes(self):
+        mine, theirs = self.pair(b"x")
+        mine.finished = True
+        mine.stream.wake()
+        self.settle()
+        self.client.link.goodbye("stopping", "")
+        theirs.finished = True
+        theirs.send(b"tail")
+        self.settle()
+        self.assertEqual((mine.got, mine.news), (b"tail", ["end"]))
+        self.assertEqual(self.client.wire.ended, "lingered")
+
     def test_silent_peer_is_asked_then_given_up(self):
         mine, theirs = self.pair(b"x")
         self.client.loop.turn = lambda: None  # it has stopped
@@ -1025,6 +1052,10 @@ class RequestHeads(unittest.TestCase):
                             (method, target, name),
                         )
 
+    def test_later_minor_versions_are_one_point_one(self):
+        line, _ = self.to_service(first="GET / HTTP/1.7")
+        self.assertEqual(line, "GET / HTTP/1.1")
+
     def test_head_that_goes_on_is_not_judged_yet(self):
         self.assertIsNone(parse_request(b"GET / HTTP/1.1\r\nHost: a.b\r\n"))
 
@@ -1134,6 +1165,12 @@ class AnswerHeads(unittest.TestCase):
             self.assertEqual((body.left, body.until_end), (left, until_end))
         body = self.answer(chunked).frame("GET")
         self.assertIsInstance(body, server_module.Chunked)
+
+    def test_upgrade_that_is_required_is_named(self):
+        lines = ["Upgrade: x", "Connection: upgrade"]
+        answer = self.answer(*lines, first="HTTP/1.1 426 No")
+        text = answer.to_visitor("", set())
+        self.assertIn(b"Upgrade: x\r\nConnection: Upgrade", text)
 
     def test_length_of_an_answer_that_has_no_body_is_dropped(self):
         answer = self.answer("Content-Length: 5", first="HTTP/1.1 204 No")
@@ -1294,6 +1331,16 @@ class NamesOfHosts(unittest.TestCase):
         for text in ("a b", "http://", "a/b", "ftp://a.b", "u@a.b", "a..b", "a:x"):
             with self.assertRaises(ValueError, msg=text):
                 server_module.parse_domains(text)
+
+    def test_addresses_are_shown_plain(self):
+        table = [
+            ("::ffff:1.2.3.4", "1.2.3.4"),
+            ("1.2.3.4", "1.2.3.4"),
+            ("fe80::1%eth0", "fe80::1"),
+            ("::1", "::1"),
+        ]
+        for found, shown in table:
+            self.assertEqual(server_module.plain_address(found), shown)
 
     def test_base_names_are_the_server_itself(self):
         names = server_module.Names(server_module.parse_domains("e.com"), set())
@@ -1509,6 +1556,22 @@ class CommandLines(unittest.TestCase):
         self.assertEqual((done.status, done.stdout), (4, ""))
         self.assertIn("refused", done.stderr)
         self.assertEqual(len(done.stderr.splitlines()), 1)
+
+    def test_broken_at_files_are_refused(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "options")
+            for content in (b"-i 'tim", b"-i \xff"):
+                with open(path, "wb") as file:
+                    file.write(content)
+                self.refuse(client_module, "@" + path)
+
+    def test_last_line_cannot_be_forged(self):
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            with self.assertRaises(SystemExit):
+                client_module.die(3, "no\nforged\x1b[2J")
+        self.assertEqual(len(errors.getvalue().splitlines()), 1)
+        self.assertNotIn("\x1b", errors.getvalue())
 
     def test_log_lines_cannot_be_forged(self):
         formatter = server_module.OneLine("%(message)s")
@@ -1850,6 +1913,14 @@ class EndToEnd(TunnelCase):
         said = self.raw(ask * 1500 + self.ask("none.tim.x"))
         self.assertEqual(said.count(b"HTTP/1.1 404"), 1501)
 
+    def test_long_pipelined_burst_is_answered_to_its_end(self):
+        self.start()
+        ask = self.ask("web.tim.x", close=False)
+        conn = self.visit()
+        data = ask * 2000 + self.ask("web.tim.x")
+        threading.Thread(target=conn.sendall, args=(data,), daemon=True).start()
+        self.assertEqual(self.raw(b"", conn).count(b"HTTP/1.1 200"), 2001)
+
     def test_chunked_upload_and_answer_pass_unchanged(self):
         def handler(conn):
             first, rest = read_head(conn)
@@ -2090,26 +2161,69 @@ class EndToEnd(TunnelCase):
         for name in ("web", "six"):
             self.assertEqual(self.get(name + ".tim.x").content, b"six")
 
-    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "no unix sockets here")
-    def test_service_behind_a_unix_socket(self):
+    def unix_listener(self):
+        """A bound unix socket, and its target."""
+        if not hasattr(socket, "AF_UNIX"):
+            self.skipTest("no unix sockets here")
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
         listener = socket.socket(socket.AF_UNIX)
+        self.addCleanup(listener.close)
         listener.bind(os.path.join(folder, "s"))
+        return listener, "unix:" + os.path.join(folder, "s")
 
-        def handler(conn):
-            read_head(conn)
-            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nunix")
+    def unix_handler(self, conn):
+        read_head(conn)
+        conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nunix")
 
-        self.service(handler, listener)
-        self.start(web="unix:" + os.path.join(folder, "s"))
+    def test_service_behind_a_unix_socket(self):
+        listener, target = self.unix_listener()
+        self.service(self.unix_handler, listener)
+        self.start(web=target)
         self.assertEqual(self.get("web.tim.x").content, b"unix")
+
+    def test_unix_socket_whose_queue_is_full_is_tried_again(self):
+        listener, target = self.unix_listener()
+        listener.listen(0)
+        filler = socket.socket(socket.AF_UNIX)
+        self.addCleanup(filler.close)
+        filler.connect(target[5:])
+        self.start(web=target)
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x"))
+        self.client.until(lambda: self.client.program.tunnel.dials)
+        self.service(self.unix_handler, listener)  # from here on it accepts
+        self.assertIn(b"unix", self.raw(b"", conn))
+
+    def test_hundreds_of_dials_that_end_at_once_take_their_turns(self):
+        self.addCleanup(setattr, client_module, "DIALS", client_module.DIALS)
+        client_module.DIALS = 1
+        listener, target = self.unix_listener()
+        self.service(self.unix_handler, listener)
+        self.start(web=target)
+        conns = [self.visit() for _ in range(300)]
+        for conn in conns:
+            conn.sendall(self.ask("web.tim.x"))
+        for conn in conns:
+            self.assertIn(b"unix", self.raw(b"", conn))
 
     def test_one_port_can_serve_visitors_and_clients(self):
         port = free_port()
         self.start_server(port=port, client_port=port)
         self.start_client({"web": self.echo()}, port=port)
         self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+
+    def test_becoming_a_link_lets_go_of_a_kept_stream(self):
+        port = free_port()
+        self.start_server(port=port, client_port=port)
+        self.start_client({"web": self.echo()}, port=port)
+        conn = self.keep()
+        self.echoed("web.tim.x", conn=conn)
+        lines = ["Connection: Upgrade", "Upgrade: mdm-tunnel/1"]
+        first = "GET /.well-known/mdm-tunnel HTTP/1.1"
+        conn.sock.sendall(self.ask("x", *lines, first=first, close=False))
+        self.assertIn(b"101", read_head(conn.sock)[0])
+        self.wait_for_streams(0)
 
     def test_names_of_both_kinds_reach_the_service(self):
         self.start()
@@ -2257,6 +2371,19 @@ class Pages(TunnelCase):
             said = self.raw(ask + b"x" * 100000)
             self.assertIn(b"404", said)
             self.assertIn(b"Connection: close", said)
+
+    def test_empty_line_before_a_request_is_skipped_however_it_is_cut(self):
+        self.start()
+        visitors = self.server.program.visitors
+        conn = self.visit()
+        conn.sendall(b"\r")
+        self.server.until(lambda: [v.buffer for v in visitors] == [b"\r"])
+        said = self.raw(b"\n" + self.ask("web.tim.x", close=False), self.visit())
+        self.assertIn(b"HTTP/1.1 400", said)  # a line feed alone is no empty line
+        said = self.raw(b"\n" + self.ask("web.tim.x"), conn)
+        self.assertIn(b"HTTP/1.1 200", said)
+        said = self.raw(b"\r\n" + self.ask("web.tim.x"))
+        self.assertIn(b"HTTP/1.1 200", said)
 
     def test_malformed_request_is_answered_and_closed(self):
         self.start()
@@ -2421,6 +2548,40 @@ class Faults(TunnelCase):
         conn.shutdown(socket.SHUT_WR)
         self.assertIn(b"200 OK", self.raw(b"", conn))
 
+    def test_visitor_who_resets_a_stalled_upload_frees_the_service(self):
+        stop = threading.Event()
+        self.addCleanup(stop.set)
+        self.start(web=self.service(lambda conn: stop.wait(PATIENCE)))
+        conn = self.visit()
+        conn.setblocking(False)
+        line = "Content-Length: 900000000"
+        conn.send(self.ask("web.tim.x", line, first="PUT / HTTP/1.1"))
+        self.wait_for_streams(1)
+        (stream,) = self.tunnels["tim"].link.streams.values()
+        for _ in range(4):
+            with contextlib.suppress(BlockingIOError):
+                conn.send(b"x" * 65536)
+        self.server.until(lambda: stream.credit < server_module.WINDOW)
+        linger = struct.pack("ii", 1, 0)
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        conn.close()
+        self.wait_for_streams(0)
+
+    def test_visitor_who_ends_and_then_resets_is_noticed(self):
+        self.addCleanup(setattr, server_module, "PROBE_TIME", server_module.PROBE_TIME)
+        server_module.PROBE_TIME = 0.05
+        stop = threading.Event()
+        self.addCleanup(stop.set)
+        self.start(web=self.service(lambda conn: stop.wait(PATIENCE)))
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x"))
+        conn.shutdown(socket.SHUT_WR)
+        self.wait_for_streams(1)
+        linger = struct.pack("ii", 1, 0)
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        conn.close()
+        self.wait_for_streams(0)
+
     def test_stalled_visitor_does_not_stop_others(self):
         def handler(conn):
             read_head(conn)
@@ -2488,6 +2649,31 @@ class Faults(TunnelCase):
         self.assertEqual((status, code), (502, "refused"))
         self.assertIn("no-such-host.invalid", text)
 
+    def test_target_that_is_no_name_costs_its_request_only(self):
+        self.start(bad="a..b:80", long="x" * 70 + ":80", web=self.echo())
+        for name in ("bad", "long"):
+            self.assertEqual(self.get(name + ".tim.x").status, 502)
+        self.echoed("web.tim.x")
+        self.assertEqual(self.client.program.failures, 0)
+
+    def test_hanging_target_holds_up_no_other(self):
+        self.addCleanup(setattr, client_module, "DIALS", client_module.DIALS)
+        client_module.DIALS = 2
+        self.start(hang=self.deaf_port(), web=self.echo())
+        for _ in range(5):
+            self.visit().sendall(self.ask("hang.tim.x"))
+        tunnel = self.client.program.tunnel
+        self.client.until(lambda: tunnel.link.last_id == 5)
+        self.echoed("web.tim.x")
+        self.assertTrue(tunnel.waiting)
+
+    def test_endless_interim_answers_are_a_502(self):
+        hint = b"HTTP/1.1 103 Early Hints\r\n\r\n"
+        self.start(web=self.answering(hint * 1000))
+        said = self.raw(self.ask("web.tim.x"))
+        self.assertEqual(said.count(b"HTTP/1.1 103"), server_module.INTERIM_LIMIT)
+        self.assertIn(b"HTTP/1.1 502", said)
+
     def test_lost_link_is_told_to_its_visitors_at_once(self):
         def handler(conn):
             first, rest = read_head(conn)
@@ -2523,6 +2709,50 @@ class Faults(TunnelCase):
         self.server.until(lambda: len(self.server.loop.connections) == 1)
         after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc") else 0
         self.assertLess(after, before + 20)
+
+
+class Stopping(TunnelCase):
+    def shorten_drain(self):
+        self.addCleanup(setattr, server_module, "DRAIN", server_module.DRAIN)
+        server_module.DRAIN = 0.2
+
+    def stalled(self, start=b""):
+        """A visitor whose answer has begun with `start` and does not go on."""
+        stop = threading.Event()
+        self.addCleanup(stop.set)
+
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(start)
+            stop.wait(PATIENCE)
+
+        self.start(web=self.service(handler))
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x"))
+        self.wait_for_streams(1)
+        if start:
+            read_head(conn)
+        return conn
+
+    def test_request_without_answer_is_told_that_the_server_stops(self):
+        self.shorten_drain()
+        conn = self.stalled()
+        self.server.loop.from_thread(self.server.loop, self.server.program.stop)
+        said = self.raw(b"", conn)
+        self.assertIn(b"HTTP/1.1 503", said)
+        self.assertIn(b"X-Tunnel-Error: stopping", said)
+
+    def test_answer_cut_by_either_signal_does_not_look_whole(self):
+        self.shorten_drain()
+        for call in ("stop", "interrupt"):
+            conn = self.stalled(b"HTTP/1.1 200 OK\r\n\r\npart")
+            program = self.server.program
+            interrupt = lambda: program.on_signal(signal.SIGINT)  # noqa: E731,B023
+            action = program.stop if call == "stop" else interrupt
+            self.server.loop.from_thread(program, action)
+            with self.assertRaises(ConnectionResetError):
+                while conn.recv(100):
+                    pass
 
 
 class Hooks(TunnelCase):
@@ -2700,6 +2930,51 @@ class Logins(TunnelCase):
         self.start_client({"web": self.echo()})
         self.assertEqual(self.echoed("web.tim.x")["service"], "web")
 
+    def test_newcomer_who_leaves_does_not_spoil_the_takeover(self):
+        self.addCleanup(setattr, server_module, "TAKEOVER", server_module.TAKEOVER)
+        server_module.TAKEOVER = 0.3
+        self.start_server()
+        silent = self.log_in()
+        self.frames(silent, Kind.URLS)
+        first = self.log_in(session="first")
+        self.server.until(lambda: self.tunnels["tim"].challenger)
+        first.close()
+        challenger = self.tunnels["tim"].challenger
+        self.server.until(lambda: challenger.link.closed)
+        self.start_client({"web": self.echo()})
+        self.echoed("web.tim.x")
+
+    def test_login_without_services_ends_after_its_time(self):
+        self.addCleanup(setattr, server_module, "LOGIN_TIME", server_module.LOGIN_TIME)
+        server_module.LOGIN_TIME = 0.2
+        self.start_server()
+        conn = self.hello()
+        self.rest = read_head(conn)[1]
+        conn.sendall(frame(Kind.LOGIN, 0, b'{"id":"tim","session":"s"}'))
+        self.assertEqual(self.frames(conn, None)[-1][0], Kind.WELCOME)
+        self.assertEqual(self.tunnels, {})
+
+    def test_any_label_is_a_name_for_a_service(self):
+        self.start_server()
+        self.start_client({"kind": self.echo("kind"), "self": self.echo("self")})
+        for name in ("kind", "self"):
+            self.assertEqual(self.echoed(name + ".tim.x")["service"], name)
+
+    def test_services_by_the_thousand_work(self):
+        services = {"a-quite-long-name-%d" % number: 9 for number in range(1200)}
+        services["web"] = self.echo()
+        self.start(**services)
+        self.client.until(lambda: self.client.program.urls)
+        self.echoed("web.tim.x")
+        self.assertEqual(self.client.program.failures, 0)
+
+    def test_answers_that_are_no_tunnel_end_the_first_dial(self):
+        for answer in (b"HTTP/1.0 404 No\r\n\r\n", b"HTTP/1.1 \xb2 X\r\n\r\n"):
+            port = self.answering(answer)
+            client = self.start_client({"web": 1}, port=port, wait=False)
+            client.until(lambda client=client: client.error)
+            self.assertEqual(client.error.status, 1)
+
     def test_same_session_replaces_its_old_link(self):
         self.start_server()
         old = self.log_in(session="mine")
@@ -2836,6 +3111,14 @@ class Reconnects(TunnelCase):
         self.assertLessEqual(max(waits), client_module.LONGEST_WAIT)
         self.assertGreater(waits[-1], client_module.LONGEST_WAIT / 2 - 0.01)
         self.assertEqual(len(set(waits)), len(waits))
+
+    def test_link_that_was_lost_is_no_failed_attempt(self):
+        port, client_port = free_port(), free_port()
+        self.start_server(port=port, client_port=client_port)
+        client = self.start_client({"web": self.echo()}, max_attempts=1)
+        self.server.do(lambda: self.tunnels["tim"].link.close("for a test") or True)
+        self.server.until(lambda: self.serves("tim", {"web": 1}))
+        self.assertIsNone(client.error)
 
     def test_change_of_the_file_takes_effect_without_dropping_a_stream(self):
         folder = tempfile.mkdtemp()
