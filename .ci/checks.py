@@ -1,0 +1,601 @@
+"""The checks of .ci/interop: each is a function that gets the World, says what it
+measured ("" for nothing), and raises when something is wrong. They are in the order of
+CHECKS, at the end."""
+
+import asyncio
+import concurrent.futures
+import functools
+import hashlib
+import http.client
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Awaitable, Callable, List, Optional, Tuple, Union
+
+from browser import Browser
+from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, curl, free_ports
+from parts import get, make_big, run, sha256, start_haproxy_front, start_nginx_front
+from parts import start_services, wait_for
+from websockets.asyncio.client import connect
+from websockets.asyncio.connection import Connection
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+
+class World:
+    """What the checks share: one server, one client `tim`, and his services."""
+
+    def __init__(self) -> None:
+        self.web, self.other = start_services()
+        self.flask, self.sockets, self.crowd = free_ports(3)
+        service = str(REPOSITORY / ".ci" / "flask_service.py")
+        flask = Process("flask", sys.executable, service, str(self.flask))
+        flask.wait_until_listening(self.flask)
+        services = {
+            "web": self.web,
+            "other": self.other,
+            "flask": self.flask,
+            "sockets": self.sockets,
+            "crowd": self.crowd,
+        }
+        self.server = Server()
+        idle = self.server.process.descriptors()
+        self.tim = Client(self.server, "tim", services)
+        self.idle = {self.server.process: idle + 1}  # descriptors: and that is the link
+        self.idle[self.tim.process] = self.tim.process.descriptors()
+        self.big_sum = ""
+
+    def big(self) -> str:
+        """The SHA-256 of the big file, which nginx has at /big."""
+        self.big_sum = self.big_sum or make_big(TMP / "web" / "big")
+        return self.big_sum
+
+
+# -----------------------------------------------------------------------------------
+# Requests
+# -----------------------------------------------------------------------------------
+def two_hosts_on_one_connection(world: World) -> str:
+    """A kept-alive connection is routed by each request, not by its first."""
+    base = "http://127.0.0.1:%d/" % world.server.port
+    words: List[str] = []
+    for service in ("web", "other", "web"):
+        words += ["--next"] if words else []
+        words += ["-sS", "--fail", "-H", "Host: %s" % world.tim.host(service)]
+        words += ["-w", "%{num_connects}\n", base]
+    said = run("curl", *words)
+    pages = ["<title>%s</title>this is %s" % (2 * (n,)) for n in ("web", "other")]
+    expected = [pages[0], "1", pages[1], "0", pages[0], "0"]
+    assert said.split("\n")[:-1] == expected, said
+    return ""
+
+
+def time_requests(port: int, host: str, method: str, path: str) -> float:
+    """The median of 500 requests on one connection, one at a time, in ms."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    body = b"small" if method == "PUT" else None
+    times = []
+    for _ in range(500):
+        start = time.perf_counter()
+        connection.request(method, path, body, {"Host": host})
+        answer = connection.getresponse()
+        answer.read()
+        times.append(time.perf_counter() - start)
+        assert answer.status in (200, 201, 204), answer.status
+    connection.close()
+    return 1000 * statistics.median(times)
+
+
+def one_request_at_a_time(world: World) -> str:
+    """A stall of Nagle's algorithm and a delayed ACK takes 40 ms."""
+    host, figures = world.tim.host("web"), []
+    for method, path in (("GET", "/"), ("PUT", "/upload/small")):
+        direct = time_requests(world.web, host, method, path)
+        tunnel = time_requests(world.server.port, host, method, path)
+        assert tunnel - direct < 20, "%s: %.2f ms more" % (method, tunnel - direct)
+        figure = "%s p50 %.2f ms more than the %.2f ms without"
+        figures.append(figure % (method, tunnel - direct, direct))
+    return ", ".join(figures)
+
+
+def speed(start: float) -> str:
+    return "%.0f MB/s" % (BIG / 1e6 / (time.monotonic() - start))
+
+
+def download_of_2_gib(world: World) -> str:
+    expected, digest = world.big(), hashlib.sha256()
+    command = ["curl", "-sS", "--fail", "-m", "100", world.tim.url("web", "big")]
+    start = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        pipe = process.stdout
+        assert pipe
+        for block in iter(functools.partial(pipe.read, BLOCK), b""):
+            digest.update(block)
+    figure = speed(start)
+    assert process.returncode == 0, "curl ended with %d" % process.returncode
+    assert digest.hexdigest() == expected, digest.hexdigest()
+    return figure
+
+
+def upload_of_2_gib(world: World) -> str:
+    expected, url = world.big(), world.tim.url("web", "upload/copy")
+    start = time.monotonic()
+    curl("-T", str(TMP / "web" / "big"), url, seconds=100)
+    figure = speed(start)
+    copy = TMP / "web" / "upload" / "copy"
+    assert sha256(copy) == expected, copy.stat()
+    copy.unlink()
+    return figure
+
+
+def upload_in_chunks(world: World) -> str:
+    """A body of unknown length, which nginx sees as chunks."""
+    world.big()
+    url = world.tim.url("web", "upload/chunked")
+    start = TMP / "start"
+    with open(TMP / "web" / "big", "rb") as big:
+        start.write_bytes(big.read(100 * BLOCK + 1))
+    curl("-H", "Transfer-Encoding: chunked", "-T", str(start), url)
+    copy = TMP / "web" / "upload" / "chunked"
+    assert sha256(copy) == sha256(start), copy.stat()
+    return "%d MiB" % (copy.stat().st_size >> 20)
+
+
+# -----------------------------------------------------------------------------------
+# Five hundred at once
+# -----------------------------------------------------------------------------------
+CROWD = 500
+
+
+class Meeting:
+    """A service that answers nobody until all have come; then each gets his body."""
+
+    def __init__(self) -> None:
+        self.here = 0
+        self.all_here = asyncio.Event()
+
+    async def serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.partition(b"content-length:")[2].split()[0])
+        body = await reader.readexactly(length)
+        self.here += 1
+        if self.here == CROWD:
+            self.all_here.set()
+        await self.all_here.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + body)
+        await writer.drain()
+        await reader.read()
+        writer.close()
+
+
+async def visit(port: int, host: str, number: int) -> None:
+    body = b"%d " % number * 5000
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = "POST / HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n" % (host, len(body))
+    writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+    answer = await reader.read()
+    got_head, _, got_body = answer.partition(b"\r\n\r\n")
+    assert got_head.startswith(b"HTTP/1.1 200 "), answer[:300]
+    assert got_body == body, "visitor %d got %r" % (number, got_body[:100])
+    writer.close()
+
+
+async def meet(world: World) -> None:
+    meeting = Meeting()
+    service = await asyncio.start_server(
+        meeting.serve, "127.0.0.1", world.crowd, backlog=CROWD
+    )
+    async with service:
+        host = world.tim.host("crowd")
+        visits = [visit(world.server.port, host, number) for number in range(CROWD)]
+        await asyncio.gather(*visits)
+
+
+def five_hundred_visitors_at_once(world: World) -> str:
+    asyncio.run(asyncio.wait_for(meet(world), 60))
+    return ""
+
+
+# -----------------------------------------------------------------------------------
+# WebSockets
+# -----------------------------------------------------------------------------------
+class Echo:
+    """A service that sends each message back in the pieces in which it came. It pings
+    when it is told `ping`, and closes when it is told `close CODE REASON`."""
+
+    def __init__(self) -> None:
+        self.ends: List[Tuple[Optional[int], Optional[str]]] = []  # code and reason
+
+    async def serve(self, connection: ServerConnection) -> None:
+        try:
+            while True:
+                await self.answer(connection)
+        except ConnectionClosed:
+            self.ends.append((connection.close_code, connection.close_reason))
+
+    async def answer(self, connection: ServerConnection) -> None:
+        pieces = await receive(connection)
+        words = pieces[0].split() if isinstance(pieces[0], str) else []
+        if words[:1] == ["close"]:
+            await connection.close(int(words[1]), words[2])
+        elif words[:1] == ["ping"]:
+            await (await connection.ping(b"from the service"))
+            await connection.send("pong came")
+        else:
+            await connection.send(pieces if len(pieces) > 1 else pieces[0])
+
+
+async def receive(connection: Connection) -> List[Any]:
+    """The next message, in its pieces but for empty ones."""
+    return [piece async for piece in connection.recv_streaming() if piece]
+
+
+Talk = Callable[[Connection], Awaitable[None]]
+
+
+async def talk(port: int, host: str, call: Talk) -> None:
+    """Run `call` with a visitor's WebSocket."""
+    uri = "ws://%s:%d/" % (host, port)
+    async with connect(uri, host="127.0.0.1", max_size=32 << 20) as connection:
+        await call(connection)
+
+
+def with_echo(world: World, talks: List[Talk]) -> Echo:
+    """Run these, one after the other, with an Echo as the service `sockets`."""
+
+    async def serve_and_talk() -> None:
+        host, port = world.tim.host("sockets"), world.server.port
+        async with serve(echo.serve, "127.0.0.1", world.sockets, max_size=32 << 20):
+            for call in talks:
+                await talk(port, host, call)
+
+    echo = Echo()
+    asyncio.run(asyncio.wait_for(serve_and_talk(), 60))
+    return echo
+
+
+async def say(connection: Connection, *pieces: Any) -> None:
+    """Send a message, in pieces if there are several; it must come back so."""
+    await connection.send(pieces if len(pieces) > 1 else pieces[0])
+    got = await receive(connection)
+    assert got == list(pieces), "%d pieces back, not %d" % (len(got), len(pieces))
+
+
+async def messages(connection: Connection) -> None:
+    await say(connection, "text: \u00fc\u20ac\U0001f600")
+    await say(connection, bytes(range(256)))
+    await say(connection, "in ", "three ", "pieces")
+    await say(connection, b"a" * 100000, b"b" * 100000)
+    for number in range(200):
+        await say(connection, str(number))
+
+
+def websocket_messages(world: World) -> str:
+    with_echo(world, [messages])
+    return ""
+
+
+def websocket_message_of_16_mib(world: World) -> str:
+    message = random.Random(2).getrandbits(8 << 24).to_bytes(16 << 20, "big")
+    with_echo(world, [lambda connection: say(connection, message)])
+    return ""
+
+
+async def pings(connection: Connection) -> None:
+    await (await connection.ping(b"from the visitor"))
+    await connection.send("ping")
+    assert await receive(connection) == ["pong came"]
+
+
+def websocket_pings(world: World) -> str:
+    with_echo(world, [pings])
+    return ""
+
+
+def closing(code: int, reason: str, by_service: bool) -> Talk:
+    """A talk that ends so, and sees it where the service closes."""
+
+    async def close(connection: Connection) -> None:
+        await say(connection, "hello")
+        if by_service:
+            await connection.send("close %d %s" % (code, reason))
+            await connection.wait_closed()
+        else:
+            await connection.close(code, reason)
+        seen = connection.close_code, connection.close_reason
+        assert seen == (code, reason), seen
+
+    return close
+
+
+def websocket_close_codes(world: World) -> str:
+    ends = [(1000, "bye"), (4001, "enough")]
+    talks = [closing(*end, by_service) for end in ends for by_service in (False, True)]
+    echo = with_echo(world, talks)
+    assert echo.ends == [ends[0]] * 2 + [ends[1]] * 2, echo.ends
+    return ""
+
+
+# -----------------------------------------------------------------------------------
+# A browser
+# -----------------------------------------------------------------------------------
+def chromium_websockets_example(world: World) -> str:
+    """The page of examples/websockets shows digits that come and says what it sent."""
+    (port,) = free_ports(1)
+    script = REPOSITORY / "examples" / "websockets" / "server.py"
+    service = Process("example", sys.executable, str(script), str(port))
+    service.wait_until_listening(port)
+    amy = Client(world.server, "amy", {"websockets": port, "web": world.web})
+    with Browser() as browser:
+        browser.open(amy.url("websockets"))
+        for part in ("#digits", "#sent"):
+            wait_for(part, functools.partial(has_digits, browser, part), 20)
+    amy.process.stop()
+    service.stop()
+    return ""
+
+
+def has_digits(browser: Browser, selector: str) -> bool:
+    digits = "".join(browser.text(selector).split())
+    return len(digits) >= 3 and set(digits) <= {"0", "1"}
+
+
+def chromium_index_page(world: World) -> str:
+    """Each link of an id's page leads to its service."""
+    services = {"web": world.web, "other": world.other, "flask": world.flask}
+    bob = Client(world.server, "bob", services)
+    index = "http://bob.localhost:%d/" % world.server.port
+    with Browser() as browser:
+        browser.open(index)
+        links = browser.links()
+        assert links == [bob.url(name) for name in sorted(services)], links
+        for link in links:
+            browser.open(index)
+            browser.click('a[href="%s"]' % link)
+            browser.wait_until_at(link)
+            assert "this is" in browser.text("body"), link
+    bob.process.stop()
+    return "%d links" % len(links)
+
+
+# -----------------------------------------------------------------------------------
+# git, Flask
+# -----------------------------------------------------------------------------------
+def git(where: Path, *words: str) -> str:
+    """Run git without anybody's configuration."""
+    environment = "GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null".split()
+    who = ["-c", "user.name=tim", "-c", "user.email=tim@example.com"]
+    return run("env", *environment, "git", "-C", str(where), *who, *words).strip()
+
+
+def commit(where: Path, name: str, size: int) -> None:
+    """One more file, which does not compress."""
+    noise = random.Random(name).getrandbits(8 * size).to_bytes(size, "big")
+    (where / name).write_bytes(noise)
+    git(where, "add", name)
+    git(where, "commit", "-qm", "add %s" % name)
+
+
+def git_clone_and_push(world: World) -> str:
+    """Over smart HTTP; the push is too big for one piece, so it is chunked."""
+    origin, clone = TMP / "git" / "origin.git", TMP / "clone"
+    origin.mkdir(parents=True)
+    clone.mkdir()
+    git(origin, "init", "-q", "--bare", "-b", "main")
+    git(origin, "config", "http.receivepack", "true")
+    url = world.tim.url("web", "git/origin.git")
+    first = clone / "first"
+    git(clone, "clone", "-q", str(origin), str(first))
+    git(first, "checkout", "-qb", "main")
+    for number in range(50):
+        commit(first, "file%d" % number, 200 * number)
+    commit(first, "big", 8 << 20)
+    git(first, "push", "-q", url, "main")
+    second = clone / "second"
+    git(clone, "clone", "-q", url, str(second))
+    git(second, "fsck", "--full", "--strict")
+    git(origin, "fsck", "--full", "--strict")
+    heads = {git(where, "rev-parse", "main") for where in (origin, first, second)}
+    assert len(heads) == 1, heads
+    return ""
+
+
+def flask_forms_and_files(world: World) -> str:
+    assert "this is Flask" in curl(world.tim.url("flask"))
+    file = TMP / "form-file"
+    file.write_bytes(os.urandom(5 * BLOCK + 1))
+    url = world.tim.url("flask", "form")
+    said = curl("--data-urlencode", "name=a & b \u00fc", url)
+    assert '"name":"a & b \\u00fc"' in said, said
+    said = curl("-F", "name=tim", "-F", "file=@%s" % file, url)
+    assert '"name":"tim"' in said and sha256(file) in said, said
+    return ""
+
+
+def flask_events_come_one_by_one(world: World) -> str:
+    """The service sends each event only after it has been told to by another request,
+    which we send only after the event before has arrived."""
+    host, url = world.tim.host("flask"), world.tim.url("flask", "tell")
+    visitor = http.client.HTTPConnection("127.0.0.1", world.server.port, timeout=10)
+    visitor.request("GET", "/events", headers={"Host": host})
+    answer = visitor.getresponse()
+    texts = ["first", "second", "third", "last"]
+    for text, following in zip(texts, texts[1:] + [""]):
+        line = answer.readline()
+        assert line == b"data: %s\n" % text.encode(), line
+        assert answer.readline() == b"\n"
+        if following:
+            curl("-d", following, url)
+    assert answer.read() == b""
+    visitor.close()
+    return ""
+
+
+# -----------------------------------------------------------------------------------
+# Fronts: a reverse proxy before both ports
+# -----------------------------------------------------------------------------------
+def behind(world: World, name: str, fronts: Tuple[int, int]) -> None:
+    """A client that logs in through a front; its visitors come through it too."""
+    visitors, clients = fronts
+    services = {"web": world.web, "sockets": world.sockets}
+    client = Client(world.server, name, services, through=clients)
+    for port in (visitors, world.server.port):
+        status, body = get(port, client.host("web"), "/")
+        assert status == 200 and b"this is web" in body, body
+
+    async def serve_and_talk() -> None:
+        async with serve(Echo().serve, "127.0.0.1", world.sockets):
+            await talk(visitors, client.host("sockets"), messages)
+
+    asyncio.run(asyncio.wait_for(serve_and_talk(), 30))
+    client.process.stop()
+    assert client.process.popen.returncode == 0
+
+
+def behind_nginx(world: World) -> str:
+    behind(world, "via-nginx", start_nginx_front(world.server))
+    return ""
+
+
+def behind_haproxy(world: World) -> str:
+    behind(world, "via-haproxy", start_haproxy_front(world.server))
+    return ""
+
+
+# -----------------------------------------------------------------------------------
+# SIGTERM and SIGKILL
+# -----------------------------------------------------------------------------------
+def start_download(client: Client) -> Process:
+    """A download that runs, and goes on for half a minute and more."""
+    copy = TMP / "download"
+    copy.write_bytes(b"")
+    url = client.url("web", "big")
+    words = ("-sS", "--limit-rate", "50M", "-o", str(copy), url)
+    download = Process("curl", "curl", *words)
+    wait_for("download", lambda: copy.stat().st_size > BLOCK)
+    return download
+
+
+def killed(world: World, who: str) -> str:
+    """Kill the client or the server while it serves a download: the visitor learns it,
+    and when it has been started again all is well."""
+    world.big()
+    server = Server()
+    client = Client(server, "tim", {"web": world.web})
+    part: Union[Client, Server] = client if who == "client" else server
+    download = start_download(client)
+    start = time.monotonic()
+    part.process.kill()
+    status = download.popen.wait(5)
+    learned = time.monotonic() - start
+    assert status in (18, 56), "curl ended with %d" % status
+    start = time.monotonic()
+    part.start()
+    wait_for("login", client.is_in, 12)
+    curl(client.url("web"))
+    back = time.monotonic() - start
+    for other in (client, server):
+        other.process.stop()
+    return "visitor learned it in %.2f s, back in %.2f s" % (learned, back)
+
+
+def client_killed_in_a_download(world: World) -> str:
+    return killed(world, "client")
+
+
+def server_killed_in_a_download(world: World) -> str:
+    return killed(world, "server")
+
+
+def client_told_to_end_while_a_visitor_idles(world: World) -> str:
+    """A kept-alive connection without a request is nothing to wait for."""
+    eve = Client(world.server, "eve", {"web": world.web})
+    visitor = http.client.HTTPConnection("127.0.0.1", world.server.port, timeout=10)
+    visitor.request("GET", "/", headers={"Host": eve.host("web")})
+    assert b"this is web" in visitor.getresponse().read()
+    start = time.monotonic()
+    eve.process.popen.terminate()
+    assert eve.process.popen.wait(10) == 0
+    seconds = time.monotonic() - start
+    visitor.close()
+    assert seconds < 2, "the client took %.1f s to end" % seconds
+    return "it took %.2f s" % seconds
+
+
+# -----------------------------------------------------------------------------------
+# After all that
+# -----------------------------------------------------------------------------------
+WARM = 40000  # requests after which the allocator has what it needs
+GROWTH = 2048  # KiB that it may still take: a leak of 100 bytes a request
+
+
+def make_requests(world: World, count: int) -> None:
+    """By four visitors: two keep their connection, two take a new one each time."""
+    url = world.tim.url("web", "?[1-%d]" % (count // 4))
+    words = ["-o", os.devnull, "-w", "%{http_code}\n", url]
+    ways: List[List[str]] = [[], ["-H", "Connection: close"]] * 2
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        said = list(pool.map(lambda way: curl(*way, *words), ways))
+    answers = "".join(said).split()
+    assert answers == ["200"] * count, "%d of %d" % (answers.count("200"), count)
+
+
+def nothing_grows_in_20000_requests(world: World) -> str:
+    """Neither side keeps a descriptor or memory, now and of all that was before."""
+    parts = {"server": world.server.process, "client": world.tim.process}
+    make_requests(world, WARM)
+    before = {name: part.memory() for name, part in parts.items()}
+    make_requests(world, 20000)
+    wait_for("no more descriptors", lambda: is_idle(world))
+    figures = []
+    for name, part in parts.items():
+        grown = part.memory() - before[name]
+        assert grown <= GROWTH, "%s: %d KiB more" % (name, grown)
+        figures.append("%s %d%+d KiB" % (name, before[name], grown))
+    return ", ".join(figures)
+
+
+def is_idle(world: World) -> bool:
+    """Both sides have as many descriptors as before the first request."""
+    return all(part.descriptors() <= count for part, count in world.idle.items())
+
+
+def nothing_was_printed(world: World) -> str:
+    """Without -v both scripts are silent, whatever happened; and still there."""
+    parts = [part for part in Process.all if part.name in ("server", "client")]
+    for part in parts:
+        assert not part.output(), "%s printed: %s" % (part.name, part.output()[:2000])
+    for part in world.idle:
+        assert part.popen.poll() is None, "%s has ended" % part.name
+    return "%d processes" % len(parts)
+
+
+CHECKS: List[Callable[[World], str]] = [
+    two_hosts_on_one_connection,
+    one_request_at_a_time,
+    websocket_messages,
+    websocket_message_of_16_mib,
+    websocket_pings,
+    websocket_close_codes,
+    chromium_websockets_example,
+    chromium_index_page,
+    git_clone_and_push,
+    flask_forms_and_files,
+    flask_events_come_one_by_one,
+    five_hundred_visitors_at_once,
+    download_of_2_gib,
+    upload_of_2_gib,
+    upload_in_chunks,
+    behind_nginx,
+    behind_haproxy,
+    client_killed_in_a_download,
+    server_killed_in_a_download,
+    client_told_to_end_while_a_visitor_idles,
+    nothing_grows_in_20000_requests,
+    nothing_was_printed,
+]
