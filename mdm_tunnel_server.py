@@ -77,8 +77,9 @@ log.addHandler(logging.NullHandler())  # silent until the command line says -v
 # wrong: it is dropped in silence. Whatever else is not as told here ends the link with
 # a GOODBYE of code `protocol`. A JSON key that a side does not know is ignored.
 #
-# RESET is `code cause`: done (no fault), refused, timeout, no-service, reset, error,
-# busy, overload, or gone: nothing was dialled, so the request may go elsewhere.
+# RESET is `code cause`: done (no fault), left (the visitor has gone), refused, timeout,
+# no-service, reset, error, busy, overload, or gone: nothing was dialled, so the request
+# may go elsewhere.
 # -----------------------------------------------------------------------------------
 PROTOCOL = "mdm-tunnel/1"
 LINK_PATH = "/.well-known/mdm-tunnel"  # what the client asks for (RFC 8615)
