@@ -43,10 +43,9 @@ class World:
             "crowd": self.crowd,
         }
         self.server = Server()
-        idle = self.server.process.descriptors()
         self.tim = Client(self.server, "tim", services)
-        self.idle = {self.server.process: idle + 1}  # descriptors: and that is the link
-        self.idle[self.tim.process] = self.tim.process.descriptors()
+        parts = (self.server.process, self.tim.process)
+        self.idle = {part: part.descriptors_at_rest() for part in parts}
         self.big_sum = ""
 
     def big(self) -> str:
