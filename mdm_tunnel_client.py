@@ -1076,6 +1076,8 @@ def parse_target(value: Any) -> Target:
         return Target(value, value[5:], 0)
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError("%r is no port, host:port or unix:/path" % (value,))
+    if isinstance(value, str) and not value.isdigit() and ":" not in value:
+        raise ValueError("%r is neither a port, host:port nor unix:/path" % value)
     if str(value).isdigit():
         return Target("127.0.0.1:%s" % value, *split_host("localhost:%s" % value, 0))
     return Target(value, *split_host(str(value), 0))
@@ -1149,7 +1151,8 @@ class Services:
             return self.path is not None and self.read(self.path)
         except (OSError, ValueError) as error:
             if self.seen is not None:
-                log.warning("%s: %s; the old list stays", self.path, error)
+                cause = getattr(error, "strerror", None) or error
+                log.warning("%s: %s; the old list stays", self.path, cause)
             if isinstance(error, OSError):
                 self.seen = None
             return False
@@ -1331,8 +1334,11 @@ DIALS = 128  # at once to a target: one that hangs holds up its own visitors onl
 class Bridge:
     """One stream and its local connection."""
 
-    def __init__(self, tunnel: "Tunnel", stream: Stream, target: Target) -> None:
-        self.tunnel, self.stream, self.target = tunnel, stream, target
+    def __init__(
+        self, tunnel: "Tunnel", stream: Stream, service: str, target: Target
+    ) -> None:
+        self.tunnel, self.stream = tunnel, stream
+        self.service, self.target = service, target
         self.loop = tunnel.link.loop
         self.early = bytearray()  # what came before there was a connection
         self.dial: Optional[Dial] = None
@@ -1342,7 +1348,7 @@ class Bridge:
         stream.owner = self
 
     def __str__(self) -> str:
-        return "%s stream %d" % (self.tunnel, self.stream.id)
+        return "%s %s" % (self.tunnel, self.service)
 
     # The dial.
 
@@ -1508,7 +1514,8 @@ class Tunnel:
         rest = memoryview(self.head)[len(head) :]
         if status != 101:
             hint = LIKELY.get(status, "whoever listens there is no mdm-tunnel server")
-            raise Refused(1, "the answer was %d: %s" % (status, hint))
+            server = self.client.server
+            raise Refused(1, "%s answered %d: %s" % (server, status, hint))
         self.link = Link(self.client.loop, self.connection, self, "client")
         if rest:
             self.link.take(rest)
@@ -1544,14 +1551,15 @@ class Tunnel:
 
     def on_open(self, stream: Stream, message: Dict[str, Any]) -> None:
         """Only what our own list names is dialled."""
-        target = self.client.services.all.get(str(message.get("service")))
+        service = str(message.get("service"))
+        target = self.client.services.all.get(service)
         if target is None:
             stream.reset("no-service", "the client has no such service")
         elif self.client.loop.full():
             stream.reset("busy", "the client has no descriptors left")
         else:
             waiting = self.waiting.setdefault(target, collections.deque())
-            waiting.append(Bridge(self, stream, target))
+            waiting.append(Bridge(self, stream, service, target))
             self.dial_next(target)
 
     def dial_next(self, target: Target) -> None:
@@ -1682,14 +1690,16 @@ class Client:
 
     def on_goodbye(self, tunnel: Tunnel, code: str, reason: str) -> None:
         """The server takes leave: for good, or until it is back?"""
-        if code in ("refused", "replaced") or (code == "taken" and not self.ever):
+        if code in ("refused", "replaced"):
             self.end(Refused(3, reason))
+        elif code == "taken" and not self.ever:
+            self.end(Refused(3, reason + " by another client: choose one with -i"))
         else:
             self.on_lost(tunnel, OSError(reason))
 
     def on_lost(self, tunnel: Tunnel, error: Exception) -> None:
         """The tunnel is of no more use; what runs in it may still end."""
-        if tunnel is not self.tunnel:
+        if tunnel is not self.tunnel or self.refusal:
             return
         self.tunnel = None
         if isinstance(error, Refused) and not self.ever:
@@ -1698,18 +1708,20 @@ class Client:
             lived = self.loop.clock() - tunnel.since
             if tunnel.logged_in and lived >= STEADY:
                 self.wait = FIRST_WAIT
-            self.again(str(error), 0 if tunnel.logged_in else 1)
+            cause = "%s: %s" % (self.server, error)
+            self.again(cause, 0 if tunnel.logged_in else 1)
 
     def again(self, cause: str, failures: int = 1) -> None:
         """Dial again, after a while that grows and is never the same for all."""
         if self.stopping:
             return
         self.failures += failures
-        log.info("%s: %s", self.server, cause)
         if failures and self.failures == self.max_attempts:
-            self.end(Refused(4, "gave up %s: %s" % (self.server, cause)))
+            self.end(Refused(4, "gave up after %d: %s" % (self.failures, cause)))
         else:
-            self.timer.set(self.wait * random.uniform(0.5, 1.0))
+            wait = self.wait * random.uniform(0.5, 1.0)
+            log.info("%s; dialling again in %.1f s", cause, wait)
+            self.timer.set(wait)
             self.wait = min(2 * self.wait, LONGEST_WAIT)
 
     # Stopping.
@@ -1754,6 +1766,12 @@ HELP = "\0"  # what -h has for a value when it stands alone
 DEFAULT_FILE = os.path.join("~", ".tunnel-services.json")
 
 
+def port_number(text: str) -> int:
+    if not (text.isdigit() and 0 < int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError("%r is no port: 1 to 65535" % text)
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """Takes options from @file as one would type them."""
 
@@ -1775,11 +1793,12 @@ def make_parser() -> Parser:
     add("-c", "--config", "-s", "--service-definitions", metavar="FILE",
         help='services, as {"name": target} ($HOME/.tunnel-services.json)')  # fmt: skip
     add("-i", "--id", "-u", default="admin", help="id to log in with (%(default)s)")
-    add("-p", "--port", default="8001", help="client port of the server (%(default)s)")
+    add("-p", "--port", type=port_number, default=8001,
+        help="client port of the server (%(default)s)")  # fmt: skip
     add("-h", "--host", nargs="?", const=HELP, default="localhost",
         help="the server, as host or host:port (%(default)s)")  # fmt: skip
     add("--max-attempts", type=int, default=0, metavar="N",
-        help="give up after N failures in a row (never)")  # fmt: skip
+        help="give up after N failures in a row (no limit)")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
         help="print the URLs, say what happens; -vv: every frame")  # fmt: skip
     add("-V", "--version", action="version", version=VERSION)
@@ -1800,12 +1819,10 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     try:
         unknown = [word for word in rest if "=" not in word or word.startswith("-")]
         if unknown:
-            raise ValueError("neither an option nor name=target: %s" % unknown[0])
+            raise ValueError("no option, and not like web=9000: %s" % unknown[0])
         pairs = [word.partition("=")[::2] for word in rest]
         options.given = parse_services(pairs)
-        options.host, options.port = split_host(
-            options.host, split_host("port:" + options.port, 0)[1]
-        )
+        options.host, options.port = split_host(options.host, options.port)
         if not LABEL.fullmatch(options.id.lower()):
             raise ValueError("an id has letters, digits, - and _, and no --")
         if options.max_attempts < 0:

@@ -21,6 +21,7 @@ import html
 import http
 import random
 import urllib.parse
+from typing import NamedTuple
 
 # ===================================================================================
 # SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
@@ -1373,8 +1374,15 @@ def find_head(buffer: bytearray, searched: int) -> int:
 # one of the domains counts, and localhost; without, a name is read from the left and
 # the rest may be anything, so ids that are connected are what decides.
 # -----------------------------------------------------------------------------------
-Domain = collections.namedtuple("Domain", "scheme name port")  # port None: -p's
 ADDRESS = re.compile(r"\[.*\]|[0-9.]+")
+
+
+class Domain(NamedTuple):
+    """One of --domain."""
+
+    scheme: str
+    name: str
+    port: Optional[int]  # None: the visitors' port; 0: that of the scheme
 
 
 def parse_domains(text: str) -> List[Domain]:
@@ -1421,6 +1429,24 @@ class Names:
         """Whether a host stands for the server itself: then it shows how to begin."""
         bases = {domain.name for domain in self.domains} | {"localhost"}
         return name in bases or bool(ADDRESS.fullmatch(name))
+
+    def base(self, name: str) -> str:
+        """Under which name a client may dial this server, as far as we can know."""
+        labels = name.split(".")
+        if self.domains:
+            return self.domains[0].name
+        if self.is_base(name) or len(labels) < 3:
+            return name
+        return "localhost" if labels[-1] == "localhost" else ".".join(labels[-2:])
+
+    def link(self, service: str, host: str) -> str:
+        """The service of the id whose index is at `host`, on this way to the server."""
+        for scheme, name, port in self.domains:
+            if port is not None and host.partition(":")[0].endswith("." + name):
+                suffix = ":%d" % port if port else ""
+                host = host.partition(":")[0] + suffix
+                return "%s://%s.%s/" % (scheme, service, host)
+        return "http://%s.%s/" % (service, host)
 
     def url(self, id: str, service: str, dialled: str) -> str:
         """Where a service is reached, or "error: ..." when the server has no name.
@@ -1799,9 +1825,8 @@ class Visitor:
         raise HTTPError(404, "no-name", cause)
 
     def show_index(self, request: Request, tunnel: Tunnel) -> None:
-        lines = []
-        for service in sorted(tunnel.services):
-            lines.append("http://%s.%s/" % (service, request.host))
+        link = self.server.names.link
+        lines = [link(service, request.host) for service in sorted(tunnel.services)]
         self.respond(200, "", "Services of %s" % tunnel.id, lines or ["None yet."])
 
     def become_link(self, request: Request) -> None:
@@ -2362,18 +2387,11 @@ class Server:
 
     def how_to(self, request: Request) -> List[str]:
         """For the landing page and the 404s: how somebody gets a name here."""
-        labels = request.name.split(".")
-        if self.names.domains:
-            name = self.names.domains[0].name
-        elif self.names.is_base(request.name):
-            name = request.name
-        else:
-            name = ".".join(labels[2 if len(labels) > 2 else 1 :]) or request.name
-        line = "  python3 mdm_tunnel_client.py -v -h %s -p %d -i tim web=9000"
+        line = "  python3 mdm_tunnel_client.py -v -h %s -p %d -i NAME web=9000"
         return [
             "To publish what listens on port 9000 of your machine, run there:",
-            line % (name, self.client_address[1]),
-            "tim is the name you choose; -v prints the address of the service web.",
+            line % (self.names.base(request.name), self.client_address[1]),
+            "NAME is for you to choose; -v prints the address of the service web.",
         ]
 
     def meet(self, connection: Connection) -> None:

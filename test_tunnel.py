@@ -1342,6 +1342,31 @@ class NamesOfHosts(unittest.TestCase):
         for found, shown in table:
             self.assertEqual(server_module.plain_address(found), shown)
 
+    def test_links_of_the_index_go_the_way_the_visitor_came(self):
+        table = [
+            ("", "tim.localhost:8000", "http://web.tim.localhost:8000/"),
+            ("a.b", "tim.a.b:8000", "http://web.tim.a.b:8000/"),
+            ("https://a.b", "tim.a.b", "https://web.tim.a.b/"),
+            ("https://a.b:444", "tim.a.b:8000", "https://web.tim.a.b:444/"),
+            ("https://a.b", "tim.localhost:8000", "http://web.tim.localhost:8000/"),
+        ]
+        for domain, host, link in table:
+            names = server_module.Names(server_module.parse_domains(domain), set())
+            self.assertEqual(names.link("web", host), link)
+
+    def test_a_name_to_dial_is_guessed_from_the_host(self):
+        table = [
+            ("example.com", "example.com"),
+            ("web.tim.example.com", "example.com"),
+            ("web.tim.localhost", "localhost"),
+            ("tim", "tim"),
+            ("1.2.3.4", "1.2.3.4"),
+        ]
+        for host, base in table:
+            self.assertEqual(server_module.Names([], set()).base(host), base)
+        names = server_module.Names(server_module.parse_domains("a.b"), set())
+        self.assertEqual(names.base("web.tim.x"), "a.b")
+
     def test_base_names_are_the_server_itself(self):
         names = server_module.Names(server_module.parse_domains("e.com"), set())
         for host in ("e.com", "localhost", "10.0.0.1", "[::1]"):
