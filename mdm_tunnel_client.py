@@ -16,7 +16,6 @@ that order: the wire and the machinery that the server has too, then services, d
 bridges, the client. Nothing here needs more than the standard library of Python 3.6.
 """
 
-import argparse
 import errno
 import queue
 import random
@@ -26,6 +25,7 @@ import threading
 # ===================================================================================
 # SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
 # ===================================================================================
+import argparse
 import collections
 import contextlib
 import enum
@@ -1033,6 +1033,13 @@ def die(status: int, cause: Any) -> NoReturn:
     text = "".join(map(OneLine.printable, str(cause)))
     print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
     sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        die(2, "%s (--help tells more)" % message)
 # ===================================================================================
 # SHARED BLOCK: ends.
 # ===================================================================================
@@ -1772,15 +1779,15 @@ def port_number(text: str) -> int:
     return int(text)
 
 
-class Parser(argparse.ArgumentParser):
+class FileParser(Parser):
     """Takes options from @file as one would type them."""
 
     def convert_arg_line_to_args(self, line: str) -> List[str]:
         return shlex.split(line, comments=True)
 
 
-def make_parser() -> Parser:
-    parser = Parser(
+def make_parser() -> FileParser:
+    parser = FileParser(
         prog="mdm_tunnel_client.py",
         usage="%(prog)s [options] [name=target ...]",
         description="Publishes local services through an mdm-tunnel server. A target "

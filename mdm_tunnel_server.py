@@ -15,7 +15,6 @@ wire and the machinery that the client has too, then HTTP, names, tunnels, visit
 the server. Nothing here needs more than the standard library of Python 3.6.
 """
 
-import argparse
 import errno
 import html
 import http
@@ -26,6 +25,7 @@ from typing import NamedTuple
 # ===================================================================================
 # SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
 # ===================================================================================
+import argparse
 import collections
 import contextlib
 import enum
@@ -1033,6 +1033,13 @@ def die(status: int, cause: Any) -> NoReturn:
     text = "".join(map(OneLine.printable, str(cause)))
     print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
     sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        die(2, "%s (--help tells more)" % message)
 # ===================================================================================
 # SHARED BLOCK: ends.
 # ===================================================================================
@@ -2470,7 +2477,7 @@ def domains(text: str) -> str:
 
 
 def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mdm_tunnel_server.py",
         description="The public end of a reverse tunnel: takes visitors' HTTP and "
         "WebSocket requests for service.id.example.com to the client that is logged in "
