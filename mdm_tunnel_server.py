@@ -1731,6 +1731,8 @@ class Visitor:
         count = self.connection.read_into(view)
         if count:
             self.buffer += view[:count]
+        if count == 0 and exchange:
+            exchange.since = self.loop.clock()
         if count is not None and not exchange:
             self.next()
         elif count == 0 and self.connection.lost:
@@ -1778,8 +1780,9 @@ class Visitor:
         elif self.connection.eof or self.connection.lost:
             self.leave()
         elif self.buffer:
-            if not self.searched:
-                self.timer.set(HEAD_TIME)
+            due = self.timer.due
+            if due is None or due > self.loop.clock() + HEAD_TIME:
+                self.timer.set(HEAD_TIME)  # once: dribbling does not prolong it
             if self.buffer != b"\r":  # perhaps half of an empty line
                 self.searched = len(self.buffer)
 
@@ -1949,13 +1952,14 @@ class Exchange:
         self.head = b""  # of the request: what is still to be pulled
         self.carry = bytearray()  # of the answer: what is not understood yet
         self.searched = 0
-        self.answer: Optional[Answer] = None
+        self.final: Optional[Answer] = None  # its head, when that is whole
+        self.answer: Optional[Answer] = None  # the same, when the visitor gets it
         self.body = Body(0)  # of the answer
         self.keep = False  # the visitor's connection, after this
         self.reused = False  # the stream carried an earlier request
         self.repeated = False  # it is being asked for the second time
         self.interim = 0  # 1xx answers so far
-        self.since = visitor.loop.clock()
+        self.since = visitor.loop.clock()  # the visitor's last word, so far
         self.upgraded = False
         self.finished = False
 
@@ -2012,7 +2016,7 @@ class Exchange:
 
     def uploading(self) -> bool:
         """Whether what the visitor sends belongs to the stream."""
-        return self.upgraded or not self.request.body.done
+        return self.stream.open and (self.upgraded or not self.request.body.done)
 
     def wants_read(self) -> bool:
         """What is not for the stream now is read ahead, so that a reset is seen."""
@@ -2110,7 +2114,7 @@ class Exchange:
         """Its head is whole: say whether the connection goes on, and pass it on."""
         request, server = self.request, self.visitor.server
         self.body = answer.frame(request.method)
-        self.answer = answer
+        self.final = answer
         unwrap = request.minor == 0 and isinstance(self.body, Chunked)
         ends = unwrap or self.body.until_end
         keep = request.keeps_alive() and request.body.done and not ends
@@ -2121,7 +2125,6 @@ class Exchange:
         drop = {"transfer-encoding", "trailer"} if unwrap else set()
         data = memoryview(bytes(self.carry))
         self.carry.clear()
-        self.visitor.log_answer(answer.status, "")
         self.on_body(answer.to_visitor(connection, drop), data)
 
     def on_body(self, head: bytes, data: memoryview) -> None:
@@ -2130,6 +2133,9 @@ class Exchange:
             data = memoryview(bytes(self.carry) + bytes(data))
             self.carry.clear()
         good = self.body.feed(data)
+        if self.answer is None and self.final:
+            self.answer = self.final  # from here on it can no longer be a 502
+            self.visitor.log_answer(self.answer.status, "")
         if self.request.minor == 0 and isinstance(self.body, Chunked):
             content = b"".join(data[start:end] for start, end in self.body.spans)
             self.visitor.connection.write(head + content)
@@ -2159,6 +2165,7 @@ class Exchange:
         answer, stream, visitor = self.answer, self.stream, self.visitor
         usable = stream.open and not (stream.ended_in or self.head or self.carry)
         usable = usable and self.request.body.done and self.request.minor == 1
+        usable = usable and not self.tunnel.link.leaving
         self.stream.settle(0)
         self.finished = True
         if usable and self.keep and answer and answer.keeps_alive():
@@ -2195,7 +2202,7 @@ class Exchange:
         """The stream is over: ask again, say why, or cut what has begun."""
         if self.finished:
             self.drop()
-        elif code == "overload" and self.answer:
+        elif code == "overload" and (self.answer or self.upgraded):
             self.visitor.forget()
             self.visitor.connection.abort()  # what waits for him is what is too much
         elif self.whole():
@@ -2211,7 +2218,9 @@ class Exchange:
     def fail(self, error: Exception) -> None:
         """Something raised while the stream was served."""
         self.stream.reset("left")
-        if self.answer or self.upgraded:
+        if self.whole():
+            log.debug("%s: %s, after a whole answer", self, error)
+        elif self.answer or self.upgraded:
             log.info("%s: cut: %s", self, error)
             self.visitor.cut()
         else:
@@ -2294,6 +2303,8 @@ class Listener:
 
     def on_events(self, mask: int) -> None:
         for _ in range(ACCEPT_BATCH):
+            if self.paused:
+                return  # closed in this very turn
             if self.loop.full() and not self.server.idle():
                 raise OSError("no descriptors left: accepting pauses")
             try:
@@ -2404,6 +2415,7 @@ class Server:
     def meet(self, connection: Connection) -> None:
         """Somebody who has not logged in: of too many, one at random goes."""
         self.strangers = {other for other in self.strangers if not other.closed}
+        self.strangers.discard(connection)
         if len(self.strangers) >= STRANGERS:
             victim = random.choice(list(self.strangers))
             self.strangers.discard(victim)
