@@ -1753,8 +1753,11 @@ class Visitor:
             # After his FIN, or with no room to read, the selector tells nothing.
             gone = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             self.timer.set(PROBE_TIME)
-            if gone or (connection.eof and self.exchange.is_late()):
+            if gone:
                 self.leave()
+            elif connection.eof and self.exchange.is_late():
+                self.exchange.stream.reset("left")
+                raise HTTPError(504, "timeout", "no answer from the service")
         elif connection.backlog:
             self.end()  # he takes what is left, or is given up
         elif self.buffer:
@@ -1971,6 +1974,7 @@ class Exchange:
     def start(self) -> None:
         """Take the stream kept from the last request, or a new one."""
         kept, self.visitor.kept = self.visitor.kept, None
+        self.head = self.request.to_service()
         if kept and self.may_reuse(kept):
             self.stream, self.reused = kept.stream, True
             self.stream.owner = self
@@ -1978,7 +1982,6 @@ class Exchange:
             if kept:
                 kept.stream.reset("done")
             self.stream = self.tunnel.open(self)
-        self.head = self.request.to_service()
         self.stream.wake()
 
     def may_reuse(self, kept: "Exchange") -> bool:

@@ -40,7 +40,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = ("mdm_tunnel_server.py", "mdm_tunnel_client.py")
 Kind = server_module.Kind
 PATIENCE = 20  # seconds after which a wait has failed; nothing here takes that long
-HANG = 600  # seconds after which the whole run says where it stands, and ends
+HANG = 250  # seconds after which the whole run says where it stands, and ends
 KIB = 1 << 10
 
 
@@ -2267,9 +2267,13 @@ class EndToEndOnSelect(EndToEnd):
 
 
 def free_port():
-    with contextlib.closing(socket.socket()) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port that is free, and stays so: below those that the kernel hands out."""
+    while True:
+        port = random.randrange(10000, 32000)
+        with contextlib.closing(socket.socket()) as sock:
+            with contextlib.suppress(OSError):
+                sock.bind(("127.0.0.1", port))
+                return port
 
 
 class Listening(TunnelCase):
@@ -2635,6 +2639,19 @@ class Faults(TunnelCase):
         linger = struct.pack("ii", 1, 0)
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         conn.close()
+        self.wait_for_streams(0)
+
+    def test_visitor_who_has_ended_waits_so_long_and_no_longer(self):
+        for name, value in (("PROBE_TIME", 0.05), ("HALF_CLOSED_TIME", 0.2)):
+            self.addCleanup(setattr, server_module, name, getattr(server_module, name))
+            setattr(server_module, name, value)
+        stop = threading.Event()
+        self.addCleanup(stop.set)
+        self.start(web=self.service(lambda conn: stop.wait(PATIENCE)))
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x"))
+        conn.shutdown(socket.SHUT_WR)
+        self.assertIn(b"HTTP/1.1 504", self.raw(b"", conn))
         self.wait_for_streams(0)
 
     def test_stalled_visitor_does_not_stop_others(self):
@@ -3380,6 +3397,13 @@ class Processes(TunnelCase):
         process.stdout.close()
         process.stderr.close()
 
+    def read_until(self, process, word):
+        """Read what the process says up to a line with `word`, or to its end."""
+        for line in iter(process.stderr.readline, ""):
+            if word in line:
+                return
+        self.fail("it ended and never said %r" % word)
+
     def launch_server(self):
         """The process, and its two ports as -v says them."""
         process = self.launch(SCRIPTS[0], "-v", "-p", "0", "-c", "0")
@@ -3451,8 +3475,7 @@ class Processes(TunnelCase):
             self.assertTrue(asked.wait(PATIENCE))
             process = server if script == SCRIPTS[0] else client
             process.send_signal(signal.SIGTERM)
-            while "stopping" not in process.stderr.readline():
-                pass
+            self.read_until(process, "stopping")
             go.set()
             self.assertIn(b"slow", self.raw(b"", conn))
             process.communicate(timeout=PATIENCE)
@@ -3477,8 +3500,7 @@ class Processes(TunnelCase):
         conn.sendall(self.ask("web.tim.x", close=False))
         self.assertTrue(asked.wait(PATIENCE))
         client.send_signal(signal.SIGTERM)
-        while "goodbye" not in server.stderr.readline():
-            pass
+        self.read_until(server, "goodbye")
         go.set()
         self.assertIn(b"200 OK", read_head(conn)[0])
         client.wait(client_module.DRAIN / 2)
@@ -3528,8 +3550,7 @@ class Processes(TunnelCase):
         server.kill()
         server.wait(PATIENCE)
         server = self.launch(SCRIPTS[0], "-v", *words)
-        while "tim serves" not in server.stderr.readline():
-            pass
+        self.read_until(server, "tim serves")
         self.assertEqual(self.fetch(ports[0]).status, 200)
 
 
