@@ -1675,7 +1675,8 @@ class Tunnel:
 # time, each by an Exchange, which owns the stream. An Exchange is in one of these:
 #
 #      asking     the request goes out; nothing of the final answer has come
-#      answering  the head of the answer has gone to the visitor, its body is passing
+#      answering  the head of the answer has gone to the visitor, its body is passing;
+#                 this lasts until his connection has taken the last byte of it
 #      upgraded   the service said 101: bytes flow both ways, each with its own end
 #      finished   the stream is kept for the visitor's next request to the service
 # -----------------------------------------------------------------------------------
@@ -2205,14 +2206,13 @@ class Exchange:
         """The stream is over: ask again, say why, or cut what has begun."""
         if self.finished:
             self.drop()
-        elif code == "overload" and (self.answer or self.upgraded):
-            self.visitor.forget()
-            self.visitor.connection.abort()  # what waits for him is what is too much
-        elif self.whole():
+        elif self.whole() and code != "overload":
             log.debug("%s: the stream ended after a whole answer", self)
         elif self.answer or self.upgraded:
             log.info("%s: cut: %s %s", self, code, cause)
             self.visitor.cut()
+            if code == "overload":  # what waits for him is what is too much
+                self.visitor.connection.abort()
         elif self.carry or not self.repeat(code):
             word = re.sub("[^a-z-]", "", code)[:32] or "error"
             text = "%s: %s" % (self.said(), cause or word)

@@ -349,8 +349,7 @@ class Connections(unittest.TestCase):
         self.errors.append(error)
 
     def reset_by_peer(self):
-        linger = struct.pack("ii", 1, 0)
-        self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        reset_on_close(self.peer)
         self.peer.close()
 
     def turn_until(self, condition):
@@ -1709,6 +1708,12 @@ class Log(logging.Handler):
         self.lines.append(self.format(record))
 
 
+def reset_on_close(conn):
+    """From here on close() sends a reset."""
+    option = struct.pack("ii", 1, 0)
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+
+
 def read_head(conn):
     """A head, and what came with it, from a socket."""
     data = b""
@@ -2449,8 +2454,7 @@ class Faults(TunnelCase):
     def test_service_that_resets_is_a_502(self):
         def handler(conn):
             read_head(conn)
-            linger = struct.pack("ii", 1, 0)
-            conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            reset_on_close(conn)
 
         self.assertEqual(self.status(self.service(handler))[:2], (502, "reset"))
 
@@ -2477,8 +2481,7 @@ class Faults(TunnelCase):
             conn.sendall(b"HTTP/1.1 413 Big\r\nContent-Length: 150000\r\n\r\n")
             conn.sendall(b"y" * 150000)
             go.wait(PATIENCE)
-            linger = struct.pack("ii", 1, 0)
-            conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            reset_on_close(conn)
 
         self.start(web=self.service(handler))
         conn = self.visit()
@@ -2527,8 +2530,7 @@ class Faults(TunnelCase):
             read_head(conn)
             conn.sendall(b"HTTP/1.1 200 OK\r\n\r\npart")
             go.wait(PATIENCE)
-            linger = struct.pack("ii", 1, 0)
-            conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            reset_on_close(conn)
 
         self.start(web=self.service(handler))
         conn = self.visit()
@@ -2595,8 +2597,7 @@ class Faults(TunnelCase):
         conn = self.visit()
         conn.sendall(self.ask("web.tim.x"))
         self.assertTrue(asked.wait(PATIENCE))
-        linger = struct.pack("ii", 1, 0)
-        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        reset_on_close(conn)
         conn.close()
         self.assertTrue(left.wait(PATIENCE))
 
@@ -2621,8 +2622,7 @@ class Faults(TunnelCase):
             with contextlib.suppress(BlockingIOError):
                 conn.send(b"x" * 65536)
         self.server.until(lambda: stream.credit < server_module.WINDOW)
-        linger = struct.pack("ii", 1, 0)
-        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        reset_on_close(conn)
         conn.close()
         self.wait_for_streams(0)
 
@@ -2636,8 +2636,7 @@ class Faults(TunnelCase):
         conn.sendall(self.ask("web.tim.x"))
         conn.shutdown(socket.SHUT_WR)
         self.wait_for_streams(1)
-        linger = struct.pack("ii", 1, 0)
-        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        reset_on_close(conn)
         conn.close()
         self.wait_for_streams(0)
 
@@ -2825,6 +2824,29 @@ class Stopping(TunnelCase):
             with self.assertRaises(ConnectionResetError):
                 while conn.recv(100):
                     pass
+
+
+class Overload(TunnelCase):
+    def test_visitor_cut_for_overload_holds_nothing_any_more(self):
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(
+                b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n"
+                b"Upgrade: x\r\n\r\n"
+            )
+            conn.sendall(b"z" * 50000000)
+
+        limit = server_module.HELD_LIMIT
+        self.addCleanup(setattr, server_module, "HELD_LIMIT", limit)
+        server_module.HELD_LIMIT = 100 * KIB
+        self.start(web=self.service(handler))
+        conn = self.visit()
+        lines = ["Connection: upgrade", "Upgrade: x"]
+        conn.sendall(self.ask("web.tim.x", *lines, close=False))
+        loop = self.server.loop
+        self.server.until(lambda: any("cut: overload" in x for x in self.log.lines))
+        self.server.until(lambda: not any(c.backlog for c in loop.connections))
+        self.assertEqual(self.tunnels["tim"].link.held, 0)
 
 
 class Hooks(TunnelCase):
@@ -3359,11 +3381,10 @@ class Hostile(TunnelCase):
 
     def test_requests_opened_and_cancelled_by_the_hundred_leave_nothing(self):
         self.start()
-        linger = struct.pack("ii", 1, 0)
         for _ in range(300):
             conn = self.visit()
             conn.sendall(self.ask("web.tim.x", close=False))
-            conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            reset_on_close(conn)
             conn.close()
         self.wait_for_streams(0)
         self.client.until(lambda: len(self.client.loop.connections) == 1)
