@@ -259,7 +259,7 @@ class Loop:
         self.touched: Set[Connection] = set()
         self.connections: Set[Connection] = set()
         self.scratch = memoryview(bytearray(DATA_LIMIT))  # what is being read
-        self.frames = memoryview(bytearray(DATA_LIMIT))  # what is being sent
+        self.frames = memoryview(bytearray(DATA_LIMIT + 4 * TEXT_LIMIT))  # to be sent
         self.capacity = file_limit(self.selector) - SPARE_FILES
         self.running = True
         self.on_signal: Optional[Callable[[int], Any]] = None
@@ -390,6 +390,8 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 # -----------------------------------------------------------------------------------
 KEEPALIVE = 60  # seconds of silence until TCP asks whether a peer is still there
 LINGER = 2.0  # seconds to read and drop after a last word, so that it arrives
+LEAST_BUFFER = 64 << 10  # bytes of SO_SNDBUF: with less TCP is slow
+NOT_SENT = {"linux": 25, "darwin": 0x201}  # TCP_NOTSENT_LOWAT, which `socket` may lack
 STALLED = 60.0  # seconds for a peer to take anything of what is left, at the end
 SOCKET_OPTIONS = (
     ("IPPROTO_TCP", "TCP_NODELAY", 1),  # what is small leaves at once
@@ -458,6 +460,15 @@ class Connection:
             else:
                 self.loop.selector.unregister(self.sock)
             self.events = events
+
+    def limit_queue(self, size: int) -> None:
+        """Let the kernel hold about `size` bytes that are not under way yet."""
+        level, option = socket.IPPROTO_TCP, NOT_SENT.get(sys.platform)
+        if option is None:
+            level, option = socket.SOL_SOCKET, socket.SO_SNDBUF
+            size = max(size, LEAST_BUFFER)
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(level, option, size)
 
     def read_into(self, view: memoryview) -> Optional[int]:
         """Bytes read, 0 at the end, None when there are none now. Raises OSError."""
@@ -588,10 +599,15 @@ class Connection:
 # reads costs nothing more.
 # -----------------------------------------------------------------------------------
 WINDOW = 256 << 10  # bytes that may be sent on a stream before it needs CREDIT
+LARGEST_WINDOW = 8 << 20  # bytes: 80 MB/s over a round trip of 100 ms
+SPARE_WINDOWS = 64 << 20  # bytes that a link may promise over all streams' WINDOW
+WIDEN_AFTER = 0.05  # seconds until a window grows again: the last has to show first
+ASK_AFTER = 1.0  # seconds between looks at the round trip, while credit is given
 HELD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
 MAX_STREAMS = 16384  # open at once on a link: more is an attack or a loop
 LAST_ID = (1 << 32) - 1  # stream ids are u32; past it the client dials anew
-QUANTUM = 64 << 10  # bytes in one turn of a busy stream
+TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy turn last
+FIRST_QUANTUM = 16 << 10  # bytes of a busy turn, until the link has been measured
 LEAST_TURN = 4 << 10  # bytes: less credit than this counts as none (no tiny frames)
 QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first
 QUIET_TIME = 0.1  # seconds
@@ -607,14 +623,16 @@ class Stream:
     on_reset(code, cause) and fail(error)."""
 
     __slots__ = (
-        "link id owner credit allowed held taken sent since "
+        "link id owner credit window allowed granted widened held taken sent since "
         "ready owing open ended_out ended_in opening farewell"
     ).split()
 
     def __init__(self, link: "Link", number: int, owner: Any) -> None:
         self.link, self.id, self.owner = link, number, owner
         self.credit = WINDOW  # bytes that we may still send
+        self.window = WINDOW  # bytes that the peer may have under way
         self.allowed = WINDOW  # bytes that the peer may still send
+        self.granted = self.widened = link.loop.clock()  # last CREDIT, last growth
         self.held = 0  # bytes received that nobody has taken
         self.taken = 0  # bytes taken, the credit not yet given back
         self.sent = 0  # bytes sent since `since`: what makes a stream quiet or busy
@@ -643,7 +661,7 @@ class Stream:
             self.held = waiting
             self.link.held -= taken
             self.taken += taken
-            if self.taken >= WINDOW // 2 and not self.ended_in:
+            if self.taken >= self.window // 2 and not self.ended_in:
                 self.link.owe(self)
 
     def reset(self, code: str, cause: str = "") -> None:
@@ -665,10 +683,28 @@ class Stream:
             self.opening = None
         if self.farewell is not None:
             yield Kind.RESET, self.farewell
-        elif self.open and self.taken >= WINDOW // 2:
-            yield Kind.CREDIT, NUMBER.pack(self.taken)
-            self.allowed += self.taken
+        elif self.open and self.taken >= self.window // 2:
+            credit = self.taken + self.widen()
             self.taken = 0
+            self.allowed += credit
+            yield Kind.CREDIT, NUMBER.pack(credit)
+
+    def widen(self) -> int:
+        """Was half a window spent in less than a round trip, and not because it waits
+        here for a slow reader? Then it doubles; return by how much it grew."""
+        now, more, link = self.link.loop.clock(), self.window, self.link
+        took, self.granted = now - self.granted, now
+        if now - link.pinged >= ASK_AFTER:
+            link.ping()
+        fast = self.taken * link.round_trip > took * more / 2 and not self.held
+        if not fast or now - self.widened < WIDEN_AFTER:
+            return 0
+        if 2 * more > LARGEST_WINDOW or more > link.spare:
+            return 0
+        self.widened = now
+        self.window += more
+        self.link.spare -= more
+        return more
 
 
 class Link:
@@ -684,6 +720,13 @@ class Link:
         self.streams: Dict[int, Stream] = {}
         self.last_id = 0  # the newest stream's
         self.held = 0  # bytes received on all streams that nobody has taken
+        self.spare = SPARE_WINDOWS  # bytes that windows may still grow by
+        self.round_trip = 0.0  # seconds, under load; 0: not known yet
+        self.stamp = b""  # of the PING that is under way
+        self.quantum = self.low_water = FIRST_QUANTUM
+        self.carried = 0  # bytes sent since `measured`
+        self.measured = loop.clock()
+        self.idled = True  # since `measured` there was a moment with nothing to send
         self.quiet: Deque[Stream] = collections.deque()
         self.busy: Deque[Stream] = collections.deque()
         self.owing: Deque[Stream] = collections.deque()
@@ -696,10 +739,7 @@ class Link:
         self.timer.set(1.0)
         connection.owner = self
         loop.touched.add(connection)
-        low_water = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
-        if sys.platform == "linux":  # it keeps the kernel's own queue short
-            with contextlib.suppress(OSError):
-                connection.sock.setsockopt(socket.IPPROTO_TCP, low_water, QUANTUM)
+        connection.limit_queue(self.quantum)
 
     def __str__(self) -> str:
         return str(self.owner)
@@ -754,7 +794,10 @@ class Link:
         self.post(Kind.PONG, bytes(payload))
 
     def on_pong(self, kind: int, payload: memoryview) -> None:
-        """That a byte came is all there is to know."""
+        """How long it took, behind all that was under way."""
+        if payload == self.stamp:
+            self.round_trip = self.loop.clock() - self.pinged
+            self.stamp = b""
 
     def on_goodbye(self, kind: int, payload: memoryview) -> None:
         self.leaving = True
@@ -830,6 +873,7 @@ class Link:
             stream.open = False
             self.held -= stream.held
             stream.held = 0
+            self.spare += stream.window - WINDOW
             self.loop.unsent[self] = None
 
     # What goes out.
@@ -871,14 +915,33 @@ class Link:
             fill = self.put_quiet(self.put_control(0))
             if busy and self.busy:
                 busy = 0
-                fill = self.put_turn(self.busy.popleft(), fill, QUANTUM)
+                share = max(LEAST_TURN, self.quantum // len(self.busy))
+                fill = self.put_turn(self.busy.popleft(), fill, share)
             if not fill:
                 break
             self.connection.write(self.loop.frames[:fill])
+            self.measure(fill)
+        self.idled = self.idled or not (self.busy or self.connection.backlog)
         self.loop.touched.add(self.connection)
         waiting = self.streams or self.owed or self.owing or self.connection.backlog
         if self.leaving and not waiting:
             self.close("goodbye")
+
+    def measure(self, count: int) -> None:
+        """How many bytes does the link deliver in TURN_TIME? With nothing to send for
+        a moment it was at least so many. An empty buffer swallows more than the link
+        delivers, so the quantum may but double each time."""
+        self.carried += count
+        now = self.loop.clock()
+        if now - self.measured >= TURN_TIME:
+            delivered = int(self.carried * TURN_TIME / (now - self.measured))
+            if delivered > self.quantum or not self.idled:
+                most = min(2 * self.quantum, DATA_LIMIT)
+                self.quantum = max(LEAST_TURN, min(delivered, most))
+            self.carried, self.measured, self.idled = 0, now, False
+            if not self.low_water < 2 * self.quantum < 4 * self.low_water:
+                self.low_water = self.quantum
+                self.connection.limit_queue(self.quantum)
 
     def put_control(self, fill: int) -> int:
         """Write the frames that are owed from `fill` on; return where they end."""
@@ -918,7 +981,8 @@ class Link:
         if now - stream.since >= QUIET_TIME:
             stream.since, stream.sent = now, 0
         stream.sent += count
-        stream.wake()
+        if count == len(view):
+            stream.wake()  # a source that came short is watched instead
         return self.put(Kind.DATA, stream.id, view[:count], fill)
 
     def put(self, kind: int, number: int, payload: Any, fill: int) -> int:
@@ -947,7 +1011,8 @@ class Link:
     def ping(self) -> None:
         """Ask for a sign of life."""
         if self.step == len(HANDSHAKE):
-            self.post(Kind.PING, STAMP.pack(self.loop.clock()))
+            self.stamp = STAMP.pack(self.loop.clock())
+            self.post(Kind.PING, self.stamp)
 
     def goodbye(self, code: str, reason: str) -> None:
         """Take no new streams; flush() closes the link after the last."""

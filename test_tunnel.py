@@ -463,6 +463,10 @@ class Wire:
         self.room = 1 << 40
         self.moved = 0.0
         self.ended = ""
+        self.limits = []  # what the kernel was told to hold, from time to time
+
+    def limit_queue(self, size):
+        self.limits.append(size)
 
     def write(self, data):
         taken = 0 if self.backlog else min(self.room, len(data))
@@ -512,6 +516,8 @@ class End:
         view[:count] = b"e" * count if self.endless else self.source[:count]
         del self.source[:count]
         self.pulled += count
+        if count and self.finished and not self.source:
+            self.stream.wake()  # nothing else will, for the end
         return count or (0 if self.finished else None)
 
     def receive(self, data):
@@ -700,7 +706,7 @@ class Links(LinkCase):
         for _ in range(50):
             self.server.loop.turn()
             self.server.wire.flush(5000)
-            bound = server_module.QUANTUM + server_module.COLLECT + 4 * KIB
+            bound = self.server.link.quantum + server_module.COLLECT + 4 * KIB
             self.assertLessEqual(len(self.server.wire.backlog), bound)
 
     def test_busy_streams_share_a_slow_wire_fairly(self):
@@ -708,7 +714,7 @@ class Links(LinkCase):
             self.server.open(End(endless=True))
         self.settle_slowly(turns=400)
         pulled = [end.pulled for end in self.server.ends]
-        self.assertLess(max(pulled) - min(pulled), 2 * server_module.QUANTUM)
+        self.assertLess(max(pulled) - min(pulled), 2 * self.server.link.quantum)
         self.assertGreater(min(pulled), server_module.WINDOW)
 
     def settle_slowly(self, turns, room=16 * KIB):
@@ -726,7 +732,7 @@ class Links(LinkCase):
         while not small.pulled:
             self.settle_slowly(turns=1)
         passed = sum(end.pulled for end in self.server.ends) - frames_before
-        self.assertLessEqual(passed, 2 * server_module.QUANTUM)
+        self.assertLessEqual(passed, self.server.link.quantum // 4)
 
     def test_busy_stream_gets_its_turn_among_many_quiet_ones(self):
         busy = self.server.open(End(endless=True))
@@ -737,7 +743,116 @@ class Links(LinkCase):
             for end in quiet:
                 end.send(b"q")
             self.settle_slowly(turns=1, room=64 * KIB)
-        self.assertGreater(busy.pulled, before + 4 * server_module.QUANTUM)
+        self.assertGreater(busy.pulled, before + 30 * server_module.LEAST_TURN)
+
+    def test_quantum_is_what_the_wire_delivers_in_ten_milliseconds(self):
+        for room in (2500, 25000, 1000, 200000):  # bytes in each millisecond
+            for _ in range(3):
+                self.server.open(End(endless=True))
+            self.settle_slowly(turns=600, room=room)
+            most, least = server_module.DATA_LIMIT, server_module.LEAST_TURN
+            delivered = max(least, min(most, 10 * room))
+            self.assertGreater(self.server.link.quantum, delivered // 2)
+            self.assertLess(self.server.link.quantum, 2 * delivered)
+            self.assertGreater(self.server.wire.limits[-1], delivered // 3)
+            self.assertLess(self.server.wire.limits[-1], 3 * delivered)
+
+    def test_the_kernel_is_told_only_of_great_changes(self):
+        self.server.open(End(endless=True))
+        self.settle_slowly(turns=2000, room=2500)
+        self.assertLess(len(self.server.wire.limits), 5)
+
+    def test_wire_with_little_to_carry_keeps_its_quantum(self):
+        self.server.open(End(endless=True))
+        self.settle_slowly(turns=400, room=25000)
+        before = self.server.link.quantum
+        mine, theirs = self.pair()
+        self.server.ends[0].endless = False
+        for _ in range(100):
+            mine.send(b"now and then")
+            self.settle_slowly(turns=20)
+        self.assertEqual(self.server.link.quantum, before)
+
+    def test_quantum_is_divided_among_busy_streams(self):
+        self.server.open(End(endless=True))
+        self.settle_slowly(turns=400, room=25000)
+        for _ in range(9):
+            self.server.open(End(endless=True))
+        self.settle_slowly(turns=100, room=25000)
+        turns = []
+        for end in self.server.ends:
+            pull = end.pull
+            end.pull = lambda view, pull=pull: (turns.append(len(view)), pull(view))[1]
+        self.settle_slowly(turns=40, room=25000)
+        share = self.server.link.quantum // 10
+        self.assertLess(max(turns), 2 * share)
+
+    def test_source_that_came_short_is_not_asked_again(self):
+        mine, theirs = self.pair(b"")
+        asked = []
+        mine.pull = lambda view: asked.append(len(view)) or End.pull(mine, view)
+        mine.send(b"all for now")
+        self.settle()
+        self.assertEqual(len(asked), 1)
+        self.assertTrue(mine.stream.wants_read())
+
+    # Windows, on a wire with a round trip of 100 ms.
+
+    def far_away(self, turns, step=0.01, delay=0.05):
+        """Both loops turn, and what one sends the other has `delay` seconds later."""
+        flying = getattr(self, "flying", [])
+        self.flying = flying
+        for _ in range(turns):
+            self.clock.now += step
+            for side, other in (self.sides, self.sides[::-1]):
+                side.loop.turn()
+                while side.link.busy:
+                    side.link.on_writable()
+                data, side.wire.sent = bytes(side.wire.sent), bytearray()
+                if data:
+                    flying.append((self.clock.now + delay, other, data))
+            while flying and flying[0][0] <= self.clock.now:
+                _, other, data = flying.pop(0)
+                other.loop.guard(other.link, other.link.take, memoryview(data))
+
+    def test_window_grows_until_it_covers_the_round_trip(self):
+        mine, theirs = self.pair()
+        mine.endless = True
+        mine.stream.wake()
+        self.far_away(turns=30)
+        early = theirs.stream.window
+        self.far_away(turns=200)
+        self.assertLess(early, server_module.LARGEST_WINDOW)
+        self.assertEqual(theirs.stream.window, server_module.LARGEST_WINDOW)
+        self.assertAlmostEqual(self.client.link.round_trip, 0.1, delta=0.03)
+
+    def test_window_of_a_near_or_slow_stream_stays(self):
+        mine, theirs = self.pair()
+        for _ in range(100):
+            mine.send(b"d" * 20000)
+            self.far_away(turns=5, step=0.01)
+        self.assertEqual(theirs.stream.window, server_module.WINDOW)
+
+    def test_window_of_a_stalled_reader_does_not_grow(self):
+        mine, theirs = self.pair(takes=False)
+        mine.endless = True
+        mine.stream.wake()
+        self.far_away(turns=300)
+        self.assertEqual(theirs.stream.window, server_module.WINDOW)
+        self.assertLessEqual(len(theirs.got), server_module.WINDOW)
+
+    def test_windows_of_a_link_grow_to_a_limit_together(self):
+        self.client.next_end = End
+        for _ in range(20):
+            self.server.open(End(endless=True))
+        self.far_away(turns=400)
+        windows = [end.stream.window for end in self.client.ends]
+        grown = sum(windows) - 20 * server_module.WINDOW
+        self.assertGreater(grown, server_module.SPARE_WINDOWS // 2)
+        self.assertLessEqual(grown, server_module.SPARE_WINDOWS)
+        for end in self.client.ends:
+            end.stream.reset("done")
+        self.assertEqual(self.client.link.spare, server_module.SPARE_WINDOWS)
 
     def test_small_frames_of_one_turn_leave_in_one_write(self):
         writes = []
