@@ -113,6 +113,7 @@ RULES: Dict[int, Tuple[str, bool, int, int]] = {
     Kind.GOODBYE: ("both", False, 2, TEXT_LIMIT),  # JSON: code, reason
 }
 HANDSHAKE = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
+DATA, OPEN = int(Kind.DATA), int(Kind.OPEN)  # looked at for every frame
 
 
 # The name of a service or of an id: a DNS label (RFC 1035 2.3.1) of which `_` may be a
@@ -134,50 +135,48 @@ class FrameReader:
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
-        self.held = bytearray()  # the beginning of a header or of a small frame
-        self.need = HEADER.size  # how long `held` must become
+        self.rules = {k: r[1:] for k, r in RULES.items() if r[0] in ("both", peer)}
+        self.held = b""  # the beginning of a header or of a small frame
         self.kind = self.stream = 0
         self.left = 0  # bytes of the current DATA still to come
 
     def feed(self, data: memoryview) -> Iterator[Tuple[int, int, memoryview]]:
         """Yield (kind, stream, payload) as far as `data` goes. Raises ProtocolError."""
+        if self.held:
+            data, self.held = memoryview(self.held + data), b""
         at, end = 0, len(data)
         while at < end:
-            start = at
+            start = at + HEADER.size
             if self.left:
-                at = min(end, at + self.left)
+                start, at = at, min(end, at + self.left)
                 self.left -= at - start
-                yield Kind.DATA, self.stream, data[start:at]
+                yield DATA, self.stream, data[start:at]
                 continue
-            at = min(end, at + self.need - len(self.held))
-            self.held += data[start:at]
-            if len(self.held) == self.need == HEADER.size:
-                self.open_frame()
-            if len(self.held) == self.need:
-                payload = memoryview(bytes(self.held))[HEADER.size :]
-                self.held.clear()
-                self.need = HEADER.size
-                if self.kind != Kind.DATA:
-                    yield self.kind, self.stream, payload
+            length = self.open_frame(data, at) if start <= end else 0
+            if self.kind == DATA and start <= end:
+                self.left, at = length, start
+            elif start + length <= end:
+                at = start + length
+                yield self.kind, self.stream, data[start:at]
+            else:
+                self.held = bytes(data[at:])
+                return
 
-    def open_frame(self) -> None:
-        """A header is whole: check it, and see how much is to follow."""
-        word, self.stream = HEADER.unpack(self.held)
+    def open_frame(self, data: memoryview, at: int) -> int:
+        """A header is whole: check it; return how much is to follow."""
+        word, self.stream = HEADER.unpack_from(data, at)
         self.kind, length = word >> 24, word & 0xFFFFFF
+        on_stream, least, most = self.rules.get(self.kind, (None, 0, 0))
         if self.kind not in RULES:
             raise ProtocolError("unknown kind of frame %d" % self.kind)
-        sender, on_stream, least, most = RULES[self.kind]
-        if sender not in ("both", self.peer) or on_stream != (self.stream > 0):
+        if on_stream != (self.stream > 0):
             raise ProtocolError(
                 "%s from the %s on stream %d"
                 % (Kind(self.kind).name, self.peer, self.stream)
             )
         if not least <= length <= most:
             raise ProtocolError("%s of %d bytes" % (Kind(self.kind).name, length))
-        if self.kind == Kind.DATA:
-            self.left = length
-        else:
-            self.need += length
+        return length
 
 
 def pack_json(message: Dict[str, Any]) -> bytes:
@@ -735,6 +734,7 @@ class Link:
         self.pinged = 0.0  # when the last PING went out
         self.leaving = False  # GOODBYE was said or heard: no new streams
         self.closed = False
+        self.tracing = log.isEnabledFor(logging.DEBUG)  # -vv
         self.timer = Timer(loop, self, self.check)
         self.timer.set(1.0)
         connection.owner = self
@@ -763,12 +763,13 @@ class Link:
             return
         self.heard = self.loop.clock()
         for kind, number, payload in self.reader.feed(data):
-            if log.isEnabledFor(logging.DEBUG):
+            if self.tracing:
                 self.show("<", kind, number, payload)
-            self.in_order(kind)
+            if kind < OPEN or self.step < len(HANDSHAKE):
+                self.in_order(kind)
             if number == 0:
                 LINK_FRAMES.get(kind, Link.on_text)(self, kind, payload)
-            elif kind == Kind.OPEN:
+            elif kind == OPEN:
                 self.on_open(number, payload)
             elif number in self.streams:
                 STREAM_FRAMES[kind](self, self.streams[number], payload)
@@ -983,15 +984,15 @@ class Link:
         stream.sent += count
         if count == len(view):
             stream.wake()  # a source that came short is watched instead
-        return self.put(Kind.DATA, stream.id, view[:count], fill)
+        return self.put(DATA, stream.id, view[:count], fill)
 
     def put(self, kind: int, number: int, payload: Any, fill: int) -> int:
         """Header and payload at `fill`; the payload of DATA stands there already."""
         start, end = fill + HEADER.size, fill + HEADER.size + len(payload)
         HEADER.pack_into(self.loop.frames, fill, kind << 24 | len(payload), number)
-        if kind != Kind.DATA:
+        if kind != DATA:
             self.loop.frames[start:end] = payload
-        if log.isEnabledFor(logging.DEBUG):
+        if self.tracing:
             self.show(">", kind, number, payload)
         return end
 

@@ -113,6 +113,7 @@ RULES: Dict[int, Tuple[str, bool, int, int]] = {
     Kind.GOODBYE: ("both", False, 2, TEXT_LIMIT),  # JSON: code, reason
 }
 HANDSHAKE = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
+DATA, OPEN = int(Kind.DATA), int(Kind.OPEN)  # looked at for every frame
 
 
 # The name of a service or of an id: a DNS label (RFC 1035 2.3.1) of which `_` may be a
@@ -134,50 +135,48 @@ class FrameReader:
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
-        self.held = bytearray()  # the beginning of a header or of a small frame
-        self.need = HEADER.size  # how long `held` must become
+        self.rules = {k: r[1:] for k, r in RULES.items() if r[0] in ("both", peer)}
+        self.held = b""  # the beginning of a header or of a small frame
         self.kind = self.stream = 0
         self.left = 0  # bytes of the current DATA still to come
 
     def feed(self, data: memoryview) -> Iterator[Tuple[int, int, memoryview]]:
         """Yield (kind, stream, payload) as far as `data` goes. Raises ProtocolError."""
+        if self.held:
+            data, self.held = memoryview(self.held + data), b""
         at, end = 0, len(data)
         while at < end:
-            start = at
+            start = at + HEADER.size
             if self.left:
-                at = min(end, at + self.left)
+                start, at = at, min(end, at + self.left)
                 self.left -= at - start
-                yield Kind.DATA, self.stream, data[start:at]
+                yield DATA, self.stream, data[start:at]
                 continue
-            at = min(end, at + self.need - len(self.held))
-            self.held += data[start:at]
-            if len(self.held) == self.need == HEADER.size:
-                self.open_frame()
-            if len(self.held) == self.need:
-                payload = memoryview(bytes(self.held))[HEADER.size :]
-                self.held.clear()
-                self.need = HEADER.size
-                if self.kind != Kind.DATA:
-                    yield self.kind, self.stream, payload
+            length = self.open_frame(data, at) if start <= end else 0
+            if self.kind == DATA and start <= end:
+                self.left, at = length, start
+            elif start + length <= end:
+                at = start + length
+                yield self.kind, self.stream, data[start:at]
+            else:
+                self.held = bytes(data[at:])
+                return
 
-    def open_frame(self) -> None:
-        """A header is whole: check it, and see how much is to follow."""
-        word, self.stream = HEADER.unpack(self.held)
+    def open_frame(self, data: memoryview, at: int) -> int:
+        """A header is whole: check it; return how much is to follow."""
+        word, self.stream = HEADER.unpack_from(data, at)
         self.kind, length = word >> 24, word & 0xFFFFFF
+        on_stream, least, most = self.rules.get(self.kind, (None, 0, 0))
         if self.kind not in RULES:
             raise ProtocolError("unknown kind of frame %d" % self.kind)
-        sender, on_stream, least, most = RULES[self.kind]
-        if sender not in ("both", self.peer) or on_stream != (self.stream > 0):
+        if on_stream != (self.stream > 0):
             raise ProtocolError(
                 "%s from the %s on stream %d"
                 % (Kind(self.kind).name, self.peer, self.stream)
             )
         if not least <= length <= most:
             raise ProtocolError("%s of %d bytes" % (Kind(self.kind).name, length))
-        if self.kind == Kind.DATA:
-            self.left = length
-        else:
-            self.need += length
+        return length
 
 
 def pack_json(message: Dict[str, Any]) -> bytes:
@@ -735,6 +734,7 @@ class Link:
         self.pinged = 0.0  # when the last PING went out
         self.leaving = False  # GOODBYE was said or heard: no new streams
         self.closed = False
+        self.tracing = log.isEnabledFor(logging.DEBUG)  # -vv
         self.timer = Timer(loop, self, self.check)
         self.timer.set(1.0)
         connection.owner = self
@@ -763,12 +763,13 @@ class Link:
             return
         self.heard = self.loop.clock()
         for kind, number, payload in self.reader.feed(data):
-            if log.isEnabledFor(logging.DEBUG):
+            if self.tracing:
                 self.show("<", kind, number, payload)
-            self.in_order(kind)
+            if kind < OPEN or self.step < len(HANDSHAKE):
+                self.in_order(kind)
             if number == 0:
                 LINK_FRAMES.get(kind, Link.on_text)(self, kind, payload)
-            elif kind == Kind.OPEN:
+            elif kind == OPEN:
                 self.on_open(number, payload)
             elif number in self.streams:
                 STREAM_FRAMES[kind](self, self.streams[number], payload)
@@ -983,15 +984,15 @@ class Link:
         stream.sent += count
         if count == len(view):
             stream.wake()  # a source that came short is watched instead
-        return self.put(Kind.DATA, stream.id, view[:count], fill)
+        return self.put(DATA, stream.id, view[:count], fill)
 
     def put(self, kind: int, number: int, payload: Any, fill: int) -> int:
         """Header and payload at `fill`; the payload of DATA stands there already."""
         start, end = fill + HEADER.size, fill + HEADER.size + len(payload)
         HEADER.pack_into(self.loop.frames, fill, kind << 24 | len(payload), number)
-        if kind != Kind.DATA:
+        if kind != DATA:
             self.loop.frames[start:end] = payload
-        if log.isEnabledFor(logging.DEBUG):
+        if self.tracing:
             self.show(">", kind, number, payload)
         return end
 
@@ -1124,7 +1125,7 @@ CHUNK_LINE_LIMIT = 2 << 10  # bytes of a chunk or trailer line: fits the least t
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
 TEXT = r"[\t\x20-\x7e\x80-\xff]"
 QUOTED = r'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\%s)*"' % TEXT
-HEAD_END = re.compile(rb"\r\n\r\n|(?<!\r)\n")
+BARE_LF = re.compile(rb"(?<!\r)\n")
 REQUEST_LINE = re.compile(r"(%s) ([\x21\x22\x24-\x7e]+) HTTP/(\d)\.(\d)\r\n" % TOKEN)
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5]\d\d)(?: (%s*))?\r\n" % TEXT)
 FIELDS = re.compile(r"(?:%s:%s*\r\n)*\r\n" % (TOKEN, TEXT))
@@ -1139,7 +1140,8 @@ LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
 REPEATABLE = ("GET", "HEAD", "OPTIONS")  # may be sent twice: a kept stream may be dead
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "upgrade"}
-FORWARDED = {"x-real-ip", "forwarded"}  # and x-forwarded-*: ours to say
+FORWARDED = re.compile("x-real-ip$|forwarded$|x-forwarded-")  # ours to say
+NOTHING: Set[str] = set()
 
 
 class HTTPError(ProtocolError):
@@ -1180,56 +1182,64 @@ class Head:
     def __init__(self, text: str, start: int) -> None:
         if not FIELDS.fullmatch(text, start):
             raise malformed("a field breaks the grammar (RFC 9112, 5)")
-        self.fields: List[Tuple[str, str]] = []
-        for line in text[start:-4].split("\r\n") if len(text) - start > 2 else ():
-            name, _, value = line.partition(":")
-            self.fields.append((name, value.strip(" \t")))
-        if len(self.fields) > FIELD_LIMIT:
+        lines = text[start:-4].split("\r\n") if len(text) - start > 2 else []
+        if len(lines) > FIELD_LIMIT:
             raise HTTPError(431, "too-long", "more than %d fields" % FIELD_LIMIT)
+        self.fields: List[Tuple[str, str]] = []
+        self.named: Dict[str, str] = {}  # in lower case; repeated ones as one list
+        for line in lines:
+            name, _, value = line.partition(":")
+            value = value.strip(" \t")
+            self.fields.append((name, value))
+            name = name.lower()
+            if name in self.named:  # RFC 9110 5.3
+                value = self.named[name] + ", " + value
+            self.named[name] = value
         self.connection = self.words("connection")
-        self.upgrade = self.all("upgrade") if "upgrade" in self.connection else []
-        if self.connection & {"host", "content-length", "transfer-encoding"}:
-            raise malformed("Connection names a field that must arrive")
+        self.upgrade = ""
+        if self.connection:
+            if "upgrade" in self.connection:
+                self.upgrade = self.named.get("upgrade", "")
+            if self.connection & {"host", "content-length", "transfer-encoding"}:
+                raise malformed("Connection names a field that must arrive")
 
     @property
     def headers(self) -> Fields:
         """The fields by name."""
         return Fields(self.fields)
 
-    def all(self, wanted: str) -> List[str]:
-        """Every value of the field `wanted` (in lower case)."""
-        return [value for name, value in self.fields if name.lower() == wanted]
-
     def words(self, wanted: str) -> Set[str]:
         """The members of a list of words, in lower case."""
-        words = ",".join(self.all(wanted)).lower().split(",")
-        return {word.strip(" \t") for word in words} - {""}
+        value = self.named.get(wanted)
+        if not value:
+            return NOTHING
+        return {word.strip(" \t") for word in value.lower().split(",")} - {""}
 
     def framing(self) -> "Optional[Body]":
         """The body as its fields frame it (RFC 9112 6.3); None when they do not."""
-        codings, lengths = self.all("transfer-encoding"), self.all("content-length")
-        if codings and lengths:
-            raise malformed("both Transfer-Encoding and Content-Length")
-        if codings and self.minor == 0:
-            raise malformed("Transfer-Encoding in HTTP/1.0")
-        if codings and [coding.lower() for coding in codings] != ["chunked"]:
-            raise HTTPError(501, "coding", "a transfer coding other than chunked")
-        if codings:
+        coding = self.named.get("transfer-encoding")
+        length = self.named.get("content-length")
+        if coding is not None:
+            if length is not None:
+                raise malformed("both Transfer-Encoding and Content-Length")
+            if self.minor == 0:
+                raise malformed("Transfer-Encoding in HTTP/1.0")
+            if coding.lower() != "chunked":
+                raise HTTPError(501, "coding", "a transfer coding other than chunked")
             return Chunked()
-        if not lengths:
+        if length is None:
             return None
-        if len(lengths) > 1 or not LENGTH.fullmatch(lengths[0]):
+        if not LENGTH.fullmatch(length):
             raise malformed("Content-Length is not one number")
-        return Body(int(lengths[0]))
+        return Body(int(length))
 
     minor = 1  # of the version HTTP/1.x
 
-    def pass_on(self, first: str, drop: Set[str], add: List[Tuple[str, str]]) -> bytes:
+    def pass_on(self, first: str, drop: Set[str], add: List[str]) -> bytes:
         """The head as it goes on: what concerned only this hop is left out."""
-        drop = drop | HOP_BY_HOP | self.connection
-        kept = [pair for pair in self.fields if pair[0].lower() not in drop]
-        lines = ["%s: %s\r\n" % pair for pair in kept + add]
-        return (first + "\r\n" + "".join(lines) + "\r\n").encode("latin-1")
+        drop = HOP_BY_HOP.union(drop, self.connection)
+        lines = [": ".join(pair) for pair in self.fields if pair[0].lower() not in drop]
+        return "\r\n".join([first] + lines + add + ["", ""]).encode("latin-1")
 
 
 class Request(Head):
@@ -1238,34 +1248,33 @@ class Request(Head):
     the `headers`, and the `address` of the visitor. What they take out of `fields`,
     (name, value) pairs, the service does not get."""
 
-    def __init__(self, head: bytes, address: str) -> None:
+    def __init__(self, head: Any, address: str) -> None:
         text = head.decode("latin-1")
         line = REQUEST_LINE.match(text)
         if not line:
             raise malformed("the request line breaks the grammar (RFC 9112, 3)")
-        if line.group(3) != "1":
+        self.method, self.target, major, minor = line.groups()
+        if major != "1":
             raise HTTPError(505, "version", "only HTTP/1.x is spoken here")
-        self.method, self.target = line.group(1, 2)
-        self.minor = min(1, int(line.group(4)))  # RFC 9110 2.5: 1.7 is 1.1 to us
+        self.minor = int(minor != "0")  # RFC 9110 2.5: 1.7 is 1.1 to us
         self.address = address
         super().__init__(text, line.end())
         self.body = self.framing() or Body(0)
-        hosts = self.all("host")
         if self.method == "CONNECT":
             raise HTTPError(501, "connect", "CONNECT is not served here")
-        if len(hosts) != 1:
-            raise malformed("a request has exactly one Host field")
-        self.host = self.absolute() or hosts[0]
+        self.host = host = self.named.get("host", "")
+        if self.target[0] != "/":
+            self.host = self.absolute() or host
         match = HOST.fullmatch(self.host)
-        if not match or not HOST.fullmatch(hosts[0]):
-            raise malformed("the Host field names no host")
+        if not match or not HOST.fullmatch(host):
+            raise malformed("a request has one Host field, and it names a host")
         self.name = match.group(1).rstrip(".").lower()
-        if self.minor == 0 or "h2c" in self.words("upgrade"):
-            self.upgrade = []
+        if self.minor == 0 or self.upgrade and "h2c" in self.words("upgrade"):
+            self.upgrade = ""
 
     def absolute(self) -> str:
         """Bring the target into origin-form; the host that an absolute one names."""
-        if self.target[0] == "/" or (self.target, self.method) == ("*", "OPTIONS"):
+        if (self.target, self.method) == ("*", "OPTIONS"):
             return ""
         match = ABSOLUTE.fullmatch(self.target)
         if not match:
@@ -1281,30 +1290,30 @@ class Request(Head):
         return "close" not in self.connection
 
     def wants_html(self) -> bool:
-        return "text/html" in ",".join(self.all("accept"))
+        return "text/html" in self.named.get("accept", "")
 
     def to_service(self) -> bytes:
         """The head as the service gets it."""
-        names = {name.lower() for name, _ in self.fields}
         drop = {"host"}
-        for name in names:
-            plain = name.replace("_", "-")
-            if plain in FORWARDED or plain.startswith("x-forwarded-"):
+        for name in self.named:
+            if name[0] in "xf" and FORWARDED.match(name.replace("_", "-")):
                 drop.add(name)
         add = [
-            ("X-Forwarded-For", self.address),
-            ("X-Forwarded-Proto", "http"),
-            ("X-Forwarded-Host", self.host),
+            "X-Forwarded-For: " + self.address,
+            "X-Forwarded-Proto: http",
+            "X-Forwarded-Host: " + self.host,
         ]
-        hops = ["Upgrade"] if self.upgrade else []
-        add += [("Upgrade", value) for value in self.upgrade]
-        if "trailers" in self.words("te"):
+        hops = []
+        if self.upgrade:
+            hops.append("Upgrade")
+            add.append("Upgrade: " + self.upgrade)
+        if "te" in self.named and "trailers" in self.words("te"):
             hops.append("TE")
-            add.append(("TE", "trailers"))
+            add.append("TE: trailers")
         if self.minor == 0:
             hops.append("close")
         if hops:
-            add.append(("Connection", ", ".join(hops)))
+            add.append("Connection: " + ", ".join(hops))
         first = "%s %s HTTP/1.%d\r\nHost: %s"
         first %= (self.method, self.target, self.minor, self.host)
         return self.pass_on(first, drop, add)
@@ -1313,13 +1322,13 @@ class Request(Head):
 class Answer(Head):
     """A service's answer. Raises HTTPError (502) when it cannot be understood."""
 
-    def __init__(self, head: bytes) -> None:
+    def __init__(self, head: Any) -> None:
         text = head.decode("latin-1")
         line = STATUS_LINE.match(text)
         if not line:
             raise malformed("its status line breaks the grammar (RFC 9112, 4)")
-        self.minor, self.status = int(line.group(1)), int(line.group(2))
-        self.reason = line.group(3) or ""
+        minor, status, reason = line.groups()
+        self.minor, self.status, self.reason = int(minor), int(status), reason or ""
         super().__init__(text, line.end())
 
     def frame(self, method: str) -> "Body":
@@ -1337,10 +1346,12 @@ class Answer(Head):
         """The head as the visitor gets it; `connection` is ours to say."""
         if self.status == 204 or self.status < 200:
             drop = drop | {"content-length", "transfer-encoding"}  # RFC 9110 8.6
-        keep = self.status in (101, 426)  # RFC 9110 7.8
-        add = [("Upgrade", value) for value in self.upgrade if keep]
-        words = ["Upgrade"] * bool(add) + [connection] * bool(connection)
-        add += [("Connection", ", ".join(words))] * bool(words)
+        add = []
+        if self.upgrade and self.status in (101, 426):  # RFC 9110 7.8
+            add.append("Upgrade: " + self.upgrade)
+            connection = "Upgrade, " + connection if connection else "Upgrade"
+        if connection:
+            add.append("Connection: " + connection)
         first = "HTTP/1.1 %d %s" % (self.status, self.reason)
         return self.pass_on(first, drop, add)
 
@@ -1429,16 +1440,17 @@ class Chunked(Body):
 def find_head(buffer: bytearray, searched: int) -> int:
     """Where the head in `buffer` ends; 0 while it is not whole. The first `searched`
     bytes were looked at before. Raises HTTPError when it never will be a head."""
-    match = HEAD_END.search(buffer, max(0, searched - 3))
-    if match and len(match.group()) == 1:
-        raise malformed("a line of the head ends without CR")
-    end = match.end() if match else 0
-    line = buffer.find(b"\r\n", 0, LINE_LIMIT + 2)
-    if line < 0 and len(buffer) > LINE_LIMIT:
+    end = buffer.find(b"\r\n\r\n", max(0, searched - 3)) + 4
+    size = end if end > 3 else len(buffer)
+    if size > LINE_LIMIT and buffer.find(b"\r\n", 0, LINE_LIMIT + 2) < 0:
         raise HTTPError(414, "too-long", "a line of more than %d bytes" % LINE_LIMIT)
-    if max(end, 0 if match else len(buffer)) >= HEAD_LIMIT:
+    if size >= HEAD_LIMIT:
         raise HTTPError(431, "too-long", "a head of more than %d bytes" % HEAD_LIMIT)
-    return end
+    if end > 3:
+        return end
+    if BARE_LF.search(buffer, max(0, searched - 1)):
+        raise malformed("a line of the head ends without CR")
+    return 0
 
 
 # -----------------------------------------------------------------------------------
@@ -1840,7 +1852,7 @@ class Visitor:
             del self.buffer[:2]  # RFC 9112 2.2: an empty line before a request
         end = find_head(self.buffer, self.searched)
         if end:
-            head = bytes(self.buffer[:end])
+            head = self.buffer[:end]
             del self.buffer[:end]
             self.searched = 0
             self.timer.clear()
@@ -1910,8 +1922,8 @@ class Visitor:
 
     def become_link(self, request: Request) -> None:
         """RFC 9110 7.8: go over to our protocol."""
-        asked = [value.lower() for value in request.upgrade]
-        if asked != [PROTOCOL]:
+        asked = request.upgrade.lower()
+        if asked != PROTOCOL:
             cause = "this port speaks %s" % PROTOCOL
             if not asked:
                 cause += "; the request to upgrade is missing, so a proxy in between"
@@ -2159,7 +2171,7 @@ class Exchange:
             if not end:
                 self.searched = len(self.carry)
                 return
-            answer = Answer(bytes(self.carry[:end]))
+            answer = Answer(self.carry[:end])
             del self.carry[:end]
             self.searched = 0
             if answer.status == 101:
