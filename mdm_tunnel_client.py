@@ -203,6 +203,7 @@ def unpack_json(payload: Any) -> Dict[str, Any]:
 # process that was frozen does not take its healthy peers for dead.
 # -----------------------------------------------------------------------------------
 SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolver
+PART = 8  # events of a turn after which the links send: the other side begins already
 POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
 
 
@@ -307,8 +308,10 @@ class Loop:
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
-        for key, mask in self.selector.select(self.patience()):
+        for number, (key, mask) in enumerate(self.selector.select(self.patience())):
             self.guard(key.data, key.data.on_events, mask)
+            if number % PART == PART - 1:
+                self.send()
         for _ in range(len(self.calls)):
             owner, call, args = self.calls.popleft()
             self.guard(owner, call, *args)
@@ -316,12 +319,16 @@ class Loop:
         while self.timers and self.timers[0][0] <= now:
             when, _, timer = heapq.heappop(self.timers)
             timer.ring(when, now)
-        while self.unsent:
-            link = self.unsent.popitem()[0]
-            self.guard(link, link.flush)
+        self.send()
         while self.touched:
             connection = self.touched.pop()
             self.guard(connection, connection.register)
+
+    def send(self) -> None:
+        """What the links owe, and what quiet streams have."""
+        while self.unsent:
+            link = self.unsent.popitem()[0]
+            self.guard(link, link.flush)
 
     def patience(self) -> Optional[float]:
         """Seconds that the selector may wait; None is for ever."""

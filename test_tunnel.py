@@ -2781,8 +2781,12 @@ class Faults(TunnelCase):
             conn.sendall(self.ask("web.tim.x"))
         for _ in range(20):
             self.echoed("echo.tim.x")
-        held = self.server.do(lambda: self.tunnels["tim"].link.held)
-        self.assertLessEqual(held, 4 * server_module.WINDOW)
+        link = self.server.do(lambda: self.tunnels["tim"].link)
+        held, windows = self.server.do(
+            lambda: (link.held, [stream.window for stream in link.streams.values()])
+        )
+        self.assertLessEqual(held, sum(windows))
+        self.assertLess(max(windows), server_module.LARGEST_WINDOW)
 
     def test_service_that_never_reads_stops_its_visitor_only(self):
         stop = threading.Event()
