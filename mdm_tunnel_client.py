@@ -17,10 +17,6 @@ bridges, the client. Nothing here needs more than the standard library of Python
 """
 
 import errno
-import queue
-import random
-import shlex
-import threading
 
 # ===================================================================================
 # SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
@@ -32,7 +28,7 @@ import enum
 import heapq
 import itertools
 import json
-import logging
+import mmap
 import os
 import re
 import selectors
@@ -47,8 +43,7 @@ from typing import Set, Tuple
 VERSION = "1.0.0"
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 Call = Callable[..., Any]
-log = logging.getLogger("mdm_tunnel")
-log.addHandler(logging.NullHandler())  # silent until the command line says -v
+DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 
 # -----------------------------------------------------------------------------------
 # Protocol
@@ -196,6 +191,46 @@ def unpack_json(payload: Any) -> Dict[str, Any]:
 
 
 # -----------------------------------------------------------------------------------
+# Log: what happens, for whoever wants to know: -v, or a program that uses `logging`
+# itself, where the logger is "mdm_tunnel". Without one of them it is not even imported:
+# it would be an eighth of the memory and of the time to start. (What else is large and
+# rarely used is imported where it is used.)
+# -----------------------------------------------------------------------------------
+class Log:
+    """A logger when there is `logging`, and silence before."""
+
+    logger: Any = None
+
+    def hears(self, level: int) -> bool:
+        """Whether somebody wants to know."""
+        logging = sys.modules.get("logging")
+        if self.logger is None and logging is not None:
+            self.logger = logging.getLogger("mdm_tunnel")
+            self.logger.addHandler(logging.NullHandler())
+        return self.logger is not None and bool(self.logger.isEnabledFor(level))
+
+    def tell(self, level: int, text: str, *args: Any, trace: Any = None) -> None:
+        """Log `text % args`, and the traceback of the error `trace`."""
+        if self.hears(level):
+            self.logger.log(level, text, *args, exc_info=trace)
+
+    def debug(self, text: str, *args: Any) -> None:
+        self.tell(DEBUG, text, *args)
+
+    def info(self, text: str, *args: Any) -> None:
+        self.tell(INFO, text, *args)
+
+    def warning(self, text: str, *args: Any) -> None:
+        self.tell(WARNING, text, *args)
+
+    def error(self, text: str, *args: Any, trace: Any = None) -> None:
+        self.tell(ERROR, text, *args, trace=trace)
+
+
+log = Log()
+
+
+# -----------------------------------------------------------------------------------
 # Loop: one selector, one heap of timers, one catcher of errors. A turn reads what is
 # there, then runs what that left to do, then timers, then lets the links send, and
 # last tells the selector what each connection now waits for: that is derived from its
@@ -258,8 +293,10 @@ class Loop:
         self.unsent: Dict[Any, None] = {}  # links with something to send
         self.touched: Set[Connection] = set()
         self.connections: Set[Connection] = set()
-        self.scratch = memoryview(bytearray(DATA_LIMIT))  # what is being read
-        self.frames = memoryview(bytearray(DATA_LIMIT + 4 * TEXT_LIMIT))  # to be sent
+        # What is being read, and what is being sent: pages that nobody has touched yet
+        # take no memory, as those of a bytearray would.
+        self.scratch = memoryview(mmap.mmap(-1, DATA_LIMIT))
+        self.frames = memoryview(mmap.mmap(-1, DATA_LIMIT + 4 * TEXT_LIMIT))
         self.capacity = file_limit(self.selector) - SPARE_FILES
         self.running = True
         self.on_signal: Optional[Callable[[int], Any]] = None
@@ -362,10 +399,10 @@ class Loop:
         except Exception as error:
             try:
                 if not isinstance(error, (OSError, ProtocolError)):
-                    log.error("%s: %s", owner, error, exc_info=True)
+                    log.error("%s: %s", owner, error, trace=error)
                 owner.fail(error)
             except Exception as worse:
-                log.error("%s: %s", owner, worse, exc_info=True)
+                log.error("%s: %s", owner, worse, trace=worse)
         return None
 
     def fail(self, error: Exception) -> None:
@@ -741,7 +778,7 @@ class Link:
         self.pinged = 0.0  # when the last PING went out
         self.leaving = False  # GOODBYE was said or heard: no new streams
         self.closed = False
-        self.tracing = log.isEnabledFor(logging.DEBUG)  # -vv
+        self.tracing = log.hears(DEBUG)  # -vv
         self.timer = Timer(loop, self, self.check)
         self.timer.set(1.0)
         connection.owner = self
@@ -1076,11 +1113,15 @@ STREAM_FRAMES: Dict[int, Call] = {
 # -----------------------------------------------------------------------------------
 # What both say: nothing at all without -v but the line that they end with.
 # -----------------------------------------------------------------------------------
-class OneLine(logging.Formatter):
-    """What came from outside forges no line and moves no cursor."""
+class OneLine:
+    """Formats a record. What came from outside forges no line and moves no cursor."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        lines = super().format(record).split("\n" if record.exc_info else "\0")
+    def __init__(self, formatter: Any) -> None:
+        self.formatter = formatter
+
+    def format(self, record: Any) -> str:
+        text = self.formatter.format(record)
+        lines = text.split("\n" if record.exc_info else "\0")
         return "\n".join("".join(map(self.printable, line)) for line in lines)
 
     @staticmethod
@@ -1091,12 +1132,16 @@ class OneLine(logging.Formatter):
 
 def set_up_log(verbose: int) -> None:
     """-v tells events, -vv frames too, on stderr."""
-    logging.raiseExceptions = False  # a full disk under the log harms only the log
     if verbose:
+        import logging
+
+        logging.raiseExceptions = False  # a full disk under the log harms only the log
         handler = logging.StreamHandler()
-        handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+        form = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+        handler.setFormatter(OneLine(form))  # type: ignore[arg-type]
+        logger = logging.getLogger("mdm_tunnel")
+        logger.addHandler(handler)
+        logger.setLevel(INFO if verbose == 1 else DEBUG)
 
 
 def die(status: int, cause: Any) -> NoReturn:
@@ -1108,8 +1153,23 @@ def die(status: int, cause: Any) -> NoReturn:
     sys.exit(status)
 
 
+class Help(argparse.HelpFormatter):
+    """Looks at the terminal's width itself: argparse would import shutil for it, even
+    without --help, and that is a megabyte."""
+
+    def __init__(self, prog: str) -> None:
+        columns = os.environ.get("COLUMNS", "")
+        width = int(columns) if columns.isdecimal() else 0
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            width = width or os.get_terminal_size(sys.stdout.fileno()).columns
+        super().__init__(prog, width=(width or 80) - 2)
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=Help, **options)
 
     def error(self, message: str) -> NoReturn:
         die(2, "%s (--help tells more)" % message)
@@ -1251,8 +1311,7 @@ class Resolver:
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
-        self.asked: "queue.Queue[Tuple[str, int, Dial]]" = queue.Queue()
-        self.thread: Optional[threading.Thread] = None
+        self.asked: Any = None  # a queue of (host, port, dial), for the thread
 
     def resolve(self, host: str, port: int, dial: "Dial") -> None:
         """Call dial.on_addresses(list or OSError), at once or later."""
@@ -1271,10 +1330,13 @@ class Resolver:
                 self.ask(host, port, dial)
 
     def ask(self, host: str, port: int, dial: "Dial") -> None:
+        if self.asked is None:
+            import queue
+            import threading
+
+            self.asked = queue.Queue()
+            threading.Thread(target=self.work, daemon=True).start()
         self.asked.put((host, port, dial))
-        if self.thread is None:
-            self.thread = threading.Thread(target=self.work, daemon=True)
-            self.thread.start()
 
     def work(self) -> None:
         """The helper thread: one name after the other."""
@@ -1671,7 +1733,7 @@ class Tunnel:
 # Client: keeps one tunnel up, and ends when there is a reason to.
 # -----------------------------------------------------------------------------------
 SERVER_TIME = 10.0  # seconds for all addresses of the server
-FIRST_WAIT = 0.2  # seconds until the first attempt to come back; it doubles
+FIRST_WAIT = 0.05  # seconds until the first attempt to come back; it doubles
 LONGEST_WAIT = 10.0  # seconds: a server that is back has its clients back soon
 STEADY = 5.0  # seconds a link must have lived for the wait to be short again
 DRAIN = 4.0  # seconds for running streams after SIGTERM
@@ -1696,7 +1758,7 @@ class Client:
         shown = "[%s]" % host if ":" in host else host
         self.server = "%s:%d" % (shown, port)  # as the Host field has it
         self.target = Target(self.server, host, port)
-        self.session = "%032x" % random.SystemRandom().getrandbits(128)
+        self.session = os.urandom(16).hex()
         self.resolver = Resolver(self.loop)
         self.max_attempts = max_attempts
         self.failures = 0  # attempts in a row that led to no login
@@ -1764,7 +1826,7 @@ class Client:
 
     def show(self, line: str) -> None:
         """A line on stdout, with -v."""
-        if log.isEnabledFor(logging.INFO):
+        if log.hears(INFO):
             with contextlib.suppress(OSError, ValueError):
                 print("".join(map(OneLine.printable, line)), flush=True)
 
@@ -1793,6 +1855,8 @@ class Client:
 
     def again(self, cause: str, failures: int = 1) -> None:
         """Dial again, after a while that grows and is never the same for all."""
+        import random
+
         if self.stopping:
             return
         self.failures += failures
@@ -1856,6 +1920,8 @@ class FileParser(Parser):
     """Takes options from @file as one would type them."""
 
     def convert_arg_line_to_args(self, line: str) -> List[str]:
+        import shlex
+
         return shlex.split(line, comments=True)
 
 

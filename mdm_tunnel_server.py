@@ -16,10 +16,6 @@ the server. Nothing here needs more than the standard library of Python 3.6.
 """
 
 import errno
-import html
-import http
-import random
-import urllib.parse
 from typing import NamedTuple
 
 # ===================================================================================
@@ -32,7 +28,7 @@ import enum
 import heapq
 import itertools
 import json
-import logging
+import mmap
 import os
 import re
 import selectors
@@ -47,8 +43,7 @@ from typing import Set, Tuple
 VERSION = "1.0.0"
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 Call = Callable[..., Any]
-log = logging.getLogger("mdm_tunnel")
-log.addHandler(logging.NullHandler())  # silent until the command line says -v
+DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 
 # -----------------------------------------------------------------------------------
 # Protocol
@@ -196,6 +191,46 @@ def unpack_json(payload: Any) -> Dict[str, Any]:
 
 
 # -----------------------------------------------------------------------------------
+# Log: what happens, for whoever wants to know: -v, or a program that uses `logging`
+# itself, where the logger is "mdm_tunnel". Without one of them it is not even imported:
+# it would be an eighth of the memory and of the time to start. (What else is large and
+# rarely used is imported where it is used.)
+# -----------------------------------------------------------------------------------
+class Log:
+    """A logger when there is `logging`, and silence before."""
+
+    logger: Any = None
+
+    def hears(self, level: int) -> bool:
+        """Whether somebody wants to know."""
+        logging = sys.modules.get("logging")
+        if self.logger is None and logging is not None:
+            self.logger = logging.getLogger("mdm_tunnel")
+            self.logger.addHandler(logging.NullHandler())
+        return self.logger is not None and bool(self.logger.isEnabledFor(level))
+
+    def tell(self, level: int, text: str, *args: Any, trace: Any = None) -> None:
+        """Log `text % args`, and the traceback of the error `trace`."""
+        if self.hears(level):
+            self.logger.log(level, text, *args, exc_info=trace)
+
+    def debug(self, text: str, *args: Any) -> None:
+        self.tell(DEBUG, text, *args)
+
+    def info(self, text: str, *args: Any) -> None:
+        self.tell(INFO, text, *args)
+
+    def warning(self, text: str, *args: Any) -> None:
+        self.tell(WARNING, text, *args)
+
+    def error(self, text: str, *args: Any, trace: Any = None) -> None:
+        self.tell(ERROR, text, *args, trace=trace)
+
+
+log = Log()
+
+
+# -----------------------------------------------------------------------------------
 # Loop: one selector, one heap of timers, one catcher of errors. A turn reads what is
 # there, then runs what that left to do, then timers, then lets the links send, and
 # last tells the selector what each connection now waits for: that is derived from its
@@ -258,8 +293,10 @@ class Loop:
         self.unsent: Dict[Any, None] = {}  # links with something to send
         self.touched: Set[Connection] = set()
         self.connections: Set[Connection] = set()
-        self.scratch = memoryview(bytearray(DATA_LIMIT))  # what is being read
-        self.frames = memoryview(bytearray(DATA_LIMIT + 4 * TEXT_LIMIT))  # to be sent
+        # What is being read, and what is being sent: pages that nobody has touched yet
+        # take no memory, as those of a bytearray would.
+        self.scratch = memoryview(mmap.mmap(-1, DATA_LIMIT))
+        self.frames = memoryview(mmap.mmap(-1, DATA_LIMIT + 4 * TEXT_LIMIT))
         self.capacity = file_limit(self.selector) - SPARE_FILES
         self.running = True
         self.on_signal: Optional[Callable[[int], Any]] = None
@@ -362,10 +399,10 @@ class Loop:
         except Exception as error:
             try:
                 if not isinstance(error, (OSError, ProtocolError)):
-                    log.error("%s: %s", owner, error, exc_info=True)
+                    log.error("%s: %s", owner, error, trace=error)
                 owner.fail(error)
             except Exception as worse:
-                log.error("%s: %s", owner, worse, exc_info=True)
+                log.error("%s: %s", owner, worse, trace=worse)
         return None
 
     def fail(self, error: Exception) -> None:
@@ -741,7 +778,7 @@ class Link:
         self.pinged = 0.0  # when the last PING went out
         self.leaving = False  # GOODBYE was said or heard: no new streams
         self.closed = False
-        self.tracing = log.isEnabledFor(logging.DEBUG)  # -vv
+        self.tracing = log.hears(DEBUG)  # -vv
         self.timer = Timer(loop, self, self.check)
         self.timer.set(1.0)
         connection.owner = self
@@ -1076,11 +1113,15 @@ STREAM_FRAMES: Dict[int, Call] = {
 # -----------------------------------------------------------------------------------
 # What both say: nothing at all without -v but the line that they end with.
 # -----------------------------------------------------------------------------------
-class OneLine(logging.Formatter):
-    """What came from outside forges no line and moves no cursor."""
+class OneLine:
+    """Formats a record. What came from outside forges no line and moves no cursor."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        lines = super().format(record).split("\n" if record.exc_info else "\0")
+    def __init__(self, formatter: Any) -> None:
+        self.formatter = formatter
+
+    def format(self, record: Any) -> str:
+        text = self.formatter.format(record)
+        lines = text.split("\n" if record.exc_info else "\0")
         return "\n".join("".join(map(self.printable, line)) for line in lines)
 
     @staticmethod
@@ -1091,12 +1132,16 @@ class OneLine(logging.Formatter):
 
 def set_up_log(verbose: int) -> None:
     """-v tells events, -vv frames too, on stderr."""
-    logging.raiseExceptions = False  # a full disk under the log harms only the log
     if verbose:
+        import logging
+
+        logging.raiseExceptions = False  # a full disk under the log harms only the log
         handler = logging.StreamHandler()
-        handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+        form = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+        handler.setFormatter(OneLine(form))  # type: ignore[arg-type]
+        logger = logging.getLogger("mdm_tunnel")
+        logger.addHandler(handler)
+        logger.setLevel(INFO if verbose == 1 else DEBUG)
 
 
 def die(status: int, cause: Any) -> NoReturn:
@@ -1108,8 +1153,23 @@ def die(status: int, cause: Any) -> NoReturn:
     sys.exit(status)
 
 
+class Help(argparse.HelpFormatter):
+    """Looks at the terminal's width itself: argparse would import shutil for it, even
+    without --help, and that is a megabyte."""
+
+    def __init__(self, prog: str) -> None:
+        columns = os.environ.get("COLUMNS", "")
+        width = int(columns) if columns.isdecimal() else 0
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            width = width or os.get_terminal_size(sys.stdout.fileno()).columns
+        super().__init__(prog, width=(width or 80) - 2)
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=Help, **options)
 
     def error(self, message: str) -> NoReturn:
         die(2, "%s (--help tells more)" % message)
@@ -1142,7 +1202,7 @@ CHUNK = re.compile(
     % (TOKEN, TOKEN, QUOTED)
 )
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._-]{1,255})(?::(\d{0,5}))?")
-ABSOLUTE = re.compile(r"(?i:http)://([^/?@]+)([/?].*)?")
+ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp]://([^/?@]+)([/?].*)?")
 LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
 REPEATABLE = ("GET", "HEAD", "OPTIONS")  # may be sent twice: a kept stream may be dead
@@ -1473,6 +1533,10 @@ class Domain(NamedTuple):
 
 def parse_domains(text: str) -> List[Domain]:
     """The value of --domain. Raises ValueError, with what is wrong."""
+    if not text:
+        return []
+    import urllib.parse
+
     domains = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         whole = "://" in part
@@ -1600,7 +1664,16 @@ footer { margin-top: 3em; font-size: .8em; opacity: .6 }
 <footer>mdm-tunnel %(version)s</footer>
 </body></html>
 """
-PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
+
+
+def phrase(status: int, default: str) -> str:
+    """What RFC 9110 calls a status."""
+    import http
+
+    try:
+        return http.HTTPStatus(status).phrase
+    except ValueError:
+        return default
 
 
 def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
@@ -1608,6 +1681,8 @@ def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
     two spaces something to paste; all is escaped."""
     if not as_html:
         return "text/plain; charset=utf-8", "\n".join([title] + lines + [""]).encode()
+    import html
+
     parts = []
     for line in lines:
         text = html.escape(line)
@@ -1952,7 +2027,7 @@ class Visitor:
         kind, body = make_page(title, lines, bool(request and request.wants_html()))
         keep = bool(request and request.keeps_alive() and request.body.done)
         keep = keep and not self.server.stopping
-        head = ["HTTP/1.1 %d %s" % (status, PHRASES.get(status, title))]
+        head = ["HTTP/1.1 %d %s" % (status, phrase(status, title))]
         head += ["Content-Type: " + kind, "Content-Length: %d" % len(body)]
         head += ["Cache-Control: no-store"]
         head += ["X-Tunnel-Error: " + code] if code else []
@@ -1969,7 +2044,7 @@ class Visitor:
         self.done(keep)
 
     def log_answer(self, status: int, note: str) -> None:
-        if log.isEnabledFor(logging.INFO):
+        if log.hears(INFO):
             request, where = self.request, self.exchange or self
             what = "%s %s" % (request.method, request.target) if request else "-"
             log.info("%s: %s %s", where, what, ("%d %s" % (status, note)).strip())
@@ -1984,7 +2059,7 @@ class Visitor:
         lines = [error.cause]
         if error.status == 404 and self.request:
             lines += self.server.how_to(self.request)
-        title = "%d %s" % (error.status, PHRASES.get(error.status, error.code))
+        title = "%d %s" % (error.status, phrase(error.status, error.code))
         self.respond(error.status, error.code, title, lines, error.fields)
 
     def done(self, keep: bool) -> None:
@@ -2534,7 +2609,8 @@ class Server:
         self.strangers = {other for other in self.strangers if not other.closed}
         self.strangers.discard(connection)
         if len(self.strangers) >= STRANGERS:
-            victim = random.choice(list(self.strangers))
+            number = int.from_bytes(os.urandom(4), "big") % len(self.strangers)
+            victim = list(self.strangers)[number]
             self.strangers.discard(victim)
             victim.fail(OSError("too many connections have not logged in"))
         self.strangers.add(connection)

@@ -72,8 +72,8 @@ class Promises(unittest.TestCase):
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
             "argparse collections contextlib enum errno heapq html http itertools json "
-            "logging os queue random re resource selectors shlex signal socket struct "
-            "sys threading time typing urllib".split()
+            "logging mmap os queue random re resource selectors shlex signal socket "
+            "struct sys threading time typing urllib".split()
         )
         for name in SCRIPTS:
             for node in ast.walk(ast.parse(read(name))):
@@ -84,6 +84,15 @@ class Promises(unittest.TestCase):
                     names = [node.module]
                 for found in names:
                     self.assertIn(found.split(".")[0], allowed, name)
+
+    def test_heavy_modules_are_imported_only_when_used(self):
+        heavy = "logging threading random html http urllib.parse shlex queue ssl"
+        code = "import sys; sys.path.insert(0, %r); import %s; print(*sys.modules)"
+        for name in SCRIPTS:
+            command = [sys.executable, "-S", "-c", code % (HERE, name[:-3])]
+            loaded = subprocess.check_output(command, timeout=PATIENCE).decode().split()
+            self.assertIn(name[:-3], loaded)
+            self.assertEqual(set(heavy.split()) & set(loaded), set(), name)
 
     def test_only_the_server_knows_http(self):
         own = read("mdm_tunnel_client.py").split("# SHARED BLOCK: ends")[1]
@@ -1713,7 +1722,7 @@ class CommandLines(unittest.TestCase):
         self.assertNotIn("\x1b", errors.getvalue())
 
     def test_log_lines_cannot_be_forged(self):
-        formatter = server_module.OneLine("%(message)s")
+        formatter = server_module.OneLine(logging.Formatter("%(message)s"))
         record = logging.LogRecord("x", 20, "", 0, "a\nb\x1b[2Jc\x9b%s", ("\r",), None)
         self.assertEqual(formatter.format(record), r"a\nb\x1b[2Jc\x9b\r")
 
