@@ -16,7 +16,7 @@ the server. Nothing here needs more than the standard library of Python 3.6.
 """
 
 import errno
-from typing import NamedTuple
+from typing import NamedTuple, Pattern
 
 # ===================================================================================
 # SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
@@ -1206,9 +1206,20 @@ ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp]://([^/?@]+)([/?].*)?")
 LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
 REPEATABLE = ("GET", "HEAD", "OPTIONS")  # may be sent twice: a kept stream may be dead
-HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "upgrade"}
-FORWARDED = re.compile("x-real-ip$|forwarded$|x-forwarded-")  # ours to say
 NOTHING: Set[str] = set()
+
+
+def field_lines(names: str) -> Pattern[str]:
+    """Finds the fields of these names, each with the CRLF before it."""
+    return re.compile(r"(?ai)\r\n(%s):([^\r]*)" % names)
+
+
+FRAMING = "content-length|transfer-encoding|"  # what we have understood, we say anew
+HOP_BY_HOP = FRAMING + "connection|keep-alive|proxy-connection|te|upgrade"
+FORWARDED = "x[-_]forwarded[-_][^:]*|x[-_]real[-_]ip|forwarded"  # ours to say
+NOTED = field_lines(FRAMING + "host|connection|upgrade|te|accept")
+TO_SERVICE = field_lines(HOP_BY_HOP + "|host|" + FORWARDED)  # what is not passed on
+TO_VISITOR = field_lines(HOP_BY_HOP)
 
 
 class HTTPError(ProtocolError):
@@ -1244,19 +1255,22 @@ class Fields(Dict[str, str]):
 
 
 class Head:
-    """What requests and answers have in common: fields, in their order."""
+    """What requests and answers have in common: fields, in their order. They stay the
+    text they are; only what matters here is looked at, or cut out."""
 
     def __init__(self, text: str, start: int) -> None:
         if not FIELDS.fullmatch(text, start):
             raise malformed("a field breaks the grammar (RFC 9112, 5)")
-        lines = text[start:-4].split("\r\n") if len(text) - start > 2 else []
-        if len(lines) > FIELD_LIMIT:
+        if text.count("\r\n") > FIELD_LIMIT + 2:
             raise HTTPError(431, "too-long", "more than %d fields" % FIELD_LIMIT)
-        parts = [line.partition(":") for line in lines]
-        self.fields = [(name, value.strip(" \t")) for name, _, value in parts]
-        self.named = {name.lower(): value for name, value in self.fields}
-        if len(self.named) < len(parts):
-            self.named = dict(self.headers)  # repeated ones as one list
+        self.text = text[start - 2 : -4]  # a CRLF before each field, none behind
+        self.pairs: Optional[List[Tuple[str, str]]] = None  # the same, if asked for
+        self.named: Dict[str, str] = {}  # those noted, repeated ones as one list
+        for name, value in NOTED.findall(self.text):
+            name, value = name.lower(), value.strip(" \t")
+            if name in self.named:  # RFC 9110 5.3
+                value = self.named[name] + ", " + value
+            self.named[name] = value
         self.connection = self.words("connection")
         self.upgrade = ""
         if self.connection:
@@ -1264,6 +1278,18 @@ class Head:
                 self.upgrade = self.named.get("upgrade", "")
             if self.connection & {"host", "content-length", "transfer-encoding"}:
                 raise malformed("Connection names a field that must arrive")
+
+    @property
+    def fields(self) -> List[Tuple[str, str]]:
+        """All fields, as (name, value)."""
+        if self.pairs is None:
+            parts = [line.partition(":") for line in self.text.split("\r\n")[1:]]
+            self.pairs = [(name, value.strip(" \t")) for name, _, value in parts]
+        return self.pairs
+
+    @fields.setter
+    def fields(self, pairs: List[Tuple[str, str]]) -> None:
+        self.pairs = pairs
 
     @property
     def headers(self) -> Fields:
@@ -1275,6 +1301,8 @@ class Head:
         value = self.named.get(wanted)
         if not value:
             return NOTHING
+        if "," not in value:
+            return {value.lower()}
         return {word.strip(" \t") for word in value.lower().split(",")} - {""}
 
     def framing(self) -> "Optional[Body]":
@@ -1297,11 +1325,19 @@ class Head:
 
     minor = 1  # of the version HTTP/1.x
 
-    def pass_on(self, first: str, drop: Set[str], add: List[str]) -> bytes:
-        """The head as it goes on: what concerned only this hop is left out."""
-        drop = HOP_BY_HOP.union(drop, self.connection)
-        lines = [": ".join(pair) for pair in self.fields if pair[0].lower() not in drop]
-        return "\r\n".join([first] + lines + add + ["", ""]).encode("latin-1")
+    def pass_on(self, first: str, cut: Pattern[str], add: List[str]) -> bytes:
+        """The head as it goes on, without what concerned only this hop. `add` has lines
+        of ours, each with a CRLF before it."""
+        text = self.text
+        if self.pairs is not None:  # a hook has had them in its hands
+            text = "".join(["\r\n%s: %s" % pair for pair in self.pairs])
+        text = cut.sub("", text)
+        if self.connection - {"close", "keep-alive", "te", "upgrade"}:
+            lines = text.split("\r\n")
+            gone = self.connection
+            lines = [x for x in lines if x.partition(":")[0].lower() not in gone]
+            text = "\r\n".join(lines)
+        return "".join([first, text] + add + ["\r\n\r\n"]).encode("latin-1")
 
 
 class Request(Head):
@@ -1356,29 +1392,29 @@ class Request(Head):
 
     def to_service(self) -> bytes:
         """The head as the service gets it."""
-        drop = {"host"}
-        for name in self.named:
-            if name[0] in "xf" and FORWARDED.match(name.replace("_", "-")):
-                drop.add(name)
+        named, hops = self.named, []
         add = [
-            "X-Forwarded-For: " + self.address,
-            "X-Forwarded-Proto: http",
-            "X-Forwarded-Host: " + self.host,
+            "\r\nX-Forwarded-For: " + self.address,
+            "\r\nX-Forwarded-Proto: http",
+            "\r\nX-Forwarded-Host: " + self.host,
         ]
-        hops = []
+        if "content-length" in named:
+            add.append("\r\nContent-Length: " + named["content-length"])
+        elif "transfer-encoding" in named:
+            add.append("\r\nTransfer-Encoding: chunked")
         if self.upgrade:
             hops.append("Upgrade")
-            add.append("Upgrade: " + self.upgrade)
-        if "te" in self.named and "trailers" in self.words("te"):
+            add.append("\r\nUpgrade: " + self.upgrade)
+        if "te" in named and "trailers" in self.words("te"):
             hops.append("TE")
-            add.append("TE: trailers")
+            add.append("\r\nTE: trailers")
         if self.minor == 0:
             hops.append("close")
         if hops:
-            add.append("Connection: " + ", ".join(hops))
+            add.append("\r\nConnection: " + ", ".join(hops))
         first = "%s %s HTTP/1.%d\r\nHost: %s"
         first %= (self.method, self.target, self.minor, self.host)
-        return self.pass_on(first, drop, add)
+        return self.pass_on(first, TO_SERVICE, add)
 
 
 class Answer(Head):
@@ -1404,18 +1440,22 @@ class Answer(Head):
         """Whether the service goes on after this answer."""
         return self.minor == 1 and "close" not in self.connection
 
-    def to_visitor(self, connection: str, drop: Set[str]) -> bytes:
-        """The head as the visitor gets it; `connection` is ours to say."""
-        if self.status == 204 or self.status < 200:
-            drop = drop | {"content-length", "transfer-encoding"}  # RFC 9110 8.6
+    def to_visitor(self, connection: str, unwrapped: bool = False) -> bytes:
+        """The head as the visitor gets it; `connection` is ours to say. `unwrapped`: of
+        a chunked body he gets the content only."""
         add = []
+        if self.status >= 200 and self.status != 204:  # RFC 9110 8.6
+            if "content-length" in self.named:
+                add.append("\r\nContent-Length: " + self.named["content-length"])
+            elif "transfer-encoding" in self.named and not unwrapped:
+                add.append("\r\nTransfer-Encoding: chunked")
         if self.upgrade and self.status in (101, 426):  # RFC 9110 7.8
-            add.append("Upgrade: " + self.upgrade)
+            add.append("\r\nUpgrade: " + self.upgrade)
             connection = "Upgrade, " + connection if connection else "Upgrade"
         if connection:
-            add.append("Connection: " + connection)
+            add.append("\r\nConnection: " + connection)
         first = "HTTP/1.1 %d %s" % (self.status, self.reason)
-        return self.pass_on(first, drop, add)
+        return self.pass_on(first, TO_VISITOR, add)
 
 
 class Body:
@@ -1556,6 +1596,7 @@ class Names:
 
     def __init__(self, domains: List[Domain], ids: Any) -> None:
         self.domains, self.ids = domains, ids
+        self.bases = [domain.name for domain in domains] + ["localhost"]
         self.port = 0  # the visitors' port, for the URLs
 
     def find(self, name: str) -> Tuple[Optional[str], Optional[str]]:
@@ -1568,7 +1609,7 @@ class Names:
             if dashes and id in self.ids:
                 return id, service
             return (labels[0], None) if labels[0] in self.ids else (None, None)
-        for base in [domain.name for domain in self.domains] + ["localhost"]:
+        for base in self.bases:
             if name.endswith("." + base):
                 labels = name[: -len(base) - 1].replace("--", ".").split(".")
                 if len(labels) <= 2:
@@ -1577,8 +1618,7 @@ class Names:
 
     def is_base(self, name: str) -> bool:
         """Whether a host stands for the server itself: then it shows how to begin."""
-        bases = {domain.name for domain in self.domains} | {"localhost"}
-        return name in bases or bool(ADDRESS.fullmatch(name))
+        return name in self.bases or bool(ADDRESS.fullmatch(name))
 
     def base(self, name: str) -> str:
         """Under which name a client may dial this server, as far as we can know."""
@@ -1948,8 +1988,7 @@ class Visitor:
 
     def serve(self, request: Request) -> None:
         """A whole head is here: whose is it?"""
-        path = request.target.partition("?")[0]
-        if path == LINK_PATH and self.port.clients:
+        if self.port.clients and request.target.partition("?")[0] == LINK_PATH:
             self.become_link(request)
         elif not self.port.visitors:
             raise HTTPError(404, "client-port", "clients dial this port, not visitors")
@@ -2300,7 +2339,7 @@ class Exchange:
                 if self.interim > INTERIM_LIMIT:
                     raise malformed("more than %d interim answers" % INTERIM_LIMIT)
                 if self.request.minor:
-                    self.visitor.connection.write(answer.to_visitor("", set()))
+                    self.visitor.connection.write(answer.to_visitor(""))
             else:
                 self.on_answer(answer)
 
@@ -2308,7 +2347,7 @@ class Exchange:
         if not (self.request.upgrade and answer.upgrade and self.request.body.done):
             raise malformed("it changed the protocol without being asked")
         self.upgraded = True
-        head = answer.to_visitor("", set())
+        head = answer.to_visitor("")
         self.visitor.connection.write(head + bytes(self.carry))
         self.carry.clear()
         self.visitor.log_answer(101, "")
@@ -2326,10 +2365,9 @@ class Exchange:
         connection = "" if self.keep else "close"
         if self.keep and request.minor == 0:
             connection = "keep-alive"
-        drop = {"transfer-encoding", "trailer"} if unwrap else set()
         data = memoryview(bytes(self.carry))
         self.carry.clear()
-        self.on_body(answer.to_visitor(connection, drop), data)
+        self.on_body(answer.to_visitor(connection, unwrap), data)
 
     def on_body(self, head: bytes, data: memoryview) -> None:
         """Pass on what the framing allows; keep a line that is not whole."""
