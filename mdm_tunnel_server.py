@@ -159,6 +159,7 @@ class FrameReader:
 
     def open_frame(self, data: memoryview, at: int) -> int:
         """A header is whole: check it; return how much is to follow."""
+        word: int
         word, self.stream = HEADER.unpack_from(data, at)
         self.kind, length = word >> 24, word & 0xFFFFFF
         on_stream, least, most = self.rules.get(self.kind, (None, 0, 0))
@@ -174,9 +175,12 @@ class FrameReader:
         return length
 
 
+encoder = json.JSONEncoder(separators=(",", ":"))  # dumps() would make one each time
+
+
 def pack_json(message: Dict[str, Any]) -> bytes:
     """A message that people can read too, as UTF-8."""
-    return json.dumps(message, separators=(",", ":")).encode()
+    return encoder.encode(message).encode()
 
 
 def unpack_json(payload: Any) -> Dict[str, Any]:
@@ -436,12 +440,16 @@ LINGER = 2.0  # seconds to read and drop after a last word, so that it arrives
 LEAST_BUFFER = 64 << 10  # bytes of SO_SNDBUF: with less TCP is slow
 NOT_SENT = {"linux": 25, "darwin": 0x201}  # TCP_NOTSENT_LOWAT, which `socket` may lack
 STALLED = 60.0  # seconds for a peer to take anything of what is left, at the end
-SOCKET_OPTIONS = (
-    ("IPPROTO_TCP", "TCP_NODELAY", 1),  # what is small leaves at once
-    ("SOL_SOCKET", "SO_KEEPALIVE", 1),
-    ("IPPROTO_TCP", "TCP_KEEPIDLE", KEEPALIVE),
-    ("IPPROTO_TCP", "TCP_KEEPINTVL", KEEPALIVE // 6),
-)
+SOCKET_OPTIONS = [
+    (getattr(socket, level), getattr(socket, name), value)
+    for level, name, value in (
+        ("IPPROTO_TCP", "TCP_NODELAY", 1),  # what is small leaves at once
+        ("SOL_SOCKET", "SO_KEEPALIVE", 1),
+        ("IPPROTO_TCP", "TCP_KEEPIDLE", KEEPALIVE),
+        ("IPPROTO_TCP", "TCP_KEEPINTVL", KEEPALIVE // 6),
+    )
+    if hasattr(socket, name)  # the system may lack the last two
+]
 
 
 class Connection:
@@ -466,11 +474,9 @@ class Connection:
         sock.setblocking(False)
         loop.connections.add(self)
         loop.touched.add(self)
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            for level, name, value in SOCKET_OPTIONS:
-                with contextlib.suppress(OSError, AttributeError):
-                    option = getattr(socket, name)
-                    sock.setsockopt(getattr(socket, level), option, value)
+        with contextlib.suppress(OSError):  # a unix socket has none of them
+            for level, option, value in SOCKET_OPTIONS:
+                sock.setsockopt(level, option, value)
 
     def __str__(self) -> str:
         return str(self.owner)
@@ -650,6 +656,7 @@ HELD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
 MAX_STREAMS = 16384  # open at once on a link: more is an attack or a loop
 LAST_ID = (1 << 32) - 1  # stream ids are u32; past it the client dials anew
 TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy turn last
+SHARES = 4  # busy streams among which a turn is divided: small frames cost time too
 FIRST_QUANTUM = 16 << 10  # bytes of a busy turn, until the link has been measured
 LEAST_TURN = 4 << 10  # bytes: less credit than this counts as none (no tiny frames)
 QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first
@@ -698,13 +705,14 @@ class Stream:
 
     def settle(self, waiting: int) -> None:
         """Of the bytes received at most `waiting` still wait; credit for the others is
-        given back, half a window at a time."""
+        given back, a quarter of the window at a time: with halves the window would have
+        to be half as large again to keep a long link full."""
         taken = self.held - waiting
         if taken > 0:
             self.held = waiting
             self.link.held -= taken
             self.taken += taken
-            if self.taken >= self.window // 2 and not self.ended_in:
+            if self.taken >= self.window // 4 and not self.ended_in:
                 self.link.owe(self)
 
     def reset(self, code: str, cause: str = "") -> None:
@@ -726,7 +734,7 @@ class Stream:
             self.opening = None
         if self.farewell is not None:
             yield Kind.RESET, self.farewell
-        elif self.open and self.taken >= self.window // 2:
+        elif self.open and self.taken >= self.window // 4:
             credit = self.taken + self.widen()
             self.taken = 0
             self.allowed += credit
@@ -960,7 +968,7 @@ class Link:
             fill = self.put_quiet(self.put_control(0))
             if busy and self.busy:
                 busy = 0
-                share = max(LEAST_TURN, self.quantum // len(self.busy))
+                share = max(LEAST_TURN, self.quantum // min(SHARES, len(self.busy)))
                 fill = self.put_turn(self.busy.popleft(), fill, share)
             if not fill:
                 break
@@ -1895,9 +1903,9 @@ RESETS = {  # what a client's RESET means to the visitor
 class Visitor:
     """A connection from outside."""
 
-    def __init__(self, port: "Listener", sock: socket.socket) -> None:
+    def __init__(self, port: "Listener", sock: socket.socket, address: str) -> None:
         self.port, self.server, self.loop = port, port.server, port.server.loop
-        self.address = address_of(sock)
+        self.address = address
         self.connection = Connection(self.loop, sock, self)
         self.buffer = bytearray()  # read, and not yet understood
         self.searched = 0  # bytes of the buffer in which no head's end was found
@@ -2469,6 +2477,8 @@ DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
 
 def plain_address(host: str) -> str:
     """An address as people write it: without the mapping into IPv6, or the zone."""
+    if ":" not in host:
+        return host
     return re.sub("^::ffff:(?=.*[.])|%.*", "", host)
 
 
@@ -2538,12 +2548,12 @@ class Listener:
             if self.loop.full() and not self.server.idle():
                 raise OSError("no descriptors left: accepting pauses")
             try:
-                sock = self.sock.accept()[0]
+                sock, address = self.sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             if self.loop.full():
                 self.server.make_room()
-            visitor = Visitor(self, sock)
+            visitor = Visitor(self, sock, plain_address(address[0]))
             if not self.visitors:
                 self.server.meet(visitor.connection)
 

@@ -736,14 +736,13 @@ class Direct(System):
 
 
 class HAProxy(System):
-    """As it comes (a thread for each core, buffers of 16 KiB), in HTTP mode, with its
-    connections to the backend kept and shared."""
+    """As it comes: a thread for each core, buffers of 16 KiB, in HTTP mode; it keeps its
+    connections to the backend, and the first request of a visitor gets a new one."""
 
     name, title = "haproxy", "HAProxy"
     CONFIG = """
 defaults
   mode http
-  http-reuse always
   timeout connect 5s
   timeout client 60s
   timeout server 60s
