@@ -242,7 +242,7 @@ log = Log()
 # process that was frozen does not take its healthy peers for dead.
 # -----------------------------------------------------------------------------------
 SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolver
-PART = 8  # events of a turn after which the links send: the other side begins already
+PART = 16  # events of a turn after which the links send: the other side begins already
 POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
 
 
@@ -586,7 +586,8 @@ class Connection:
     def end(self, call: Call) -> None:
         """The last thing to do, when everything has been sent. A peer who takes nothing
         of it for STALLED seconds is given up."""
-        self.watch(STALLED)
+        if self.backlog:
+            self.watch(STALLED)
         self.after_backlog(call)
 
     def linger(self) -> None:
