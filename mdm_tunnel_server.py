@@ -236,13 +236,14 @@ log = Log()
 
 # -----------------------------------------------------------------------------------
 # Loop: one selector, one heap of timers, one catcher of errors. A turn reads what is
-# there, then runs what that left to do, then timers, then lets the links send, and
+# there, then runs what that left to do, then timers, then lets the links send (after
+# many events also in between: the other side can begin with the first of them), and
 # last tells the selector what each connection now waits for: that is derived from its
 # state once a turn, never toggled. The clock is looked at after reading, so that a
 # process that was frozen does not take its healthy peers for dead.
 # -----------------------------------------------------------------------------------
 SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolver
-PART = 16  # events of a turn after which the links send: the other side begins already
+PART = 16  # events of a turn after which the links send in between
 POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
 
 
@@ -437,7 +438,6 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 # -----------------------------------------------------------------------------------
 KEEPALIVE = 60  # seconds of silence until TCP asks whether a peer is still there
 LINGER = 2.0  # seconds to read and drop after a last word, so that it arrives
-LEAST_BUFFER = 64 << 10  # bytes of SO_SNDBUF: with less TCP is slow
 NOT_SENT = {"linux": 25, "darwin": 0x201}  # TCP_NOTSENT_LOWAT, which `socket` may lack
 STALLED = 60.0  # seconds for a peer to take anything of what is left, at the end
 SOCKET_OPTIONS = [
@@ -511,13 +511,13 @@ class Connection:
             self.events = events
 
     def limit_queue(self, size: int) -> None:
-        """Let the kernel hold about `size` bytes that are not under way yet."""
-        level, option = socket.IPPROTO_TCP, NOT_SENT.get(sys.platform)
-        if option is None:
-            level, option = socket.SOL_SOCKET, socket.SO_SNDBUF
-            size = max(size, LEAST_BUFFER)
-        with contextlib.suppress(OSError):
-            self.sock.setsockopt(level, option, size)
+        """Let the kernel hold about `size` bytes that are not under way yet. Systems
+        without that option are left alone: SO_SNDBUF would count what is under way too,
+        and so slow down a long link."""
+        option = NOT_SENT.get(sys.platform)
+        if option is not None:
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.IPPROTO_TCP, option, size)
 
     def read_into(self, view: memoryview) -> Optional[int]:
         """Bytes read, 0 at the end, None when there are none now. Raises OSError."""
@@ -643,10 +643,18 @@ class Connection:
 #
 # Two rings: *quiet* streams, which sent little of late, go first and leave together
 # in one system call at the end of each turn of the loop; *busy* ones get one frame
-# each time the selector finds the link writable, so that none starves. Control is
-# owed, not queued: a stream remembers its credit or its reset, the link one frame of
-# each kind, and they become bytes when the link can send. A peer that floods and never
-# reads costs nothing more.
+# each time the selector finds the link writable, so that none starves. The *quantum*,
+# a busy turn, is what the link delivers in 10 ms, and the kernel is asked to hold no
+# more than that unsent: so what is small waits for some 20 ms of other bytes at most,
+# on a thin link as on a fast one.
+#
+# A *window* is how much of a stream may be under way. It begins small, and doubles
+# while a half of it is spent in less than a round trip: so who reads fills a long link,
+# and a reader who stalls costs little.
+#
+# Control is owed, not queued: a stream remembers its credit or its reset, the link one
+# frame of each kind, and they become bytes when the link can send. A peer that floods
+# and never reads costs nothing more.
 # -----------------------------------------------------------------------------------
 WINDOW = 256 << 10  # bytes that may be sent on a stream before it needs CREDIT
 LARGEST_WINDOW = 8 << 20  # bytes: 80 MB/s over a round trip of 100 ms
@@ -742,8 +750,8 @@ class Stream:
             yield Kind.CREDIT, NUMBER.pack(credit)
 
     def widen(self) -> int:
-        """Was half a window spent in less than a round trip, and not because it waits
-        here for a slow reader? Then it doubles; return by how much it grew."""
+        """Is half a window spent in less than a round trip, with nothing waiting here
+        for a slow reader? Then it doubles; return by how much it grew."""
         now, more, link = self.link.loop.clock(), self.window, self.link
         took, self.granted = now - self.granted, now
         if now - link.pinged >= ASK_AFTER:

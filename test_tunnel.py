@@ -17,6 +17,7 @@ import http.server
 import io
 import json
 import logging
+import mmap
 import os
 import random
 import re
@@ -86,8 +87,9 @@ class Promises(unittest.TestCase):
                     self.assertIn(found.split(".")[0], allowed, name)
 
     def test_heavy_modules_are_imported_only_when_used(self):
-        heavy = "logging threading random html http urllib.parse shlex queue ssl"
-        code = "import sys; sys.path.insert(0, %r); import %s; print(*sys.modules)"
+        heavy = "logging threading random html http urllib.parse shlex queue ssl shutil"
+        code = "import sys; sys.path.insert(0, %r); import %s as script; "
+        code += "script.parse_arguments([]); print(*sys.modules)"
         for name in SCRIPTS:
             command = [sys.executable, "-S", "-c", code % (HERE, name[:-3])]
             loaded = subprocess.check_output(command, timeout=PATIENCE).decode().split()
@@ -137,7 +139,7 @@ def run_script(script, *arguments, stdin=None, cwd=None, isolated=True, env=None
             stderr=subprocess.PIPE,
             cwd=cwd or empty,
             universal_newlines=True,
-            env=dict(os.environ, COLUMNS="100", **(env or {})),
+            env={**os.environ, "COLUMNS": "100", **(env or {})},
         )
         out, err = process.communicate(stdin, timeout=PATIENCE)
         return Finished(process.returncode, out, err)
@@ -320,6 +322,28 @@ class Loops(unittest.TestCase):
         self.loop.soon(self.owner, self.divide)
         self.loop.turn()
 
+    def test_links_send_in_between_when_a_turn_has_many_events(self):
+        story = []
+        link = Witness()
+        link.flush = lambda: story.append("sent")
+
+        def on_events(mask):
+            story.append("event")
+            self.loop.unsent[link] = None
+
+        self.owner.on_events = on_events
+        key = selectors.SelectorKey(None, 0, 0, self.owner)
+        part = server_module.PART
+        self.loop.selector.select = lambda timeout: [(key, 1)] * (2 * part + 1)
+        self.loop.turn()
+        whole = ["event"] * part + ["sent"]
+        self.assertEqual(story, 2 * whole + ["event", "sent"])
+
+    def test_buffers_nobody_has_touched_take_no_memory(self):
+        for buffer in (self.loop.scratch, self.loop.frames):
+            self.assertIsInstance(buffer.obj, mmap.mmap)
+        self.assertGreaterEqual(len(self.loop.scratch), server_module.DATA_LIMIT)
+
     def test_calls_from_a_thread_wake_the_loop(self):
         loop = server_module.Loop()
         self.addCleanup(loop.close)
@@ -369,6 +393,13 @@ class Connections(unittest.TestCase):
         option = self.connection.sock.getsockopt
         self.assertTrue(option(socket.IPPROTO_TCP, socket.TCP_NODELAY))
         self.assertTrue(option(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+
+    @unittest.skipUnless(sys.platform in ("linux", "darwin"), "no such option")
+    def test_kernel_is_asked_for_a_short_queue(self):
+        self.connection.limit_queue(12345)
+        option = server_module.NOT_SENT[sys.platform]
+        said = self.connection.sock.getsockopt(socket.IPPROTO_TCP, option)
+        self.assertEqual(said, 12345)
 
     def test_what_the_kernel_does_not_take_waits_in_order(self):
         data = os.urandom(20 << 20)
@@ -1231,6 +1262,24 @@ class RequestHeads(unittest.TestCase):
         self.assertEqual(fields[1], "Accept: text/html")
         self.assertTrue(fields[2].startswith("X-Forwarded-For"))
 
+    def test_framing_is_said_anew_and_once(self):
+        _, fields = self.to_service("CONTENT-length:\t 7 \t", "Accept:x")
+        self.assertEqual([f for f in fields if "ength" in f], ["Content-Length: 7"])
+        _, fields = self.to_service("transfer-ENCODING: Chunked")
+        found = [field for field in fields if "hunked" in field]
+        self.assertEqual(found, ["Transfer-Encoding: chunked"])
+
+    def test_service_gets_the_fields_that_a_hook_left(self):
+        lines = ["X-Secret: 1", "Content-Length: 7", "X-Real-IP: forged", "A: 1"]
+        request = parse_request(head(*lines))
+        request.fields = [pair for pair in request.fields if pair[0] != "X-Secret"]
+        request.fields.append(("B", "2"))
+        text = request.to_service().decode()
+        self.assertNotIn("X-Secret", text)
+        self.assertNotIn("forged", text)
+        self.assertEqual(text.count("Content-Length: 7\r\n"), 1)
+        self.assertIn("\r\nA: 1\r\nB: 2\r\n", text)
+
     def test_upgrade_and_trailers_are_passed_on_as_our_own(self):
         lines = ["Connection: Upgrade, TE", "Upgrade: websocket", "TE: trailers, gzip"]
         _, fields = self.to_service(*lines)
@@ -1591,6 +1640,13 @@ class CommandLines(unittest.TestCase):
         self.assertEqual(caught.exception.code, 2)
         self.assertEqual(len(errors.getvalue().splitlines()), 1)
         return errors.getvalue()
+
+    def test_width_of_the_help_is_that_of_the_terminal(self):
+        for columns, width in (("60", 58), ("wide", 98), ("", 98)):
+            env = {"COLUMNS": columns}
+            text = run_script("mdm_tunnel_server.py", "--help", env=env).stdout
+            self.assertIn("--client-port", text)
+            self.assertLessEqual(max(map(len, text.splitlines())), width)
 
     def test_options_and_services_mix_in_any_order(self):
         for words in (
