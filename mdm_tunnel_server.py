@@ -2303,8 +2303,8 @@ class Exchange:
         buffer[:had] = view[good:total]  # a part of a line, or of the next request
         if count == 0 and not good:
             return self.on_visitor_end()
-        if count == 0:
-            self.stream.wake()  # for the end itself
+        if good and (buffer or count == 0):
+            self.stream.wake()  # for what is here already, or for the end
         return good or None
 
     def on_visitor_end(self) -> int:

@@ -2148,6 +2148,22 @@ class EndToEnd(TunnelCase):
         said = self.raw(ask)
         self.assertTrue(said.endswith(body), said)
 
+    def test_chunks_that_came_with_the_head_all_go_on(self):
+        body = b"1\r\nx\r\n" * 9000 + b"0\r\n\r\n"  # lines across the end of a turn
+
+        def handler(conn):
+            first, rest = read_head(conn)
+            while len(rest) < len(body):
+                rest += conn.recv(65536)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+        self.start(web=self.service(handler))
+        line = "Transfer-Encoding: chunked"
+        for shift in range(6):
+            lines = (line, "X-Shift: " + "s" * shift)
+            ask = self.ask("web.tim.x", *lines, first="POST / HTTP/1.1", body=body)
+            self.assertTrue(self.raw(ask).endswith(b"ok"))
+
     def test_answers_without_body_keep_the_connection(self):
         table = [
             ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"),
