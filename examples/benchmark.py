@@ -736,8 +736,8 @@ class Direct(System):
 
 
 class HAProxy(System):
-    """As it comes: a thread for each core, buffers of 16 KiB, in HTTP mode; it keeps its
-    connections to the backend, and the first request of a visitor gets a new one."""
+    """As it comes: HTTP mode, a thread for each core, buffers of 16 KiB. It keeps its
+    connections to the backend; the first request of a visitor gets a new one."""
 
     name, title = "haproxy", "HAProxy"
     CONFIG = """
@@ -1185,7 +1185,7 @@ def machine(options: argparse.Namespace, scale: Scale) -> Dict[str, str]:
         "date": time.strftime("%Y-%m-%d"),
         "rounds": "%d%s" % (scale.rounds, ", short" if options.quick else ""),
         "machine": "%s, %d cores, %.0f GiB" % (name, os.cpu_count() or 0, memory),
-        "kernel": platform.platform(),
+        "kernel": platform.system() + " " + platform.release().partition("-")[0],
         "mdm-tunnel": first_line(options.python, options.server, "-V"),
         "its Python": first_line(options.python, "-V"),
         "nginx": first_line("nginx", "-v"),
