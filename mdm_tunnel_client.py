@@ -754,7 +754,7 @@ class Stream:
         for a slow reader? Then it doubles; return by how much it grew."""
         now, more, link = self.link.loop.clock(), self.window, self.link
         took, self.granted = now - self.granted, now
-        if now - link.pinged >= ASK_AFTER:
+        if not link.stamp and now - link.pinged >= ASK_AFTER:
             link.ping()
         fast = self.taken * link.round_trip > took * more / 2 and not self.held
         if not fast or now - self.widened < WIDEN_AFTER:
@@ -1020,15 +1020,16 @@ class Link:
 
     def put_quiet(self, fill: int) -> int:
         """Turns of quiet streams, until they are worth a system call."""
+        limit = min(QUIET, self.quantum)
         while self.quiet and fill < COLLECT:
-            fill = self.put_turn(self.quiet.popleft(), fill, QUIET)
+            fill = self.put_turn(self.quiet.popleft(), fill, limit)
         return fill
 
     def put_turn(self, stream: Stream, fill: int, limit: int) -> int:
         """One turn: the source writes right behind the header."""
         stream.ready = False
-        if not stream.open:
-            return fill
+        if not (stream.open and stream.credit):
+            return fill  # with no room in its view a source would seem to be at its end
         start, size = fill + HEADER.size, min(limit, stream.credit)
         view = self.loop.frames[start : start + size]
         count = self.loop.guard(stream.owner, stream.owner.pull, view)

@@ -836,6 +836,27 @@ class Links(LinkCase):
         self.assertEqual(len(asked), 1)
         self.assertTrue(mine.stream.wants_read())
 
+    def test_source_without_credit_is_not_at_its_end(self):
+        mine, theirs = self.pair()
+        mine.stream.credit = 5000
+        mine.pull = lambda view: (mine.stream.wake(), End.pull(mine, view) or 0)[1]
+        mine.send(b"h" * 7000)
+        self.settle()
+        self.assertEqual((len(theirs.got), theirs.news), (5000, []))
+        self.assertFalse(mine.stream.ended_out)
+
+    def test_round_trip_is_asked_for_once_until_it_is_known(self):
+        mine, theirs = self.pair()
+        theirs.stream.widen()
+        self.client.loop.turn()
+        asked = self.client.link.pinged
+        self.assertEqual(asked, self.clock.now)
+        for _ in range(9):
+            self.clock.now += 1
+            theirs.stream.widen()
+            self.client.loop.turn()
+        self.assertEqual(self.client.link.pinged, asked)
+
     # Windows, on a wire with a round trip of 100 ms.
 
     def far_away(self, turns, step=0.01, delay=0.05):
