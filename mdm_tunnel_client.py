@@ -147,15 +147,17 @@ class FrameReader:
                 self.left -= at - start
                 yield DATA, self.stream, data[start:at]
                 continue
-            length = self.open_frame(data, at) if start <= end else 0
-            if self.kind == DATA and start <= end:
-                self.left, at = length, start
-            elif start + length <= end:
-                at = start + length
-                yield self.kind, self.stream, data[start:at]
-            else:
-                self.held = bytes(data[at:])
-                return
+            if start <= end:
+                length = self.open_frame(data, at)
+                if self.kind == DATA:
+                    self.left, at = length, start
+                    continue
+                if start + length <= end:
+                    at = start + length
+                    yield self.kind, self.stream, data[start:at]
+                    continue
+            self.held = bytes(data[at:])
+            return
 
     def open_frame(self, data: memoryview, at: int) -> int:
         """A header is whole: check it; return how much is to follow."""
@@ -646,7 +648,7 @@ class Connection:
 # each time the selector finds the link writable, so that none starves. The *quantum*,
 # a busy turn, is what the link delivers in 10 ms, and the kernel is asked to hold no
 # more than that unsent: so what is small waits for some 20 ms of other bytes at most,
-# on a thin link as on a fast one.
+# on a thin link as on a fast one (but where LEAST_TURN takes longer than that).
 #
 # A *window* is how much of a stream may be under way. It begins small, and doubles
 # while a half of it is spent in less than a round trip: so who reads fills a long link,
@@ -763,7 +765,7 @@ class Stream:
             return 0
         self.widened = now
         self.window += more
-        self.link.spare -= more
+        link.spare -= more
         return more
 
 

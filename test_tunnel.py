@@ -1364,14 +1364,23 @@ class AnswerHeads(unittest.TestCase):
     def test_upgrade_that_is_required_is_named(self):
         lines = ["Upgrade: x", "Connection: upgrade"]
         answer = self.answer(*lines, first="HTTP/1.1 426 No")
-        text = answer.to_visitor("", set())
+        text = answer.to_visitor("")
         self.assertIn(b"Upgrade: x\r\nConnection: Upgrade", text)
 
     def test_length_of_an_answer_that_has_no_body_is_dropped(self):
         answer = self.answer("Content-Length: 5", first="HTTP/1.1 204 No")
-        self.assertNotIn(b"Length", answer.to_visitor("", set()))
+        self.assertNotIn(b"Length", answer.to_visitor(""))
         answer = self.answer("Content-Length: 5", first="HTTP/1.1 304 No")
-        self.assertIn(b"Length", answer.to_visitor("", set()))
+        self.assertIn(b"Length", answer.to_visitor(""))
+
+    def test_unwrapped_answer_names_no_chunks_and_no_trailer(self):
+        lines = ["Transfer-Encoding: chunked", "Trailer: T"]
+        text = self.answer(*lines).to_visitor("close", unwrapped=True)
+        self.assertNotIn(b"hunked", text)
+        self.assertNotIn(b"Trailer", text)
+        text = self.answer(*lines).to_visitor("")
+        self.assertIn(b"Transfer-Encoding: chunked\r\n", text)
+        self.assertIn(b"Trailer: T\r\n", text)
 
 
 def feed_body(body, data, step=None):
