@@ -670,7 +670,8 @@ TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy turn l
 SHARES = 4  # busy streams among which a turn is divided: small frames cost time too
 FIRST_QUANTUM = 16 << 10  # bytes of a busy turn, until the link has been measured
 LEAST_TURN = 4 << 10  # bytes: less credit than this counts as none (no tiny frames)
-QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first
+QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first; on a thin
+# link half of its quantum: there even a download sends no more than that
 QUIET_TIME = 0.1  # seconds
 COLLECT = 64 << 10  # bytes of small frames that leave in one system call
 PING_AFTER = 10.0  # seconds of silence until we ask whether the other side lives
@@ -786,7 +787,7 @@ class Link:
         self.round_trip = 0.0  # seconds, under load; 0: not known yet
         self.stamp = b""  # of the PING that is under way
         self.quantum = self.low_water = FIRST_QUANTUM
-        self.carried = 0  # bytes sent since `measured`
+        self.carried = 0  # bytes sent from `measured` on
         self.measured = loop.clock()
         self.idled = True  # since `measured` there was a moment with nothing to send
         self.quiet: Deque[Stream] = collections.deque()
@@ -960,7 +961,8 @@ class Link:
     def line_up(self, stream: Stream) -> None:
         """Into the ring where it belongs."""
         stream.ready = True
-        if stream.sent >= QUIET and self.loop.clock() - stream.since < QUIET_TIME:
+        calm = QUIET if self.quantum >= QUIET else self.quantum // 2
+        if stream.sent >= calm and self.loop.clock() - stream.since < QUIET_TIME:
             self.busy.append(stream)
             self.loop.touched.add(self.connection)
         else:
@@ -983,19 +985,20 @@ class Link:
                 fill = self.put_turn(self.busy.popleft(), fill, share)
             if not fill:
                 break
+            self.measure()
             self.connection.write(self.loop.frames[:fill])
-            self.measure(fill)
+            self.carried += fill
         self.idled = self.idled or not (self.busy or self.connection.backlog)
         self.loop.touched.add(self.connection)
         waiting = self.streams or self.owed or self.owing or self.connection.backlog
         if self.leaving and not waiting:
             self.close("goodbye")
 
-    def measure(self, count: int) -> None:
-        """How many bytes does the link deliver in TURN_TIME? With nothing to send for
-        a moment it was at least so many. An empty buffer swallows more than the link
-        delivers, so the quantum may but double each time."""
-        self.carried += count
+    def measure(self) -> None:
+        """All that was sent so far has gone: how many bytes does the link deliver in
+        TURN_TIME? With nothing to send for a moment it was at least so many. An empty
+        buffer swallows more than the link delivers, so the quantum may but double each
+        time."""
         now = self.loop.clock()
         if now - self.measured >= TURN_TIME:
             delivered = int(self.carried * TURN_TIME / (now - self.measured))

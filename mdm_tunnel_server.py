@@ -16,6 +16,7 @@ the server. Nothing here needs more than the standard library of Python 3.6.
 """
 
 import errno
+import functools
 from typing import NamedTuple, Pattern
 
 # ===================================================================================
@@ -670,7 +671,8 @@ TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy turn l
 SHARES = 4  # busy streams among which a turn is divided: small frames cost time too
 FIRST_QUANTUM = 16 << 10  # bytes of a busy turn, until the link has been measured
 LEAST_TURN = 4 << 10  # bytes: less credit than this counts as none (no tiny frames)
-QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first
+QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first; on a thin
+# link half of its quantum: there even a download sends no more than that
 QUIET_TIME = 0.1  # seconds
 COLLECT = 64 << 10  # bytes of small frames that leave in one system call
 PING_AFTER = 10.0  # seconds of silence until we ask whether the other side lives
@@ -786,7 +788,7 @@ class Link:
         self.round_trip = 0.0  # seconds, under load; 0: not known yet
         self.stamp = b""  # of the PING that is under way
         self.quantum = self.low_water = FIRST_QUANTUM
-        self.carried = 0  # bytes sent since `measured`
+        self.carried = 0  # bytes sent from `measured` on
         self.measured = loop.clock()
         self.idled = True  # since `measured` there was a moment with nothing to send
         self.quiet: Deque[Stream] = collections.deque()
@@ -960,7 +962,8 @@ class Link:
     def line_up(self, stream: Stream) -> None:
         """Into the ring where it belongs."""
         stream.ready = True
-        if stream.sent >= QUIET and self.loop.clock() - stream.since < QUIET_TIME:
+        calm = QUIET if self.quantum >= QUIET else self.quantum // 2
+        if stream.sent >= calm and self.loop.clock() - stream.since < QUIET_TIME:
             self.busy.append(stream)
             self.loop.touched.add(self.connection)
         else:
@@ -983,19 +986,20 @@ class Link:
                 fill = self.put_turn(self.busy.popleft(), fill, share)
             if not fill:
                 break
+            self.measure()
             self.connection.write(self.loop.frames[:fill])
-            self.measure(fill)
+            self.carried += fill
         self.idled = self.idled or not (self.busy or self.connection.backlog)
         self.loop.touched.add(self.connection)
         waiting = self.streams or self.owed or self.owing or self.connection.backlog
         if self.leaving and not waiting:
             self.close("goodbye")
 
-    def measure(self, count: int) -> None:
-        """How many bytes does the link deliver in TURN_TIME? With nothing to send for
-        a moment it was at least so many. An empty buffer swallows more than the link
-        delivers, so the quantum may but double each time."""
-        self.carried += count
+    def measure(self) -> None:
+        """All that was sent so far has gone: how many bytes does the link deliver in
+        TURN_TIME? With nothing to send for a moment it was at least so many. An empty
+        buffer swallows more than the link delivers, so the quantum may but double each
+        time."""
         now = self.loop.clock()
         if now - self.measured >= TURN_TIME:
             delivered = int(self.carried * TURN_TIME / (now - self.measured))
@@ -1208,6 +1212,8 @@ LINE_LIMIT = 16 << 10  # bytes of a request line
 FIELD_LIMIT = 200  # fields of a head, and of a trailer section
 INTERIM_LIMIT = 100  # 1xx answers to one request
 CHUNK_LINE_LIMIT = 2 << 10  # bytes of a chunk or trailer line: fits the least turn
+RECENT = 256  # sections of fields that are remembered: they mostly come again
+RECENT_SIZE = 4 << 10  # bytes: longer ones would cost more memory than they save time
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
 TEXT = r"[\t\x20-\x7e\x80-\xff]"
@@ -1275,17 +1281,20 @@ class Fields(Dict[str, str]):
         return super().get(name.lower(), default)
 
 
-class Head:
-    """What requests and answers have in common: fields, in their order. They stay the
-    text they are; only what matters here is looked at, or cut out."""
+class Section:
+    """The fields of a head. They stay the text they are; only what matters here is
+    looked at, or cut out. Never changed, so it can stand for all heads with the same
+    fields: most requests of a visitor differ in their first line only."""
 
-    def __init__(self, text: str, start: int) -> None:
-        if not FIELDS.fullmatch(text, start):
+    __slots__ = ("text", "named", "connection", "upgrade", "passed")
+
+    def __init__(self, raw: str) -> None:
+        if not FIELDS.fullmatch(raw, 2):
             raise malformed("a field breaks the grammar (RFC 9112, 5)")
-        if text.count("\r\n") > FIELD_LIMIT + 2:
+        if raw.count("\r\n") > FIELD_LIMIT + 2:
             raise HTTPError(431, "too-long", "more than %d fields" % FIELD_LIMIT)
-        self.text = text[start - 2 : -4]  # a CRLF before each field, none behind
-        self.pairs: Optional[List[Tuple[str, str]]] = None  # the same, if asked for
+        self.text = raw[:-4]  # a CRLF before each field, none behind
+        self.passed: Tuple[Any, bytes] = None, b""  # how it went on last, and why so
         self.named: Dict[str, str] = {}  # those noted, repeated ones as one list
         for name, value in NOTED.findall(self.text):
             name, value = name.lower(), value.strip(" \t")
@@ -1300,11 +1309,49 @@ class Head:
             if self.connection & {"host", "content-length", "transfer-encoding"}:
                 raise malformed("Connection names a field that must arrive")
 
+    def words(self, wanted: str) -> Set[str]:
+        """The members of a list of words, in lower case."""
+        value = self.named.get(wanted)
+        if not value:
+            return NOTHING
+        if "," not in value:
+            return {value.lower()}
+        return {word.strip(" \t") for word in value.lower().split(",")} - {""}
+
+    def cut(self, text: str, gone: Pattern[str]) -> str:
+        """`text`, which is ours or what a hook made of it, without the fields that
+        concern only this hop."""
+        text = gone.sub("", text)
+        if self.connection - {"close", "keep-alive", "te", "upgrade"}:
+            lines, named = text.split("\r\n"), self.connection
+            lines = [x for x in lines if x.partition(":")[0].lower() not in named]
+            text = "\r\n".join(lines)
+        return text
+
+
+recent_section = functools.lru_cache(maxsize=RECENT)(Section)
+
+
+class Head:
+    """What requests and answers have in common: their fields, in their order."""
+
+    minor = 1  # of the version HTTP/1.x
+
+    def __init__(self, text: str, start: int) -> None:
+        """The fields begin at `start`."""
+        raw = text[start - 2 :]
+        self.section = (recent_section if len(raw) <= RECENT_SIZE else Section)(raw)
+        self.named = self.section.named
+        self.connection = self.section.connection
+        self.upgrade = self.section.upgrade
+        self.pairs: Optional[List[Tuple[str, str]]] = None  # the fields, if asked for
+
     @property
     def fields(self) -> List[Tuple[str, str]]:
         """All fields, as (name, value)."""
         if self.pairs is None:
-            parts = [line.partition(":") for line in self.text.split("\r\n")[1:]]
+            lines = self.section.text.split("\r\n")[1:]
+            parts = [line.partition(":") for line in lines]
             self.pairs = [(name, value.strip(" \t")) for name, _, value in parts]
         return self.pairs
 
@@ -1316,15 +1363,6 @@ class Head:
     def headers(self) -> Fields:
         """The fields by name."""
         return Fields(self.fields)
-
-    def words(self, wanted: str) -> Set[str]:
-        """The members of a list of words, in lower case."""
-        value = self.named.get(wanted)
-        if not value:
-            return NOTHING
-        if "," not in value:
-            return {value.lower()}
-        return {word.strip(" \t") for word in value.lower().split(",")} - {""}
 
     def framing(self) -> "Optional[Body]":
         """The body as its fields frame it (RFC 9112 6.3); None when they do not."""
@@ -1344,21 +1382,18 @@ class Head:
             raise malformed("Content-Length is not one number")
         return Body(int(length))
 
-    minor = 1  # of the version HTTP/1.x
-
-    def pass_on(self, first: str, cut: Pattern[str], add: List[str]) -> bytes:
-        """The head as it goes on, without what concerned only this hop. `add` has lines
-        of ours, each with a CRLF before it."""
-        text = self.text
+    def pass_on(self, first: str, why: Any, gone: Pattern[str], add: Call) -> bytes:
+        """The head as it goes on. `add` gives lines of ours, each with a CRLF before
+        it; `why` is what they depend on besides the fields."""
+        section = self.section
         if self.pairs is not None:  # a hook has had them in its hands
             text = "".join(["\r\n%s: %s" % pair for pair in self.pairs])
-        text = cut.sub("", text)
-        if self.connection - {"close", "keep-alive", "te", "upgrade"}:
-            lines = text.split("\r\n")
-            gone = self.connection
-            lines = [x for x in lines if x.partition(":")[0].lower() not in gone]
-            text = "\r\n".join(lines)
-        return "".join([first, text] + add + ["\r\n\r\n"]).encode("latin-1")
+            rest = "".join([section.cut(text, gone)] + add() + ["\r\n\r\n"])
+            return (first + rest).encode("latin-1")
+        if section.passed[0] != why:
+            rest = "".join([section.cut(section.text, gone)] + add() + ["\r\n\r\n"])
+            section.passed = why, rest.encode("latin-1")
+        return first.encode("latin-1") + section.passed[1]
 
 
 class Request(Head):
@@ -1388,7 +1423,7 @@ class Request(Head):
         if not match or not HOST.fullmatch(host):
             raise malformed("a request has one Host field, and it names a host")
         self.name = match.group(1).rstrip(".").lower()
-        if self.minor == 0 or self.upgrade and "h2c" in self.words("upgrade"):
+        if self.minor == 0 or self.upgrade and "h2c" in self.section.words("upgrade"):
             self.upgrade = ""
 
     def absolute(self) -> str:
@@ -1413,6 +1448,13 @@ class Request(Head):
 
     def to_service(self) -> bytes:
         """The head as the service gets it."""
+        why = self.address, self.host, self.minor
+        first = "%s %s HTTP/1.%d\r\nHost: %s"
+        first %= (self.method, self.target, self.minor, self.host)
+        return self.pass_on(first, why, TO_SERVICE, self.for_service)
+
+    def for_service(self) -> List[str]:
+        """The lines that are ours to say."""
         named, hops = self.named, []
         add = [
             "\r\nX-Forwarded-For: " + self.address,
@@ -1426,16 +1468,14 @@ class Request(Head):
         if self.upgrade:
             hops.append("Upgrade")
             add.append("\r\nUpgrade: " + self.upgrade)
-        if "te" in named and "trailers" in self.words("te"):
+        if "te" in named and "trailers" in self.section.words("te"):
             hops.append("TE")
             add.append("\r\nTE: trailers")
         if self.minor == 0:
             hops.append("close")
         if hops:
             add.append("\r\nConnection: " + ", ".join(hops))
-        first = "%s %s HTTP/1.%d\r\nHost: %s"
-        first %= (self.method, self.target, self.minor, self.host)
-        return self.pass_on(first, TO_SERVICE, add)
+        return add
 
 
 class Answer(Head):
@@ -1464,6 +1504,13 @@ class Answer(Head):
     def to_visitor(self, connection: str, unwrapped: bool = False) -> bytes:
         """The head as the visitor gets it; `connection` is ours to say. `unwrapped`: of
         a chunked body he gets the content only."""
+        first = "HTTP/1.1 %d %s" % (self.status, self.reason)
+        add = functools.partial(self.for_visitor, connection, unwrapped)
+        why = connection, unwrapped, self.status
+        return self.pass_on(first, why, UNWRAPPED if unwrapped else TO_VISITOR, add)
+
+    def for_visitor(self, connection: str, unwrapped: bool) -> List[str]:
+        """The lines that are ours to say."""
         add = []
         if self.status >= 200 and self.status != 204:  # RFC 9110 8.6
             if "content-length" in self.named:
@@ -1475,8 +1522,7 @@ class Answer(Head):
             connection = "Upgrade, " + connection if connection else "Upgrade"
         if connection:
             add.append("\r\nConnection: " + connection)
-        first = "HTTP/1.1 %d %s" % (self.status, self.reason)
-        return self.pass_on(first, UNWRAPPED if unwrapped else TO_VISITOR, add)
+        return add
 
 
 class Body:

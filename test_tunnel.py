@@ -72,9 +72,9 @@ class Promises(unittest.TestCase):
 
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
-            "argparse collections contextlib enum errno heapq html http itertools json "
-            "logging mmap os queue random re resource selectors shlex signal socket "
-            "struct sys threading time typing urllib".split()
+            "argparse collections contextlib enum errno functools heapq html http "
+            "itertools json logging mmap os queue random re resource selectors shlex "
+            "signal socket struct sys threading time typing urllib".split()
         )
         for name in SCRIPTS:
             for node in ast.walk(ast.parse(read(name))):
@@ -776,6 +776,17 @@ class Links(LinkCase):
         passed = sum(end.pulled for end in self.server.ends) - frames_before
         self.assertLessEqual(passed, self.server.link.quantum // 4)
 
+    def test_download_on_a_very_thin_wire_is_busy(self):
+        for _ in range(4):
+            self.server.open(End(endless=True))
+        self.settle_slowly(turns=3000, room=125)  # 1 Mbit/s
+        small = self.server.open(End(b"small"))
+        before = sum(end.pulled for end in self.server.ends)
+        while not small.pulled:
+            self.settle_slowly(turns=1, room=125)
+        passed = sum(end.pulled for end in self.server.ends) - before
+        self.assertLessEqual(passed, server_module.LEAST_TURN + len(b"small"))
+
     def test_busy_stream_gets_its_turn_among_many_quiet_ones(self):
         busy = self.server.open(End(endless=True))
         self.settle_slowly(turns=20)
@@ -1303,6 +1314,23 @@ class RequestHeads(unittest.TestCase):
         self.assertEqual(text.count("Content-Length: 7\r\n"), 1)
         self.assertIn("\r\nA: 1\r\nB: 2\r\n", text)
 
+    def test_fields_that_come_again_go_on_as_they_would_alone(self):
+        lines = ["Content-Length: 3", "Connection: close, X-Gone", "X-Gone: 1", "B: 2"]
+        raw, old = head(*lines), head(*lines, first="GET /2 HTTP/1.0")
+        absolute = head(*lines, first="GET http://c.d/3 HTTP/1.1")
+        hooked = parse_request(raw)
+        hooked.fields = [("C", "3")]
+        asked = [parse_request(data) for data in (raw, old, absolute, raw)]
+        asked.append(server_module.Request(raw, "192.0.2.2"))
+        asked.append(hooked)
+        shared = [request.to_service() for request in asked]
+        for request, said in zip(asked, shared):
+            request.section = server_module.Section(request.section.text + "\r\n\r\n")
+            self.assertEqual(request.to_service(), said)
+        self.assertEqual(len(set(shared)), 5)  # the first and the fourth are the same
+        self.assertIsNot(asked[0].body, asked[3].body)
+        self.assertIn(b"\r\nC: 3\r\n", shared[5])
+
     def test_upgrade_and_trailers_are_passed_on_as_our_own(self):
         lines = ["Connection: Upgrade, TE", "Upgrade: websocket", "TE: trailers, gzip"]
         _, fields = self.to_service(*lines)
@@ -1339,6 +1367,19 @@ class AnswerHeads(unittest.TestCase):
         both = self.answer("Content-Length: 1", "Transfer-Encoding: chunked")
         with self.assertRaises(server_module.HTTPError):
             both.frame("GET")
+
+    def test_fields_that_come_again_go_on_as_they_would_alone(self):
+        lines = ["Transfer-Encoding: chunked", "Upgrade: x", "Connection: upgrade"]
+        firsts = ["HTTP/1.1 200 OK", "HTTP/1.1 426 No", "HTTP/1.1 204 None"]
+        ways = [("", False), ("close", False), ("close", True)]
+        said = set()
+        for first in firsts:
+            for way in ways:
+                shared, alone = [self.answer(*lines, first=first) for _ in range(2)]
+                alone.section = server_module.Section(shared.section.text + "\r\n\r\n")
+                self.assertEqual(shared.to_visitor(*way), alone.to_visitor(*way))
+                said.add(shared.to_visitor(*way))
+        self.assertGreater(len(said), 7)
 
     def test_reason_may_be_missing(self):
         self.assertEqual(self.answer(first="HTTP/1.1 200").status, 200)
