@@ -670,8 +670,9 @@ TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy turn l
 SHARES = 4  # busy streams among which a turn is divided: small frames cost time too
 FIRST_QUANTUM = 16 << 10  # bytes of a busy turn, until the link has been measured
 LEAST_TURN = 4 << 10  # bytes: less credit than this counts as none (no tiny frames)
-QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first; on a thin
-# link half of its quantum: there even a download sends no more than that
+QUIET = 128 << 10  # bytes a stream may send in QUIET_TIME and still go first; half of
+# the quantum where that is less: on a thin link even a download sends little
+QUIET_TURN = 16 << 10  # bytes: all quiet streams are to leave together
 QUIET_TIME = 0.1  # seconds
 COLLECT = 64 << 10  # bytes of small frames that leave in one system call
 PING_AFTER = 10.0  # seconds of silence until we ask whether the other side lives
@@ -961,7 +962,7 @@ class Link:
     def line_up(self, stream: Stream) -> None:
         """Into the ring where it belongs."""
         stream.ready = True
-        calm = QUIET if self.quantum >= QUIET else self.quantum // 2
+        calm = min(QUIET, self.quantum // 2)
         if stream.sent >= calm and self.loop.clock() - stream.since < QUIET_TIME:
             self.busy.append(stream)
             self.loop.touched.add(self.connection)
@@ -1025,7 +1026,7 @@ class Link:
 
     def put_quiet(self, fill: int) -> int:
         """Turns of quiet streams, until they are worth a system call."""
-        limit = min(QUIET, self.quantum)
+        limit = min(QUIET_TURN, self.quantum)
         while self.quiet and fill < COLLECT:
             fill = self.put_turn(self.quiet.popleft(), fill, limit)
         return fill
