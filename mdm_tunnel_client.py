@@ -56,9 +56,9 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 #        u8          u24             u32          (network byte order)
 #
 #      client                                server
-#        |    <------------- CHALLENGE          |   who I am
-#        |   LOGIN ------------->               |   who I am: id, session
-#        |    <------------- WELCOME            |   the id is yours
+#        |    <------------- CHALLENGE          |   a nonce
+#        |   LOGIN ------------->               |   who I am: id, session, nonce, proof
+#        |    <------------- WELCOME            |   the id is yours; a proof of mine
 #        |   SERVICES ---------->               |   name -> options; again on change
 #        |    <------------- URLS               |   name -> URL or error
 #        |    <------------- OPEN 1             |   a visitor's request: dial `service`
@@ -93,9 +93,9 @@ Kind = enum.IntEnum(  # numbered from 1
 )
 # kind: who sends it, is it about a stream, bytes at least, bytes at most
 RULES: Dict[int, Tuple[str, bool, int, int]] = {
-    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON
-    Kind.LOGIN: ("client", False, 2, LOGIN_LIMIT),  # JSON: id, session, link
-    Kind.WELCOME: ("server", False, 2, TEXT_LIMIT),  # JSON
+    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON: nonce
+    Kind.LOGIN: ("client", False, 2, LOGIN_LIMIT),  # JSON: id, session, nonce, proof
+    Kind.WELCOME: ("server", False, 2, TEXT_LIMIT),  # JSON: proof, if there are tokens
     Kind.SERVICES: ("client", False, 2, TEXT_LIMIT),  # JSON: name -> options
     Kind.URLS: ("server", False, 2, TEXT_LIMIT),  # JSON: name -> URL or error
     Kind.OPEN: ("server", True, 2, TEXT_LIMIT),  # JSON: service, visitor, scheme
@@ -197,6 +197,47 @@ def unpack_json(payload: Any) -> Dict[str, Any]:
 
 
 # -----------------------------------------------------------------------------------
+# Secrets: each side proves that it knows the token of an id, and neither says anything
+# from which the token, or a proof for another link, could be made: HMAC-SHA256 (RFC
+# 2104) over who speaks, the nonces of both, which are new for every link, and the id.
+# -----------------------------------------------------------------------------------
+NONCE = re.compile("[0-9a-f]{64}")  # 32 bytes: as many as a proof has
+TOKEN_LIMIT = 4 << 10  # bytes: what is longer is another file than was meant
+
+
+def make_nonce() -> str:
+    return os.urandom(32).hex()
+
+
+def prove(token: str, role: str, nonces: Tuple[str, str], id: str) -> str:
+    """What `role`, "server" or "client", says to prove that it knows the token of `id`;
+    `nonces` are the server's and the client's. Raises ProtocolError for a bad one."""
+    import hashlib
+    import hmac
+
+    if not all(NONCE.fullmatch(nonce) for nonce in nonces):
+        raise ProtocolError("a nonce is 64 hexadecimal digits")
+    said = "\n".join((PROTOCOL, role) + nonces + (id,)).encode()
+    return hmac.new(token.encode(), said, hashlib.sha256).hexdigest()
+
+
+def is_proof(said: Any, proof: str) -> bool:
+    """Whether it is this proof, in a time that does not tell how much of it is."""
+    import hmac
+
+    return hmac.compare_digest(str(said).encode("utf-8", "replace"), proof.encode())
+
+
+def check_token(token: Any) -> str:
+    """A token, if it can be one. Raises ValueError, which does not tell it."""
+    if not isinstance(token, str) or not token.strip():
+        raise ValueError("a token is a text, and not empty")
+    if len(token) > TOKEN_LIMIT or not all(" " <= letter <= "~" for letter in token):
+        raise ValueError("a token has printable ASCII, at most %d bytes" % TOKEN_LIMIT)
+    return token
+
+
+# -----------------------------------------------------------------------------------
 # Log: what happens, for whoever wants to know: -v, or a program that uses `logging`
 # itself, where the logger is "mdm_tunnel". Without one of them it is not even imported:
 # it would be an eighth of the memory and of the time to start. (What else is large and
@@ -234,6 +275,86 @@ class Log:
 
 
 log = Log()
+
+
+# -----------------------------------------------------------------------------------
+# Files: what is configured is looked at again and again, so that nothing has to be
+# started anew.
+# -----------------------------------------------------------------------------------
+LOOK_TIME = 1.0  # seconds between looks: a change counts within two
+FILE_LIMIT = 16 << 20  # bytes: what is longer is another file than was meant
+
+
+class Pairs(List[Tuple[str, Any]]):
+    """A JSON object with all its keys, also those that stand there twice."""
+
+
+def parse_object(data: bytes) -> Pairs:
+    """The JSON object that a file holds. Raises ValueError."""
+    try:
+        pairs = json.loads(data.decode(), object_pairs_hook=Pairs)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON: %s" % error) from None
+    if not isinstance(pairs, Pairs):
+        raise ValueError('not an object like {"name": ...}')
+    return pairs
+
+
+class Watched:
+    """Files, and the `value` that `parse` makes of their contents. Raises OSError or
+    ValueError at the start; later what is broken or has vanished changes nothing."""
+
+    def __init__(self, paths: List[str], parse: Callable[..., Any]) -> None:
+        self.paths, self.parse = paths, parse
+        self.seen: Optional[List[bytes]] = None  # when they were looked at last
+        self.value: Any = None
+        self.read()
+
+    def __str__(self) -> str:
+        return " and ".join(self.paths)
+
+    def read(self) -> bool:
+        """Look at them; True when there is something new. All of it is compared: the
+        time of the last change would miss two changes in one tick."""
+        found = []
+        for path in self.paths:
+            with open(path, "rb") as file:
+                found.append(file.read(FILE_LIMIT))
+        if found == self.seen:
+            return False
+        self.seen = found
+        self.value = self.parse(*found)
+        return True
+
+    def look(self) -> bool:
+        """Like read(), for later: what is wrong is told once."""
+        try:
+            return self.read()
+        except (OSError, ValueError) as error:
+            if self.seen is not None:
+                cause = getattr(error, "strerror", None) or error
+                log.warning("%s: %s; what it held before stays", self, cause)
+            if isinstance(error, OSError):
+                self.seen = None
+            return False
+
+    def warn(self, paths: List[str]) -> None:
+        """Of those with secrets that others may read."""
+        for path in paths:
+            with contextlib.suppress(OSError):
+                if os.name != "nt" and os.stat(path).st_mode & 0o077:
+                    log.warning("%s: others can read it; chmod 600 %s", path, path)
+
+
+def forbid_core_dumps() -> None:
+    """They would hold the secrets. A limit of one byte, not of none, also keeps the
+    kernel from handing them to a program (core(5))."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+        least = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
+        resource.setrlimit(resource.RLIMIT_CORE, (least, least))
 
 
 # -----------------------------------------------------------------------------------
@@ -304,6 +425,7 @@ class Loop:
         # take no memory, as those of a bytearray would.
         self.scratch = memoryview(mmap.mmap(-1, DATA_LIMIT))
         self.frames = memoryview(mmap.mmap(-1, DATA_LIMIT + 4 * TEXT_LIMIT))
+        self.sealed = memoryview(mmap.mmap(-1, SEALED))  # what TLS is to open
         self.capacity = file_limit(self.selector) - SPARE_FILES
         self.running = True
         self.on_signal: Optional[Callable[[int], Any]] = None
@@ -433,6 +555,111 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 
 
 # -----------------------------------------------------------------------------------
+# TLS: what is read from the network is fed into a memory buffer, and what has to go
+# there is taken out of another, so that neither handshake nor encryption ever waits for
+# a socket, and all that was said here about sending and ending holds for it too.
+# -----------------------------------------------------------------------------------
+HANDSHAKE_TIME = 5.0  # seconds
+SEALED = 64 << 10  # bytes encrypted, or read to be decrypted, at once: OpenSSL keeps so
+# much memory for each connection
+
+
+class TLSError(OSError):
+    """The peer's TLS cannot be understood, or it is not whom we want to speak to."""
+
+    def __init__(self, error: Exception) -> None:
+        reason = str(getattr(error, "reason", "") or error)
+        said = getattr(error, "verify_message", "") or reason.replace("_", " ").lower()
+        super().__init__("TLS: %s" % said)
+        self.plain = reason == "HTTP_REQUEST"  # it was not even TLS
+        if reason == "WRONG_VERSION_NUMBER":  # what OpenSSL makes of anything else
+            self.args = ("the other side speaks no TLS",)
+
+
+def demand_tls_1_2(context: Any) -> Any:
+    """The versions before are broken (RFC 8996). Nothing may be negotiated again."""
+    import ssl
+
+    if hasattr(ssl, "TLSVersion"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # Python 3.6
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    return context
+
+
+class TLS:
+    """The encryption of one connection, without I/O. `name` is the host that the
+    server's certificate must be for; `pin` the SHA-256 that it must have."""
+
+    __slots__ = "ssl incoming outgoing object pin ready early more ending".split()
+
+    def __init__(self, context: Any, server: bool, name: Any, pin: bytes) -> None:
+        import ssl
+
+        self.ssl, self.pin = ssl, pin
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.object = context.wrap_bio(self.incoming, self.outgoing, server, name)
+        self.ready = False  # the handshake is done
+        self.early = bytearray()  # what was written before it was
+        self.more = False  # something is decrypted, or decryptable, and not yet read
+        self.ending = False  # we send no more
+
+    def shake_hands(self) -> bool:
+        """Go on with the handshake; True when it is done. Raises TLSError."""
+        try:
+            self.object.do_handshake()
+        except self.ssl.SSLWantReadError:
+            return False
+        except (self.ssl.SSLError, self.ssl.CertificateError) as error:
+            raise TLSError(error) from None
+        if self.pin:
+            self.check_pin()
+        self.ready = self.more = True
+        return True
+
+    def check_pin(self) -> None:
+        import hashlib
+        import hmac
+
+        found = hashlib.sha256(self.object.getpeercert(True)).digest()
+        if not hmac.compare_digest(found, self.pin):
+            raise TLSError(ValueError("the certificate has not the fingerprint wanted"))
+
+    def read_into(self, view: memoryview) -> Optional[int]:
+        """Bytes decrypted, 0 at the end, None when more has to come. Or TLSError."""
+        try:
+            count: int = self.object.read(len(view), view)
+            return count
+        except self.ssl.SSLWantReadError:
+            return None
+        except self.ssl.SSLZeroReturnError:
+            return 0
+        except self.ssl.SSLError as error:
+            raise TLSError(error) from None
+
+    def seal(self, data: Any) -> bytes:
+        """What to send for `data`: for now nothing, before the handshake is done."""
+        if not self.ready:
+            self.early += data
+            return b""
+        sealed, view = [], memoryview(data)
+        for at in range(0, len(view), SEALED):
+            part = view[at : at + SEALED]
+            while part:
+                part = part[self.object.write(part) :]
+            sealed.append(self.outgoing.read())
+        return b"".join(sealed)
+
+    def say_end(self) -> None:
+        """The word that we send no more (RFC 8446 6.1). OpenSSL would lose what has
+        come and is not read."""
+        if self.ready:
+            with contextlib.suppress(self.ssl.SSLError, ValueError):
+                self.object.unwrap()
+
+
+# -----------------------------------------------------------------------------------
 # Connection: a non-blocking socket. What it will not take now waits here in order,
 # and a half-close waits behind that. The only place that knows of would-block and of
 # the errors of a socket. A failed send ends that direction only: what the peer said
@@ -458,11 +685,13 @@ class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock owner backlog dry eof lost last moved events timer lingering closed"
+        "loop sock tls owner backlog dry eof lost last moved events timer lingering "
+        "closed"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
         self.loop, self.sock, self.owner = loop, sock, owner
+        self.tls: Optional[TLS] = None
         self.backlog = bytearray()  # what the kernel has not taken yet
         self.dry = True  # a read would block, until the selector says otherwise
         self.eof = False  # the peer sends no more
@@ -491,17 +720,23 @@ class Connection:
         self.loop.touched.add(self)
         if mask & WRITE and not self.closed:
             self.flush()
-            if not self.lingering:
+            if not (self.lingering or self.shaking()):
                 self.owner.on_writable()
         if mask & READ and not self.closed:
             self.dry = False
-            self.drop() if self.lingering else self.owner.on_readable()
+            if self.lingering:
+                self.drop()
+            else:
+                self.shake_hands() if self.shaking() else self.owner.on_readable()
 
     def register(self) -> None:
         """Tell the selector what is waited for now, if that has changed."""
         if self.closed:
             return
-        events = READ if self.lingering else self.owner.interest()
+        own = not (self.lingering or self.shaking())
+        events = self.owner.interest() if own else READ
+        if events & READ and self.tls and self.tls.more and not self.eof:
+            self.loop.soon(self, self.on_events, READ)  # the selector cannot see it
         events = (events & ~READ if self.eof else events) | bool(self.backlog) * WRITE
         if events != self.events:
             if self.events and events:
@@ -526,6 +761,10 @@ class Connection:
         self.loop.touched.add(self)
         if self.eof:
             return 0
+        if not len(view):
+            return None  # to read nothing would look like the end
+        if self.tls:
+            return self.open_into(view, self.tls)
         if self.dry or self.closed:
             return None
         try:
@@ -542,7 +781,10 @@ class Connection:
 
     def write(self, data: Any) -> None:
         """Send `data`, now or as soon as the socket takes it."""
-        if not self.backlog:
+        self.put(self.tls.seal(data) if self.tls else data)
+
+    def put(self, data: Any) -> None:
+        if data and not self.backlog:
             data = data[self.send(data) :]
         if data:
             if not self.backlog:
@@ -580,10 +822,85 @@ class Connection:
 
     def finish(self) -> None:
         """Half-close: tell the peer that no more will come."""
+        if not self.tls:
+            self.shut()
+        else:
+            self.tls.ending = True
+            if not self.tls.more:
+                self.finish_tls(self.tls)
+
+    def finish_tls(self, tls: TLS) -> None:
+        tls.ending = False
+        tls.say_end()
+        self.put(tls.outgoing.read())
+        self.after_backlog(self.shut)
+
+    def shut(self) -> None:
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             self.lost = self.lost or error
+
+    # TLS.
+
+    def start_tls(
+        self, context: Any, server: bool, name: Any = None, pin: bytes = b""
+    ) -> None:
+        """From here on all is encrypted: see TLS."""
+        self.tls = TLS(context, server, name, pin)
+        self.watch(HANDSHAKE_TIME)
+        if not server:
+            self.shake_hands()
+
+    def shaking(self) -> bool:
+        """Whether the handshake goes on."""
+        return self.tls is not None and not self.tls.ready
+
+    def shake_hands(self) -> None:
+        """Go on with the handshake; then the owner's part begins."""
+        tls = self.tls
+        if tls:
+            self.receive(tls)
+            try:
+                done = tls.shake_hands()
+            finally:
+                self.put(tls.outgoing.read())  # also why we do not want to go on
+            if done and self.timer:
+                self.timer.clear()
+                self.write(tls.early)
+
+    def receive(self, tls: TLS) -> None:
+        """Read what is encrypted. An end without the word for it (RFC 8446 6.1) may be
+        a cut that somebody else has made."""
+        try:
+            count = self.sock.recv_into(self.loop.sealed)
+        except (BlockingIOError, InterruptedError):
+            count = -1
+        if count > 0:
+            tls.incoming.write(self.loop.sealed[:count])
+        elif count == 0:
+            raise OSError("the other side closed the connection, and not by TLS")
+        self.dry = count < len(self.loop.sealed)
+
+    def open_into(self, view: memoryview, tls: TLS) -> Optional[int]:
+        """read_into(), decrypted: from the socket comes what is left in the buffer,
+        and, but for the first time, nothing."""
+        count, got, dry = 0, tls.read_into(view) if tls.ready else None, self.dry
+        while got or (got is None and not dry and not self.closed):
+            if got:
+                count += got
+                if count == len(view):
+                    break
+            else:
+                dry = True
+                self.receive(tls)
+            got = tls.read_into(view[count:])
+        self.eof = got == 0 and count == 0
+        tls.more = got is not None and not self.eof
+        self.put(tls.outgoing.read())  # an update of keys may want an answer
+        if tls.ending and not tls.more:
+            self.finish_tls(tls)
+        return 0 if self.eof else count or None
 
     def end(self, call: Call) -> None:
         """The last thing to do, when everything has been sent. A peer who takes nothing
@@ -606,6 +923,8 @@ class Connection:
         self.timer.set(seconds)
 
     def on_late(self) -> None:
+        if self.shaking():
+            raise OSError("no TLS handshake within %d s" % HANDSHAKE_TIME)
         if self.backlog and self.loop.clock() - self.moved < STALLED:
             self.watch(STALLED)
         else:
@@ -670,9 +989,8 @@ TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy turn l
 SHARES = 4  # busy streams among which a turn is divided: small frames cost time too
 FIRST_QUANTUM = 16 << 10  # bytes of a busy turn, until the link has been measured
 LEAST_TURN = 4 << 10  # bytes: less credit than this counts as none (no tiny frames)
-QUIET = 128 << 10  # bytes a stream may send in QUIET_TIME and still go first; half of
+QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first; half of
 # the quantum where that is less: on a thin link even a download sends little
-QUIET_TURN = 16 << 10  # bytes: all quiet streams are to leave together
 QUIET_TIME = 0.1  # seconds
 COLLECT = 64 << 10  # bytes of small frames that leave in one system call
 PING_AFTER = 10.0  # seconds of silence until we ask whether the other side lives
@@ -686,8 +1004,8 @@ class Stream:
     on_reset(code, cause) and fail(error)."""
 
     __slots__ = (
-        "link id owner credit window allowed granted widened held taken sent since "
-        "ready owing open ended_out ended_in opening farewell"
+        "link id owner credit window allowed granted widened held taken sent last "
+        "since ready owing open ended_out ended_in opening farewell"
     ).split()
 
     def __init__(self, link: "Link", number: int, owner: Any) -> None:
@@ -699,6 +1017,7 @@ class Stream:
         self.held = 0  # bytes received that nobody has taken
         self.taken = 0  # bytes taken, the credit not yet given back
         self.sent = 0  # bytes sent since `since`: what makes a stream quiet or busy
+        self.last = 0  # bytes of the last turn: whose answers are small is never busy
         self.since = 0.0
         self.ready = False  # stands in a ring
         self.owing = False  # stands among those that owe control
@@ -962,8 +1281,9 @@ class Link:
     def line_up(self, stream: Stream) -> None:
         """Into the ring where it belongs."""
         stream.ready = True
-        calm = min(QUIET, self.quantum // 2)
-        if stream.sent >= calm and self.loop.clock() - stream.since < QUIET_TIME:
+        much = stream.sent >= min(QUIET, self.quantum // 2)
+        much = much and stream.last >= LEAST_TURN
+        if much and self.loop.clock() - stream.since < QUIET_TIME:
             self.busy.append(stream)
             self.loop.touched.add(self.connection)
         else:
@@ -1026,7 +1346,7 @@ class Link:
 
     def put_quiet(self, fill: int) -> int:
         """Turns of quiet streams, until they are worth a system call."""
-        limit = min(QUIET_TURN, self.quantum)
+        limit = min(QUIET, self.quantum)
         while self.quiet and fill < COLLECT:
             fill = self.put_turn(self.quiet.popleft(), fill, limit)
         return fill
@@ -1050,6 +1370,7 @@ class Link:
         if now - stream.since >= QUIET_TIME:
             stream.since, stream.sent = now, 0
         stream.sent += count
+        stream.last = count
         if count == len(view):
             stream.wake()  # a source that came short is watched instead
         return self.put(DATA, stream.id, view[:count], fill)
@@ -1118,6 +1439,8 @@ class Link:
     def show(self, way: str, kind: int, number: int, payload: Any) -> None:
         """The line that -vv gives for each frame."""
         name, start = Kind(kind).name, bytes(payload[:24])
+        if kind == Kind.LOGIN:
+            start = b""  # who knows the session may take the link over
         log.debug("%s %s %d %s %d %r", self, way, number, name, len(payload), start)
 
 
@@ -1205,7 +1528,6 @@ class Parser(argparse.ArgumentParser):
 # -----------------------------------------------------------------------------------
 # Services: what is published, by name, and where it listens.
 # -----------------------------------------------------------------------------------
-LOOK_TIME = 1.0  # seconds between looks at the file: a change counts within two
 Target = collections.namedtuple("Target", "text host port")  # port 0: host is a path
 
 
@@ -1269,20 +1591,23 @@ def offer(services: Dict[str, Target]) -> Dict[str, Any]:
     return {name: {"target": target.text} for name, target in services.items()}
 
 
-def parse_file(data: bytes) -> Dict[str, Target]:
-    """The content of a service file. Raises ValueError."""
-    try:
-        pairs = json.loads(data.decode(), object_pairs_hook=Pairs)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("not JSON: %s" % error) from None
-    if not isinstance(pairs, Pairs):
-        raise ValueError('not an object like {"web": 9000}')
+def parse_file(data: bytes) -> Tuple[str, Dict[str, Target]]:
+    """The content of a service file: the token ("" for none) and the services, from
+    {"web": 9000} or {"token": "secret", "services": {"web": 9000}}. Raises
+    ValueError."""
+    pairs, token = parse_object(data), ""
+    top = dict(pairs)
+    inner = top.get("services")
+    a_service = isinstance(inner, Pairs) and set(dict(inner)) == {"target"}
+    if isinstance(inner, Pairs) and ("token" in top or not a_service):
+        extra = sorted(set(top) - {"token", "services"})
+        if extra or len(pairs) > len(top):
+            wrong = "unknown option %r" % extra[0] if extra else "an option twice"
+            raise ValueError("%s beside services" % wrong)
+        token = check_token(top["token"]) if "token" in top else ""
+        pairs = inner
     named = [(name, dict(v) if isinstance(v, Pairs) else v) for name, v in pairs]
-    return parse_services(named)
-
-
-class Pairs(List[Tuple[str, Any]]):
-    """A JSON object with all its keys, also those that stand there twice."""
+    return token, parse_services(named)
 
 
 class Services:
@@ -1291,35 +1616,23 @@ class Services:
     broken or vanished one changes nothing."""
 
     def __init__(self, path: Optional[str], given: Dict[str, Target]) -> None:
-        self.path, self.given = path, given
-        self.seen: Optional[bytes] = None  # of the file, when it was looked at last
-        self.all = dict(given)
-        if path is not None:
-            self.read(path)
+        self.given = given
+        self.file = None if path is None else Watched([path], parse_file)
+        self.merge()
 
-    def read(self, path: str) -> bool:
-        """Look at the file; True when there is a new list. All of it is compared: the
-        time of its last change would miss two changes in one tick."""
-        with open(path, "rb") as file:
-            data = file.read()
-        if data == self.seen:
-            return False
-        self.seen = data
-        self.all = parse_file(data)
-        self.all.update(self.given)
-        return True
+    def merge(self) -> None:
+        """Take over what the file holds."""
+        self.token, found = self.file.value if self.file else ("", {})
+        self.all = {**found, **self.given}
+        if self.token and self.file:
+            self.file.warn(self.file.paths)
 
     def look(self) -> bool:
-        """Like read(), for later: what is wrong is told once."""
-        try:
-            return self.path is not None and self.read(self.path)
-        except (OSError, ValueError) as error:
-            if self.seen is not None:
-                cause = getattr(error, "strerror", None) or error
-                log.warning("%s: %s; the old list stays", self.path, cause)
-            if isinstance(error, OSError):
-                self.seen = None
-            return False
+        """Whether there is a new list."""
+        changed = self.file is not None and self.file.look()
+        if changed:
+            self.merge()
+        return changed
 
 
 # -----------------------------------------------------------------------------------
@@ -1619,7 +1932,9 @@ class Bridge:
 WELCOME_TIME = 10.0  # seconds: the server may be asking the old owner of our id
 ANSWER_LIMIT = 16 << 10  # bytes of the answer to our request to upgrade
 STATUS = re.compile(rb"HTTP/1[.]\d (\d{3})[ \r]")
+UNPROVEN = "the server cannot prove that it knows the token"
 LIKELY = {
+    400: "does this port want --tls?",
     404: "is this the visitors' port? clients dial the server's --client-port",
     426: "client and server are of different versions, or a proxy drops Upgrade",
     502: "a proxy answered that does not reach the server",
@@ -1644,16 +1959,24 @@ class Tunnel:
         self.client, self.connection = client, connection
         self.head = bytearray()  # of the answer, while it is not whole
         self.logged_in = False
+        self.nonces = "", ""  # the server's and ours
         self.dials: Dict[Target, Set[Bridge]] = {}
         self.waiting: Dict[Target, Deque[Bridge]] = {}  # for a place to dial
         self.since = client.loop.clock()
         self.timer = Timer(client.loop, connection, self.on_late)
         self.timer.set(WELCOME_TIME)
         connection.owner = self
+
+    def begin(self) -> None:
+        """Ask to go over to our protocol."""
+        client = self.client
+        if client.tls:
+            self.connection.start_tls(client.tls, False, client.target.host, client.pin)
         lines = (
             "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n"
         )
-        connection.write((lines % (LINK_PATH, client.server, PROTOCOL)).encode())
+        lines %= (LINK_PATH, client.server, PROTOCOL)
+        self.connection.write(lines.encode())
 
     def __str__(self) -> str:
         return self.client.id
@@ -1697,6 +2020,8 @@ class Tunnel:
 
     def fail(self, error: Exception) -> None:
         """It ends before there is a link."""
+        if isinstance(error, TLSError):
+            error = Refused(1, "%s: %s" % (self.client.server, error))
         self.timer.clear()
         self.connection.close()
         self.client.on_lost(self, error)
@@ -1705,19 +2030,39 @@ class Tunnel:
 
     def on_message(self, kind: int, message: Dict[str, Any]) -> None:
         if kind == Kind.CHALLENGE:
-            client = self.client
-            login = {"id": client.id, "session": client.session, "link": 0}
-            self.link.send(Kind.LOGIN, login)
+            self.nonces = str(message.get("nonce")), make_nonce()
+            self.log_in()
         elif kind == Kind.WELCOME:
-            self.timer.clear()
-            self.logged_in = True
-            self.client.on_login(self)
-            self.publish()
+            self.on_welcome(message)
         elif kind == Kind.URLS:
             self.client.on_urls({str(k): str(v) for k, v in message.items()})
         elif kind == Kind.GOODBYE:
             code, reason = str(message.get("code")), str(message.get("reason"))
             self.client.on_goodbye(self, code, reason)
+
+    def log_in(self) -> None:
+        client, nonces = self.client, self.nonces
+        if client.token and not NONCE.fullmatch(nonces[0]):
+            client.end(Refused(3, UNPROVEN))
+            return
+        login = {"id": client.id, "session": client.session, "link": 0}
+        login["nonce"] = nonces[1]
+        if client.token:
+            login["proof"] = prove(client.token, "client", nonces, client.id)
+        self.link.send(Kind.LOGIN, login)
+
+    def on_welcome(self, message: Dict[str, Any]) -> None:
+        """The id is ours; but with a token we serve only a server that knows it too."""
+        client = self.client
+        if client.token:
+            proof = prove(client.token, "server", self.nonces, client.id)
+            if not is_proof(message.get("proof"), proof):
+                client.end(Refused(3, UNPROVEN))
+                return
+        self.timer.clear()
+        self.logged_in = True
+        client.on_login(self)
+        self.publish()
 
     def publish(self) -> None:
         """Send the list of services, whole."""
@@ -1773,6 +2118,28 @@ DRAIN = 4.0  # seconds for running streams after SIGTERM
 DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
 
 
+def make_context(ca: Optional[str], pinned: bool) -> Any:
+    """For the client's side of TLS. Nothing is taken on trust: a certificate is checked
+    with the authorities of the system or of the file `ca`, or it has the fingerprint
+    wanted. Raises OSError or ValueError."""
+    import ssl
+
+    context = demand_tls_1_2(ssl.create_default_context(cafile=ca))
+    if pinned and ca is None:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def parse_fingerprint(text: str) -> bytes:
+    """The SHA-256 of a certificate as openssl writes it, or without the colons. Raises
+    ValueError."""
+    digits = text.rpartition("=")[2].replace(":", "").strip()
+    if not re.fullmatch("[0-9A-Fa-f]{64}", digits):
+        raise ValueError("a SHA-256 fingerprint has 64 hexadecimal digits")
+    return bytes.fromhex(digits)
+
+
 class Client:
     """Dials `host`:`port` as `id` and serves `services`. run() ends after stop(), or
     raises Refused: by the server, or after `max_attempts` failures in a row."""
@@ -1785,9 +2152,15 @@ class Client:
         id: str = "admin",
         max_attempts: int = 0,
         loop: Optional[Loop] = None,
+        token: str = "",
+        tls: Any = None,
+        pin: bytes = b"",
     ) -> None:
         self.loop = loop or Loop()
-        self.services, self.id = services, id.lower()
+        self.services, self.id, self.given_token = services, id.lower(), token
+        if self.token:
+            forbid_core_dumps()
+        self.tls, self.pin = tls, pin  # an SSLContext; the certificate's SHA-256
         shown = "[%s]" % host if ":" in host else host
         self.server = "%s:%d" % (shown, port)  # as the Host field has it
         self.target = Target(self.server, host, port)
@@ -1807,6 +2180,11 @@ class Client:
     def __str__(self) -> str:
         return self.id
 
+    @property
+    def token(self) -> str:
+        """That of our id; "" when there is none. The service file's may change."""
+        return self.given_token or self.services.token
+
     def run(self) -> None:
         """Serve until stop(). Raises Refused."""
         self.timer.set(0)
@@ -1825,7 +2203,7 @@ class Client:
         """Has the service file changed?"""
         self.look_timer.set(LOOK_TIME)
         if self.services.look():
-            log.info("%s has changed", self.services.path)
+            log.info("%s has changed", self.services.file)
             if self.tunnel:
                 self.tunnel.publish()
 
@@ -1839,6 +2217,7 @@ class Client:
             connection.close()
         else:
             self.tunnel = Tunnel(self, connection)
+            self.loop.guard(connection, self.tunnel.begin)
 
     def on_unreachable(self, code: str, cause: str) -> None:
         self.again(cause)
@@ -1941,6 +2320,7 @@ class Client:
 # -----------------------------------------------------------------------------------
 HELP = "\0"  # what -h has for a value when it stands alone
 DEFAULT_FILE = os.path.join("~", ".tunnel-services.json")
+TOKEN_VARIABLE = "MDM_TUNNEL_TOKEN"
 
 
 def port_number(text: str) -> int:
@@ -1976,6 +2356,15 @@ def make_parser() -> FileParser:
         help="client port of the server (%(default)s)")  # fmt: skip
     add("-h", "--host", nargs="?", const=HELP, default="localhost",
         help="the server, as host or host:port (%(default)s)")  # fmt: skip
+    add("--token-file", metavar="FILE",
+        help="holds the token of the id; else $MDM_TUNNEL_TOKEN has it, or the "
+        "service file")  # fmt: skip
+    add("--tls", action="store_true",
+        help="dial by TLS; the certificate must be for the host")  # fmt: skip
+    add("--tls-ca", metavar="FILE", help="authorities to trust, and no others")
+    add("--fingerprint", metavar="SHA256",
+        help="the server's certificate is this; without --tls-ca nothing else "
+        "counts")  # fmt: skip
     add("--max-attempts", type=int, default=0, metavar="N",
         help="give up after N failures in a row (no limit)")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
@@ -2004,6 +2393,9 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         options.host, options.port = split_host(options.host, options.port)
         if not LABEL.fullmatch(options.id.lower()):
             raise ValueError("an id has letters, digits, - and _, and no --")
+        options.pin = b""
+        if options.fingerprint is not None:
+            options.pin = parse_fingerprint(options.fingerprint)
         if options.max_attempts < 0:
             raise ValueError("--max-attempts is a number of failures")
     except ValueError as error:
@@ -2025,14 +2417,46 @@ def load_services(options: argparse.Namespace) -> Services:
         die(2, "%s: %s" % (path, error))
 
 
+def load_token(options: argparse.Namespace) -> str:
+    """The token as the command line or the environment has it; "" leaves it to the
+    service file. Exits with 2 when it is wrong."""
+    token, where = os.environ.pop(TOKEN_VARIABLE, None), TOKEN_VARIABLE
+    try:
+        if options.token_file:
+            where = options.token_file
+            file = Watched([where], lambda data: data.decode().strip("\r\n"))
+            file.warn(file.paths)
+            token = file.value
+        return "" if token is None else check_token(token)
+    except (OSError, ValueError) as error:
+        die(2, "%s: %s" % (where, getattr(error, "strerror", None) or error))
+
+
+def load_context(options: argparse.Namespace) -> Any:
+    """What TLS needs; None without it. Exits with 2 when it is wrong."""
+    if not (options.tls or options.tls_ca or options.pin):
+        return None
+    try:
+        return make_context(options.tls_ca, bool(options.pin))
+    except (OSError, ValueError) as error:
+        die(2, "%s: %s" % (options.tls_ca, getattr(error, "reason", None) or error))
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     """Serve until a signal. Exit status: 0, 1, 2 (usage, configuration), 3 (login
     refused) or 4 (attempts used up)."""
     options = parse_arguments(argv)
-    services = load_services(options)
     set_up_log(options.verbose)
+    services = load_services(options)
     client = Client(
-        services, options.host, options.port, options.id, options.max_attempts
+        services,
+        options.host,
+        options.port,
+        options.id,
+        options.max_attempts,
+        token=load_token(options),
+        tls=load_context(options),
+        pin=options.pin,
     )
     client.loop.catch_signals(client.on_signal)
     try:

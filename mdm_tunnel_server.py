@@ -57,9 +57,9 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 #        u8          u24             u32          (network byte order)
 #
 #      client                                server
-#        |    <------------- CHALLENGE          |   who I am
-#        |   LOGIN ------------->               |   who I am: id, session
-#        |    <------------- WELCOME            |   the id is yours
+#        |    <------------- CHALLENGE          |   a nonce
+#        |   LOGIN ------------->               |   who I am: id, session, nonce, proof
+#        |    <------------- WELCOME            |   the id is yours; a proof of mine
 #        |   SERVICES ---------->               |   name -> options; again on change
 #        |    <------------- URLS               |   name -> URL or error
 #        |    <------------- OPEN 1             |   a visitor's request: dial `service`
@@ -94,9 +94,9 @@ Kind = enum.IntEnum(  # numbered from 1
 )
 # kind: who sends it, is it about a stream, bytes at least, bytes at most
 RULES: Dict[int, Tuple[str, bool, int, int]] = {
-    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON
-    Kind.LOGIN: ("client", False, 2, LOGIN_LIMIT),  # JSON: id, session, link
-    Kind.WELCOME: ("server", False, 2, TEXT_LIMIT),  # JSON
+    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON: nonce
+    Kind.LOGIN: ("client", False, 2, LOGIN_LIMIT),  # JSON: id, session, nonce, proof
+    Kind.WELCOME: ("server", False, 2, TEXT_LIMIT),  # JSON: proof, if there are tokens
     Kind.SERVICES: ("client", False, 2, TEXT_LIMIT),  # JSON: name -> options
     Kind.URLS: ("server", False, 2, TEXT_LIMIT),  # JSON: name -> URL or error
     Kind.OPEN: ("server", True, 2, TEXT_LIMIT),  # JSON: service, visitor, scheme
@@ -198,6 +198,47 @@ def unpack_json(payload: Any) -> Dict[str, Any]:
 
 
 # -----------------------------------------------------------------------------------
+# Secrets: each side proves that it knows the token of an id, and neither says anything
+# from which the token, or a proof for another link, could be made: HMAC-SHA256 (RFC
+# 2104) over who speaks, the nonces of both, which are new for every link, and the id.
+# -----------------------------------------------------------------------------------
+NONCE = re.compile("[0-9a-f]{64}")  # 32 bytes: as many as a proof has
+TOKEN_LIMIT = 4 << 10  # bytes: what is longer is another file than was meant
+
+
+def make_nonce() -> str:
+    return os.urandom(32).hex()
+
+
+def prove(token: str, role: str, nonces: Tuple[str, str], id: str) -> str:
+    """What `role`, "server" or "client", says to prove that it knows the token of `id`;
+    `nonces` are the server's and the client's. Raises ProtocolError for a bad one."""
+    import hashlib
+    import hmac
+
+    if not all(NONCE.fullmatch(nonce) for nonce in nonces):
+        raise ProtocolError("a nonce is 64 hexadecimal digits")
+    said = "\n".join((PROTOCOL, role) + nonces + (id,)).encode()
+    return hmac.new(token.encode(), said, hashlib.sha256).hexdigest()
+
+
+def is_proof(said: Any, proof: str) -> bool:
+    """Whether it is this proof, in a time that does not tell how much of it is."""
+    import hmac
+
+    return hmac.compare_digest(str(said).encode("utf-8", "replace"), proof.encode())
+
+
+def check_token(token: Any) -> str:
+    """A token, if it can be one. Raises ValueError, which does not tell it."""
+    if not isinstance(token, str) or not token.strip():
+        raise ValueError("a token is a text, and not empty")
+    if len(token) > TOKEN_LIMIT or not all(" " <= letter <= "~" for letter in token):
+        raise ValueError("a token has printable ASCII, at most %d bytes" % TOKEN_LIMIT)
+    return token
+
+
+# -----------------------------------------------------------------------------------
 # Log: what happens, for whoever wants to know: -v, or a program that uses `logging`
 # itself, where the logger is "mdm_tunnel". Without one of them it is not even imported:
 # it would be an eighth of the memory and of the time to start. (What else is large and
@@ -235,6 +276,86 @@ class Log:
 
 
 log = Log()
+
+
+# -----------------------------------------------------------------------------------
+# Files: what is configured is looked at again and again, so that nothing has to be
+# started anew.
+# -----------------------------------------------------------------------------------
+LOOK_TIME = 1.0  # seconds between looks: a change counts within two
+FILE_LIMIT = 16 << 20  # bytes: what is longer is another file than was meant
+
+
+class Pairs(List[Tuple[str, Any]]):
+    """A JSON object with all its keys, also those that stand there twice."""
+
+
+def parse_object(data: bytes) -> Pairs:
+    """The JSON object that a file holds. Raises ValueError."""
+    try:
+        pairs = json.loads(data.decode(), object_pairs_hook=Pairs)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON: %s" % error) from None
+    if not isinstance(pairs, Pairs):
+        raise ValueError('not an object like {"name": ...}')
+    return pairs
+
+
+class Watched:
+    """Files, and the `value` that `parse` makes of their contents. Raises OSError or
+    ValueError at the start; later what is broken or has vanished changes nothing."""
+
+    def __init__(self, paths: List[str], parse: Callable[..., Any]) -> None:
+        self.paths, self.parse = paths, parse
+        self.seen: Optional[List[bytes]] = None  # when they were looked at last
+        self.value: Any = None
+        self.read()
+
+    def __str__(self) -> str:
+        return " and ".join(self.paths)
+
+    def read(self) -> bool:
+        """Look at them; True when there is something new. All of it is compared: the
+        time of the last change would miss two changes in one tick."""
+        found = []
+        for path in self.paths:
+            with open(path, "rb") as file:
+                found.append(file.read(FILE_LIMIT))
+        if found == self.seen:
+            return False
+        self.seen = found
+        self.value = self.parse(*found)
+        return True
+
+    def look(self) -> bool:
+        """Like read(), for later: what is wrong is told once."""
+        try:
+            return self.read()
+        except (OSError, ValueError) as error:
+            if self.seen is not None:
+                cause = getattr(error, "strerror", None) or error
+                log.warning("%s: %s; what it held before stays", self, cause)
+            if isinstance(error, OSError):
+                self.seen = None
+            return False
+
+    def warn(self, paths: List[str]) -> None:
+        """Of those with secrets that others may read."""
+        for path in paths:
+            with contextlib.suppress(OSError):
+                if os.name != "nt" and os.stat(path).st_mode & 0o077:
+                    log.warning("%s: others can read it; chmod 600 %s", path, path)
+
+
+def forbid_core_dumps() -> None:
+    """They would hold the secrets. A limit of one byte, not of none, also keeps the
+    kernel from handing them to a program (core(5))."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+        least = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
+        resource.setrlimit(resource.RLIMIT_CORE, (least, least))
 
 
 # -----------------------------------------------------------------------------------
@@ -305,6 +426,7 @@ class Loop:
         # take no memory, as those of a bytearray would.
         self.scratch = memoryview(mmap.mmap(-1, DATA_LIMIT))
         self.frames = memoryview(mmap.mmap(-1, DATA_LIMIT + 4 * TEXT_LIMIT))
+        self.sealed = memoryview(mmap.mmap(-1, SEALED))  # what TLS is to open
         self.capacity = file_limit(self.selector) - SPARE_FILES
         self.running = True
         self.on_signal: Optional[Callable[[int], Any]] = None
@@ -434,6 +556,111 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 
 
 # -----------------------------------------------------------------------------------
+# TLS: what is read from the network is fed into a memory buffer, and what has to go
+# there is taken out of another, so that neither handshake nor encryption ever waits for
+# a socket, and all that was said here about sending and ending holds for it too.
+# -----------------------------------------------------------------------------------
+HANDSHAKE_TIME = 5.0  # seconds
+SEALED = 64 << 10  # bytes encrypted, or read to be decrypted, at once: OpenSSL keeps so
+# much memory for each connection
+
+
+class TLSError(OSError):
+    """The peer's TLS cannot be understood, or it is not whom we want to speak to."""
+
+    def __init__(self, error: Exception) -> None:
+        reason = str(getattr(error, "reason", "") or error)
+        said = getattr(error, "verify_message", "") or reason.replace("_", " ").lower()
+        super().__init__("TLS: %s" % said)
+        self.plain = reason == "HTTP_REQUEST"  # it was not even TLS
+        if reason == "WRONG_VERSION_NUMBER":  # what OpenSSL makes of anything else
+            self.args = ("the other side speaks no TLS",)
+
+
+def demand_tls_1_2(context: Any) -> Any:
+    """The versions before are broken (RFC 8996). Nothing may be negotiated again."""
+    import ssl
+
+    if hasattr(ssl, "TLSVersion"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # Python 3.6
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    return context
+
+
+class TLS:
+    """The encryption of one connection, without I/O. `name` is the host that the
+    server's certificate must be for; `pin` the SHA-256 that it must have."""
+
+    __slots__ = "ssl incoming outgoing object pin ready early more ending".split()
+
+    def __init__(self, context: Any, server: bool, name: Any, pin: bytes) -> None:
+        import ssl
+
+        self.ssl, self.pin = ssl, pin
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.object = context.wrap_bio(self.incoming, self.outgoing, server, name)
+        self.ready = False  # the handshake is done
+        self.early = bytearray()  # what was written before it was
+        self.more = False  # something is decrypted, or decryptable, and not yet read
+        self.ending = False  # we send no more
+
+    def shake_hands(self) -> bool:
+        """Go on with the handshake; True when it is done. Raises TLSError."""
+        try:
+            self.object.do_handshake()
+        except self.ssl.SSLWantReadError:
+            return False
+        except (self.ssl.SSLError, self.ssl.CertificateError) as error:
+            raise TLSError(error) from None
+        if self.pin:
+            self.check_pin()
+        self.ready = self.more = True
+        return True
+
+    def check_pin(self) -> None:
+        import hashlib
+        import hmac
+
+        found = hashlib.sha256(self.object.getpeercert(True)).digest()
+        if not hmac.compare_digest(found, self.pin):
+            raise TLSError(ValueError("the certificate has not the fingerprint wanted"))
+
+    def read_into(self, view: memoryview) -> Optional[int]:
+        """Bytes decrypted, 0 at the end, None when more has to come. Or TLSError."""
+        try:
+            count: int = self.object.read(len(view), view)
+            return count
+        except self.ssl.SSLWantReadError:
+            return None
+        except self.ssl.SSLZeroReturnError:
+            return 0
+        except self.ssl.SSLError as error:
+            raise TLSError(error) from None
+
+    def seal(self, data: Any) -> bytes:
+        """What to send for `data`: for now nothing, before the handshake is done."""
+        if not self.ready:
+            self.early += data
+            return b""
+        sealed, view = [], memoryview(data)
+        for at in range(0, len(view), SEALED):
+            part = view[at : at + SEALED]
+            while part:
+                part = part[self.object.write(part) :]
+            sealed.append(self.outgoing.read())
+        return b"".join(sealed)
+
+    def say_end(self) -> None:
+        """The word that we send no more (RFC 8446 6.1). OpenSSL would lose what has
+        come and is not read."""
+        if self.ready:
+            with contextlib.suppress(self.ssl.SSLError, ValueError):
+                self.object.unwrap()
+
+
+# -----------------------------------------------------------------------------------
 # Connection: a non-blocking socket. What it will not take now waits here in order,
 # and a half-close waits behind that. The only place that knows of would-block and of
 # the errors of a socket. A failed send ends that direction only: what the peer said
@@ -459,11 +686,13 @@ class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock owner backlog dry eof lost last moved events timer lingering closed"
+        "loop sock tls owner backlog dry eof lost last moved events timer lingering "
+        "closed"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
         self.loop, self.sock, self.owner = loop, sock, owner
+        self.tls: Optional[TLS] = None
         self.backlog = bytearray()  # what the kernel has not taken yet
         self.dry = True  # a read would block, until the selector says otherwise
         self.eof = False  # the peer sends no more
@@ -492,17 +721,23 @@ class Connection:
         self.loop.touched.add(self)
         if mask & WRITE and not self.closed:
             self.flush()
-            if not self.lingering:
+            if not (self.lingering or self.shaking()):
                 self.owner.on_writable()
         if mask & READ and not self.closed:
             self.dry = False
-            self.drop() if self.lingering else self.owner.on_readable()
+            if self.lingering:
+                self.drop()
+            else:
+                self.shake_hands() if self.shaking() else self.owner.on_readable()
 
     def register(self) -> None:
         """Tell the selector what is waited for now, if that has changed."""
         if self.closed:
             return
-        events = READ if self.lingering else self.owner.interest()
+        own = not (self.lingering or self.shaking())
+        events = self.owner.interest() if own else READ
+        if events & READ and self.tls and self.tls.more and not self.eof:
+            self.loop.soon(self, self.on_events, READ)  # the selector cannot see it
         events = (events & ~READ if self.eof else events) | bool(self.backlog) * WRITE
         if events != self.events:
             if self.events and events:
@@ -527,6 +762,10 @@ class Connection:
         self.loop.touched.add(self)
         if self.eof:
             return 0
+        if not len(view):
+            return None  # to read nothing would look like the end
+        if self.tls:
+            return self.open_into(view, self.tls)
         if self.dry or self.closed:
             return None
         try:
@@ -543,7 +782,10 @@ class Connection:
 
     def write(self, data: Any) -> None:
         """Send `data`, now or as soon as the socket takes it."""
-        if not self.backlog:
+        self.put(self.tls.seal(data) if self.tls else data)
+
+    def put(self, data: Any) -> None:
+        if data and not self.backlog:
             data = data[self.send(data) :]
         if data:
             if not self.backlog:
@@ -581,10 +823,85 @@ class Connection:
 
     def finish(self) -> None:
         """Half-close: tell the peer that no more will come."""
+        if not self.tls:
+            self.shut()
+        else:
+            self.tls.ending = True
+            if not self.tls.more:
+                self.finish_tls(self.tls)
+
+    def finish_tls(self, tls: TLS) -> None:
+        tls.ending = False
+        tls.say_end()
+        self.put(tls.outgoing.read())
+        self.after_backlog(self.shut)
+
+    def shut(self) -> None:
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             self.lost = self.lost or error
+
+    # TLS.
+
+    def start_tls(
+        self, context: Any, server: bool, name: Any = None, pin: bytes = b""
+    ) -> None:
+        """From here on all is encrypted: see TLS."""
+        self.tls = TLS(context, server, name, pin)
+        self.watch(HANDSHAKE_TIME)
+        if not server:
+            self.shake_hands()
+
+    def shaking(self) -> bool:
+        """Whether the handshake goes on."""
+        return self.tls is not None and not self.tls.ready
+
+    def shake_hands(self) -> None:
+        """Go on with the handshake; then the owner's part begins."""
+        tls = self.tls
+        if tls:
+            self.receive(tls)
+            try:
+                done = tls.shake_hands()
+            finally:
+                self.put(tls.outgoing.read())  # also why we do not want to go on
+            if done and self.timer:
+                self.timer.clear()
+                self.write(tls.early)
+
+    def receive(self, tls: TLS) -> None:
+        """Read what is encrypted. An end without the word for it (RFC 8446 6.1) may be
+        a cut that somebody else has made."""
+        try:
+            count = self.sock.recv_into(self.loop.sealed)
+        except (BlockingIOError, InterruptedError):
+            count = -1
+        if count > 0:
+            tls.incoming.write(self.loop.sealed[:count])
+        elif count == 0:
+            raise OSError("the other side closed the connection, and not by TLS")
+        self.dry = count < len(self.loop.sealed)
+
+    def open_into(self, view: memoryview, tls: TLS) -> Optional[int]:
+        """read_into(), decrypted: from the socket comes what is left in the buffer,
+        and, but for the first time, nothing."""
+        count, got, dry = 0, tls.read_into(view) if tls.ready else None, self.dry
+        while got or (got is None and not dry and not self.closed):
+            if got:
+                count += got
+                if count == len(view):
+                    break
+            else:
+                dry = True
+                self.receive(tls)
+            got = tls.read_into(view[count:])
+        self.eof = got == 0 and count == 0
+        tls.more = got is not None and not self.eof
+        self.put(tls.outgoing.read())  # an update of keys may want an answer
+        if tls.ending and not tls.more:
+            self.finish_tls(tls)
+        return 0 if self.eof else count or None
 
     def end(self, call: Call) -> None:
         """The last thing to do, when everything has been sent. A peer who takes nothing
@@ -607,6 +924,8 @@ class Connection:
         self.timer.set(seconds)
 
     def on_late(self) -> None:
+        if self.shaking():
+            raise OSError("no TLS handshake within %d s" % HANDSHAKE_TIME)
         if self.backlog and self.loop.clock() - self.moved < STALLED:
             self.watch(STALLED)
         else:
@@ -671,9 +990,8 @@ TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy turn l
 SHARES = 4  # busy streams among which a turn is divided: small frames cost time too
 FIRST_QUANTUM = 16 << 10  # bytes of a busy turn, until the link has been measured
 LEAST_TURN = 4 << 10  # bytes: less credit than this counts as none (no tiny frames)
-QUIET = 128 << 10  # bytes a stream may send in QUIET_TIME and still go first; half of
+QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first; half of
 # the quantum where that is less: on a thin link even a download sends little
-QUIET_TURN = 16 << 10  # bytes: all quiet streams are to leave together
 QUIET_TIME = 0.1  # seconds
 COLLECT = 64 << 10  # bytes of small frames that leave in one system call
 PING_AFTER = 10.0  # seconds of silence until we ask whether the other side lives
@@ -687,8 +1005,8 @@ class Stream:
     on_reset(code, cause) and fail(error)."""
 
     __slots__ = (
-        "link id owner credit window allowed granted widened held taken sent since "
-        "ready owing open ended_out ended_in opening farewell"
+        "link id owner credit window allowed granted widened held taken sent last "
+        "since ready owing open ended_out ended_in opening farewell"
     ).split()
 
     def __init__(self, link: "Link", number: int, owner: Any) -> None:
@@ -700,6 +1018,7 @@ class Stream:
         self.held = 0  # bytes received that nobody has taken
         self.taken = 0  # bytes taken, the credit not yet given back
         self.sent = 0  # bytes sent since `since`: what makes a stream quiet or busy
+        self.last = 0  # bytes of the last turn: whose answers are small is never busy
         self.since = 0.0
         self.ready = False  # stands in a ring
         self.owing = False  # stands among those that owe control
@@ -963,8 +1282,9 @@ class Link:
     def line_up(self, stream: Stream) -> None:
         """Into the ring where it belongs."""
         stream.ready = True
-        calm = min(QUIET, self.quantum // 2)
-        if stream.sent >= calm and self.loop.clock() - stream.since < QUIET_TIME:
+        much = stream.sent >= min(QUIET, self.quantum // 2)
+        much = much and stream.last >= LEAST_TURN
+        if much and self.loop.clock() - stream.since < QUIET_TIME:
             self.busy.append(stream)
             self.loop.touched.add(self.connection)
         else:
@@ -1027,7 +1347,7 @@ class Link:
 
     def put_quiet(self, fill: int) -> int:
         """Turns of quiet streams, until they are worth a system call."""
-        limit = min(QUIET_TURN, self.quantum)
+        limit = min(QUIET, self.quantum)
         while self.quiet and fill < COLLECT:
             fill = self.put_turn(self.quiet.popleft(), fill, limit)
         return fill
@@ -1051,6 +1371,7 @@ class Link:
         if now - stream.since >= QUIET_TIME:
             stream.since, stream.sent = now, 0
         stream.sent += count
+        stream.last = count
         if count == len(view):
             stream.wake()  # a source that came short is watched instead
         return self.put(DATA, stream.id, view[:count], fill)
@@ -1119,6 +1440,8 @@ class Link:
     def show(self, way: str, kind: int, number: int, payload: Any) -> None:
         """The line that -vv gives for each frame."""
         name, start = Kind(kind).name, bytes(payload[:24])
+        if kind == Kind.LOGIN:
+            start = b""  # who knows the session may take the link over
         log.debug("%s %s %d %s %d %r", self, way, number, name, len(payload), start)
 
 
@@ -1295,7 +1618,7 @@ class Section:
         if raw.count("\r\n") > FIELD_LIMIT + 2:
             raise HTTPError(431, "too-long", "more than %d fields" % FIELD_LIMIT)
         self.text = raw[:-4]  # a CRLF before each field, none behind
-        self.passed: Tuple[Any, bytes] = None, b""  # how it went on last, and why so
+        self.passed: Tuple[Any, bytes] = (None, b"")  # how it went on last, and why so
         self.named: Dict[str, str] = {}  # those noted, repeated ones as one list
         for name, value in NOTED.findall(self.text):
             name, value = name.lower(), value.strip(" \t")
@@ -1403,7 +1726,7 @@ class Request(Head):
     the `headers`, and the `address` of the visitor. What they take out of `fields`,
     (name, value) pairs, the service does not get."""
 
-    def __init__(self, head: Any, address: str) -> None:
+    def __init__(self, head: Any, address: str, scheme: str = "http") -> None:
         text = head.decode("latin-1")
         line = REQUEST_LINE.match(text)
         if not line:
@@ -1412,7 +1735,7 @@ class Request(Head):
         if major != "1":
             raise HTTPError(505, "version", "only HTTP/1.x is spoken here")
         self.minor = int(minor != "0")  # RFC 9110 2.5: 1.7 is 1.1 to us
-        self.address = address
+        self.address, self.scheme = address, scheme
         super().__init__(text, line.end())
         self.body = self.framing() or Body(0)
         if self.method == "CONNECT":
@@ -1449,7 +1772,7 @@ class Request(Head):
 
     def to_service(self) -> bytes:
         """The head as the service gets it."""
-        why = self.address, self.host, self.minor
+        why = self.address, self.host, self.minor, self.scheme
         first = "%s %s HTTP/1.%d\r\nHost: %s"
         first %= (self.method, self.target, self.minor, self.host)
         return self.pass_on(first, why, TO_SERVICE, self.for_service)
@@ -1459,7 +1782,7 @@ class Request(Head):
         named, hops = self.named, []
         add = [
             "\r\nX-Forwarded-For: " + self.address,
-            "\r\nX-Forwarded-Proto: http",
+            "\r\nX-Forwarded-Proto: " + self.scheme,
             "\r\nX-Forwarded-Host: " + self.host,
         ]
         if "content-length" in named:
@@ -1665,7 +1988,7 @@ class Names:
     def __init__(self, domains: List[Domain], ids: Any) -> None:
         self.domains, self.ids = domains, ids
         self.bases = [domain.name for domain in domains] + ["localhost"]
-        self.port = 0  # the visitors' port, for the URLs
+        self.scheme, self.port = "http", 0  # of the visitors' port, for the URLs
 
     def find(self, name: str) -> Tuple[Optional[str], Optional[str]]:
         """(id, service), (id, None) or (None, None) for a host in lower case."""
@@ -1697,23 +2020,25 @@ class Names:
             return name
         return "localhost" if labels[-1] == "localhost" else ".".join(labels[-2:])
 
-    def link(self, service: str, host: str) -> str:
-        """The service of the id whose index is at `host`, on this way to the server."""
+    def link(self, service: str, host: str, came: str) -> str:
+        """The service of the id whose index is at `host`, on this way to the server:
+        `came` is the scheme."""
         for scheme, name, port in self.domains:
             if port is not None and host.partition(":")[0].endswith("." + name):
                 suffix = ":%d" % port if port else ""
                 host = host.partition(":")[0] + suffix
                 return "%s://%s.%s/" % (scheme, service, host)
-        return "http://%s.%s/" % (service, host)
+        return "%s://%s.%s/" % (came, service, host)
 
     def url(self, id: str, service: str, dialled: str) -> str:
         """Where a service is reached, or "error: ..." when the server has no name.
         `dialled` is the Host that its client used."""
         host = HOST.fullmatch(dialled)
         name = host.group(1).rstrip(".").lower() if host else ""
-        scheme, port = "http", None
+        scheme, port = self.scheme, None
         if self.domains:
             scheme, name, port = self.domains[0]
+            scheme = self.scheme if port is None else scheme
         elif name in ("127.0.0.1", "[::1]"):
             name = "localhost"
         elif not name or ADDRESS.fullmatch(name):
@@ -1813,12 +2138,31 @@ TAKEOVER = 3.0  # seconds for the owner of an id to show that he lives, when it 
 TAKEOVER_LOOK = 0.05  # seconds between looks at whether he has
 
 
+def parse_tokens(data: bytes) -> Dict[str, str]:
+    """The file of --tokens, {"tim": "secret"}. Raises ValueError, naming the id that is
+    wrong, and no token."""
+    tokens: Dict[str, str] = {}
+    for id, token in parse_object(data):
+        try:
+            if not LABEL.fullmatch(id.lower()):
+                raise ValueError("an id has letters, digits, `-` and `_`, and no `--`")
+            if id.lower() in tokens:
+                raise ValueError("the id stands there twice")
+            tokens[id.lower()] = check_token(token)
+        except ValueError as error:
+            raise ValueError("id %r: %s" % (id, error)) from None
+    return tokens
+
+
 class Tunnel:
     """One client's link at the server."""
 
     def __init__(self, server: "Server", connection: Connection, host: str) -> None:
         self.server, self.dialled = server, host
         self.id = self.session = ""
+        self.token = ""  # of our id, once it is proven
+        self.nonce = make_nonce()
+        self.welcoming: Dict[str, str] = {}  # what WELCOME says
         self.services: Dict[str, Any] = {}
         self.peer = "client %s" % address_of(connection.sock)
         self.asked = 0.0  # when the owner of our id was asked whether he lives
@@ -1827,7 +2171,7 @@ class Tunnel:
         self.timer = Timer(server.loop, self.link, self.on_late)
         self.timer.set(LOGIN_TIME)
         self.contest_timer = Timer(server.loop, self.link, self.contest)
-        self.link.send(Kind.CHALLENGE, {"version": VERSION})
+        self.link.send(Kind.CHALLENGE, {"version": VERSION, "nonce": self.nonce})
 
     def __str__(self) -> str:
         return self.id or self.peer
@@ -1842,9 +2186,13 @@ class Tunnel:
             self.on_services(message)
         elif kind == Kind.GOODBYE:
             log.info("%s says goodbye: %s", self, message.get("reason"))
-            for stream in list(self.link.streams.values()):
-                if isinstance(stream.owner, Kept):
-                    stream.owner.drop()  # it would hold up the end
+            self.drop_kept()
+
+    def drop_kept(self) -> None:
+        """They would hold up the end."""
+        for stream in list(self.link.streams.values()):
+            if isinstance(stream.owner, Kept):
+                stream.owner.drop()
 
     def on_login(self, message: Dict[str, Any]) -> None:
         self.timer.clear()
@@ -1853,15 +2201,38 @@ class Tunnel:
             self.refuse("refused", "an id is a DNS label")
         elif not isinstance(session, str) or not session:
             raise ProtocolError("LOGIN without a session")
-        else:
+        elif self.proves(id.lower(), message):
             self.id, self.session = id.lower(), session
             self.claim()
 
+    def proves(self, id: str, message: Dict[str, Any]) -> bool:
+        """Whether the client knows the token of `id`, or needs none; else it is told
+        the same, after the same work, whether the token was wrong or the id unknown."""
+        tokens = self.server.tokens
+        if tokens is None:
+            return True
+        token = tokens.value.get(id)
+        nonces = self.nonce, str(message.get("nonce"))
+        proof = prove(token or self.nonce, "client", nonces, id)
+        if "proof" not in message:
+            self.refuse("refused", "this server wants a token")
+        elif not is_proof(message["proof"], proof) or token is None:
+            self.refuse("refused", "no such id, or a wrong token")
+        else:
+            self.token = token
+            self.welcoming["proof"] = prove(token, "server", nonces, id)
+            return True
+        return False
+
     def claim(self) -> None:
-        """An id belongs to the session that has it, as long as that lives."""
+        """An id belongs to the session that has it, as long as that lives, or until
+        another one proves that it knows the token."""
         owner = self.server.tunnels.get(self.id)
         if owner and owner.session == self.session:
             owner.link.close("the same client dialled again")
+            owner = None
+        elif owner and self.token:
+            owner.depose("replaced", "another client logged in as %s" % self.id)
             owner = None
         if owner is None:
             self.welcome()
@@ -1890,8 +2261,15 @@ class Tunnel:
         self.server.strangers.discard(self.link.connection)
         self.server.tunnels[self.id] = self
         self.timer.set(LOGIN_TIME)  # for its services
-        self.link.send(Kind.WELCOME, {})
+        self.link.send(Kind.WELCOME, self.welcoming)
         log.info("%s logged in from %s", self.id, self.peer)
+
+    def depose(self, code: str, cause: str) -> None:
+        """The id is no longer ours; what runs may end."""
+        del self.server.tunnels[self.id]
+        log.info("%s at %s: %s", self.id, self.peer, cause)
+        self.link.goodbye(code, cause)
+        self.drop_kept()
 
     def refuse(self, code: str, cause: str) -> None:
         log.info("%s refused: %s", self.peer, cause)
@@ -1920,8 +2298,9 @@ class Tunnel:
             raise HTTPError(503, "leaving", "the client of %s is leaving" % self.id)
         if len(link.streams) >= MAX_STREAMS or link.held > HELD_LIMIT:
             raise HTTPError(503, "overload", "%s has too many requests" % self.id)
-        visitor = exchange.request.address
-        message = {"service": exchange.service, "visitor": visitor, "scheme": "http"}
+        request = exchange.request
+        message = {"service": exchange.service, "visitor": request.address}
+        message["scheme"] = request.scheme
         return link.open(exchange, message)
 
     def on_closed(self, cause: str) -> None:
@@ -2043,7 +2422,7 @@ class Visitor:
             del self.buffer[:end]
             self.searched = 0
             self.timer.clear()
-            self.request = Request(head, self.address)
+            self.request = Request(head, self.address, self.port.scheme)
             self.serve(self.request)
         elif self.connection.eof or self.connection.lost:
             self.leave()
@@ -2060,6 +2439,8 @@ class Visitor:
             self.become_link(request)
         elif not self.port.visitors:
             raise HTTPError(404, "client-port", "clients dial this port, not visitors")
+        elif self.port.redirect:
+            self.redirect(request)
         else:
             router = self.server.router
             route, denied = router.route(request), router.authorize(request)
@@ -2103,8 +2484,17 @@ class Visitor:
 
     def show_index(self, request: Request, tunnel: Tunnel) -> None:
         link = self.server.names.link
-        lines = [link(service, request.host) for service in sorted(tunnel.services)]
+        host, scheme = request.host, request.scheme
+        lines = [link(name, host, scheme) for name in sorted(tunnel.services)]
         self.respond(200, "", "Services of %s" % tunnel.id, lines or ["None yet."])
+
+    def redirect(self, request: Request) -> None:
+        """To the same place by TLS (RFC 9110 15.4.9)."""
+        port = self.server.names.port
+        host = request.name + (":%d" % port if port != 443 else "")
+        path = request.target if request.target.startswith("/") else "/"
+        where = "https://%s%s" % (host, path)
+        self.respond(308, "", "Only by https", [where], [("Location", where)])
 
     def become_link(self, request: Request) -> None:
         """RFC 9110 7.8: go over to our protocol."""
@@ -2158,6 +2548,9 @@ class Visitor:
 
     def fail(self, error: Exception) -> None:
         """What went wrong before an answer began is answered; after that he is cut."""
+        if isinstance(error, TLSError) and error.plain:
+            self.connection.tls = None
+            error = HTTPError(400, "tls", "this port speaks TLS: https, or --tls")
         if self.closing or isinstance(error, OSError):
             self.leave()
             return
@@ -2585,14 +2978,56 @@ def listen_on(family: int, address: Any) -> socket.socket:
     return sock
 
 
+def open_file(paths: List[str], parse: Callable[..., Any]) -> Watched:
+    """Files that must be there. Raises ValueError, which names what is wrong."""
+    try:
+        return Watched(paths, parse)
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise ValueError("%s: %s" % (" and ".join(paths), cause)) from None
+
+
+def make_context(cert: str, key: str) -> Any:
+    """For the server's side of TLS. Raises ValueError."""
+    import ssl
+
+    context = demand_tls_1_2(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(cert, key, lambda: b"")  # asks nobody for a password
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "reason", None) or error)
+        said = reason.replace("_", " ").lower()
+        raise ValueError("no certificate and its key: %s" % said) from None
+    return context
+
+
+def fingerprint(cert: bytes) -> str:
+    """The SHA-256 of the first certificate of a PEM file, as openssl writes it."""
+    import hashlib
+    import ssl
+
+    end = b"-----END CERTIFICATE-----"
+    text = cert[cert.find(b"-----BEGIN CERTIFICATE-----") : cert.find(end)] + end
+    digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(text.decode("ascii"))).hexdigest()
+    return ":".join(re.findall("..", digest.upper()))
+
+
 class Listener:
-    """A port on which visitors or clients, or both, are accepted."""
+    """A port on which visitors or clients, or both, are accepted, maybe by TLS."""
 
     def __init__(
-        self, server: "Server", sock: socket.socket, visitors: bool, clients: bool
+        self,
+        server: "Server",
+        sock: socket.socket,
+        visitors: bool,
+        clients: bool,
+        tls: bool,
     ) -> None:
         self.server, self.loop, self.sock = server, server.loop, sock
-        self.visitors, self.clients = visitors, clients
+        self.visitors, self.clients, self.tls = visitors, clients, tls
+        self.scheme = "https" if tls else "http"
+        self.redirect = False  # visitors are sent to the port with TLS
         self.address = self.sock.getsockname()[:2]
         self.timer = Timer(self.loop, self, self.resume)
         self.paused = True
@@ -2617,6 +3052,8 @@ class Listener:
             visitor = Visitor(self, sock, host)
             if not self.visitors:
                 self.server.meet(visitor.connection)
+            if self.tls and self.server.tls:
+                visitor.connection.start_tls(self.server.tls.value, True)
 
     def fail(self, error: Exception) -> None:
         log.warning("%s: %s", self, error)
@@ -2637,10 +3074,32 @@ class Listener:
         self.sock.close()
 
 
+def plan_ports(
+    port: int, client_port: int, tls_port: Optional[int], tls: bool
+) -> List[Tuple[int, bool, bool, bool]]:
+    """Which ports there are: number, visitors, clients, TLS. The first is for visitors,
+    the last for clients. Raises ValueError."""
+    if not all(0 <= number < 1 << 16 for number in (port, client_port, tls_port or 0)):
+        raise ValueError("a port is a number from 0 to 65535")
+    if tls_port is not None and not tls:
+        raise ValueError("TLS for visitors needs a certificate")
+    if port != 0 and (port == tls_port or tls and port == client_port):
+        raise ValueError("port %d cannot be both with TLS and without" % port)
+    if not tls and port == client_port != 0:
+        return [(port, True, True, False)]
+    ports = [(port, True, False, False)]
+    if tls_port is not None:
+        ports.append((tls_port, True, tls_port == client_port != 0, True))
+    if tls_port != client_port or client_port == 0:
+        ports.append((client_port, False, True, tls))
+    return ports
+
+
 class Server:
     """Listens from the start; run() serves until stop(). Port 0 takes a free port: see
-    `visitor_address` and `client_address`, (host, port) each. `domain` is as --domain.
-    Raises OSError when it cannot listen, ValueError for a bad domain or port."""
+    `visitor_address` and `client_address`, (host, port) each. `domain` is as --domain,
+    `tokens`, `tls_cert` and `tls_key` are paths. Raises OSError when it cannot listen,
+    ValueError for what is wrong in an argument or in a file."""
 
     def __init__(
         self,
@@ -2650,14 +3109,24 @@ class Server:
         domain: str = "",
         router: Optional[Router] = None,
         loop: Optional[Loop] = None,
+        tokens: Optional[str] = None,
+        tls_cert: Optional[str] = None,
+        tls_key: Optional[str] = None,
+        tls_port: Optional[int] = None,
+        redirect: bool = False,
     ) -> None:
-        domains, ports = parse_domains(domain), [port, client_port]
-        if not all(0 <= number < 1 << 16 for number in ports):
-            raise ValueError("a port is a number from 0 to 65535")
-        shared = port == client_port != 0
+        domains = parse_domains(domain)
+        ports = plan_ports(port, client_port, tls_port, tls_cert is not None)
+        if redirect and tls_port is None:
+            raise ValueError("a redirect needs a port with TLS to lead to")
+        self.tokens = None if tokens is None else open_file([tokens], parse_tokens)
+        self.tls = None
+        if tls_cert is not None:
+            cert, key = tls_cert, tls_key or tls_cert
+            self.tls = open_file([cert, key], lambda *_: make_context(cert, key))
         with contextlib.ExitStack() as undo:
             socks: List[socket.socket] = []
-            for number in ports[shared:]:
+            for number, _, _, _ in ports:
                 socks.append(undo.enter_context(listen(bind, number)))
             undo.pop_all()
         self.loop = loop or Loop()
@@ -2667,16 +3136,24 @@ class Server:
         self.names = Names(domains, self.tunnels)
         self.router = router or Router()
         self.router.names = self.names
+        self.look_timer = Timer(self.loop, self, self.look)
+        if self.tokens or self.tls:
+            forbid_core_dumps()
+            self.on_new_files()
+            self.look_timer.set(LOOK_TIME)
         self.stopping = False
         self.said_goodbye = False
         self.until = 0.0  # when what we wait for, stopping, has had its time
         self.timer = Timer(self.loop, self, self.drain)
-        self.listeners = [Listener(self, socks[0], True, shared)]
-        if not shared:
-            self.listeners.append(Listener(self, socks[1], False, True))
+        self.listeners = []
+        for sock, (_, *roles) in zip(socks, ports):
+            self.listeners.append(Listener(self, sock, *roles))
         self.visitor_address = self.listeners[0].address
         self.client_address = self.listeners[-1].address
-        self.names.port = self.visitor_address[1]
+        self.tls_address = None if tls_port is None else self.listeners[1].address
+        self.listeners[0].redirect = redirect
+        self.names.port = (self.tls_address or self.visitor_address)[1]
+        self.names.scheme = "http" if self.tls_address is None else "https"
 
     def __str__(self) -> str:
         return "server"
@@ -2685,6 +3162,8 @@ class Server:
         """Serve until stop(), or on_signal(), and what follows from it is done."""
         ports = self.visitor_address[1], self.client_address[1]
         log.info("visitors on port %d, clients on port %d", *ports)
+        if self.tls_address:
+            log.info("visitors by TLS on port %d", self.tls_address[1])
         self.loop.run()
         self.close()
 
@@ -2703,6 +3182,30 @@ class Server:
 
     def fail(self, error: Exception) -> None:
         log.error("server: %s", error)
+
+    def look(self) -> None:
+        """Has a file changed? An id whose token has gone or changed is free; TLS that
+        runs goes on with the certificate that it began with."""
+        self.look_timer.set(LOOK_TIME)
+        files = [file for file in (self.tokens, self.tls) if file and file.look()]
+        if files:
+            log.info("changed: %s", ", ".join(map(str, files)))
+            self.on_new_files()
+        if self.tokens in files and self.tokens:
+            for tunnel in list(self.tunnels.values()):
+                if self.tokens.value.get(tunnel.id) != tunnel.token:
+                    tunnel.depose("refused", "the token of %s has changed" % tunnel.id)
+                    tunnel.link.flush()
+                    tunnel.link.close("its token has changed")
+
+    def on_new_files(self) -> None:
+        """What there is to say about them."""
+        if self.tokens:
+            self.tokens.warn(self.tokens.paths)
+        if self.tls and self.tls.seen:
+            self.tls.warn(self.tls.paths[1:])
+            if log.hears(INFO):
+                log.info("certificate: SHA256 %s", fingerprint(self.tls.seen[0]))
 
     def how_to(self, request: Request) -> List[str]:
         """For the landing page and the 404s: how somebody gets a name here."""
@@ -2806,6 +3309,15 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--domain", type=domains, default="", metavar="NAME",
         help="serve only names below NAME and localhost; several with commas; a whole "
         "URL (https://example.com) when a proxy stands in front")  # fmt: skip
+    add("--tls-cert", metavar="FILE", help="certificate chain: clients dial by TLS")
+    add("--tls-key", metavar="FILE", help="its key, if that is not in the same file")
+    add("--tls-port", type=port_number, metavar="PORT",
+        help="port for visitors by TLS; may be that for clients")  # fmt: skip
+    add("--redirect", action="store_true",
+        help="send visitors without TLS to the port with it")  # fmt: skip
+    add("--tokens", metavar="FILE",
+        help='ids and what proves them, as {"id": "token"}; without it any client gets '
+        "a free id")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
         help="say what happens, on stderr; -vv: every frame")  # fmt: skip
     add("-V", "--version", action="version", version=VERSION)
@@ -2818,10 +3330,20 @@ def main(argv: Optional[List[str]] = None) -> None:
     set_up_log(options.verbose)
     try:
         server = Server(
-            options.port, options.client_port, options.bind, options.domain
+            options.port,
+            options.client_port,
+            options.bind,
+            options.domain,
+            tokens=options.tokens,
+            tls_cert=options.tls_cert,
+            tls_key=options.tls_key,
+            tls_port=options.tls_port,
+            redirect=options.redirect,
         )
     except OSError as error:
         die(1, "cannot listen on %s" % (error.strerror or error))
+    except ValueError as error:
+        die(2, error)
     server.loop.catch_signals(server.on_signal)
     server.run()
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import faulthandler
 import hashlib
+import hmac
 import http.client
 import http.server
 import io
@@ -26,6 +27,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import struct
 import subprocess
 import sys
@@ -72,9 +74,10 @@ class Promises(unittest.TestCase):
 
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
-            "argparse collections contextlib enum errno functools heapq html http "
-            "itertools json logging mmap os queue random re resource selectors shlex "
-            "signal socket struct sys threading time typing urllib".split()
+            "argparse collections contextlib enum errno functools hashlib heapq hmac "
+            "html http itertools json logging mmap os queue random re resource "
+            "selectors shlex signal socket ssl struct sys threading time typing "
+            "urllib".split()
         )
         for name in SCRIPTS:
             for node in ast.walk(ast.parse(read(name))):
@@ -87,7 +90,7 @@ class Promises(unittest.TestCase):
                     self.assertIn(found.split(".")[0], allowed, name)
 
     def test_heavy_modules_are_imported_only_when_used(self):
-        heavy = "logging random html http urllib.parse shlex queue ssl"
+        heavy = "logging random html http urllib.parse shlex queue ssl hmac hashlib"
         if sys.version_info[:2] != (3, 8):  # whose argparse imports these itself
             heavy += " shutil threading"
         code = "import sys; sys.path.insert(0, %r); import %s as script; "
@@ -230,6 +233,71 @@ class Frames(unittest.TestCase):
 # -----------------------------------------------------------------------------------
 # Loop, on a fake clock
 # -----------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------
+# Secrets
+# -----------------------------------------------------------------------------------
+class Secrets(unittest.TestCase):
+    def setUp(self):
+        self.nonces = server_module.make_nonce(), server_module.make_nonce()
+
+    def test_proof_is_an_hmac_over_role_nonces_and_id(self):
+        said = "\n".join(["mdm-tunnel/1", "client", *self.nonces, "tim"]).encode()
+        expected = hmac.new(b"secret", said, "sha256").hexdigest()
+        found = server_module.prove("secret", "client", self.nonces, "tim")
+        self.assertEqual(found, expected)
+        self.assertTrue(server_module.is_proof(found, expected))
+
+    def test_proof_is_good_for_one_role_link_and_id_only(self):
+        other = server_module.make_nonce()
+        first, second = self.nonces
+        proofs = {
+            server_module.prove(token, role, nonces, id)
+            for token in ("secret", "Secret")
+            for role in ("client", "server")
+            for nonces in (self.nonces, (second, first), (first, other))
+            for id in ("tim", "eva")
+        }
+        self.assertEqual(len(proofs), 24)
+
+    def test_only_the_proof_itself_is_one(self):
+        proof = server_module.prove("secret", "client", self.nonces, "tim")
+        for said in (None, "", 0, [], proof[:-1], proof + "0", proof.upper(), "\u1234"):
+            self.assertFalse(server_module.is_proof(said, proof))
+
+    def test_nonce_of_another_form_is_refused(self):
+        for nonce in ("", "None", "A" * 64, "0" * 63, "0" * 65, "\n" * 64):
+            for nonces in ((nonce, self.nonces[0]), (self.nonces[0], nonce)):
+                with self.assertRaises(server_module.ProtocolError):
+                    server_module.prove("secret", "client", nonces, "tim")
+
+    def test_broken_token_files_are_refused_and_no_token_is_told(self):
+        table = [
+            (b"", "JSON"),
+            (b"\xff", "JSON"),
+            (b"[" * 100000, "JSON"),
+            (b'["hidden"]', "object"),
+            (b'{"tim": ""}', "tim"),
+            (b'{"tim": " "}', "tim"),
+            (b'{"tim": null}', "tim"),
+            (b'{"tim": 5}', "tim"),
+            (b'{"tim": ["hidden"]}', "tim"),
+            (b'{"tim": {"token": "hidden"}}', "tim"),
+            (b'{"tim": "hid\\u0000den"}', "tim"),
+            (b'{"tim": "hidd\xc3\xa9n"}', "tim"),
+            (b'{"tim": "%s"}' % (b"x" * 5000), "tim"),
+            (b'{"tim": "hidden", "TIM": "hidden"}', "twice"),
+            (b'{"a.b": "hidden"}', "letters"),
+        ]
+        for data, word in table:
+            with self.assertRaises(ValueError, msg=data[:30]) as caught:
+                server_module.parse_tokens(data)
+            self.assertIn(word, str(caught.exception))
+            self.assertNotIn("hid", str(caught.exception))
+
+    def test_ids_of_tokens_are_read_without_regard_to_case(self):
+        self.assertEqual(server_module.parse_tokens(b'{"Tim": "s"}'), {"tim": "s"})
+
+
 class Clock:
     """A clock that stands still until a test moves it."""
 
@@ -744,7 +812,8 @@ class Links(LinkCase):
         self.server.wire.room = 10000
         for _ in range(20):
             end = self.server.open(End(endless=True))
-            end.stream.sent, end.stream.since = 1 << 20, self.clock.now  # busy
+            end.stream.sent = end.stream.last = 1 << 20  # busy
+            end.stream.since = self.clock.now
         for _ in range(50):
             self.server.loop.turn()
             self.server.wire.flush(5000)
@@ -775,6 +844,15 @@ class Links(LinkCase):
             self.settle_slowly(turns=1)
         passed = sum(end.pulled for end in self.server.ends) - frames_before
         self.assertLessEqual(passed, self.server.link.quantum // 4)
+
+    def test_stream_of_many_small_turns_is_quiet(self):
+        small, large = self.server.open(End()), self.server.open(End(endless=True))
+        for _ in range(300):  # 1 MB/s
+            small.send(b"x" * KIB)
+            self.settle_slowly(turns=1, room=64 * KIB)
+        for end, busy in ((small, False), (large, True)):
+            end.send(b"x")
+            self.assertEqual(end.stream in self.server.link.busy, busy)
 
     def test_download_on_a_very_thin_wire_is_busy(self):
         for _ in range(4):
@@ -1597,7 +1675,9 @@ class NamesOfHosts(unittest.TestCase):
         ]
         for domain, host, link in table:
             names = server_module.Names(server_module.parse_domains(domain), set())
-            self.assertEqual(names.link("web", host), link)
+            self.assertEqual(names.link("web", host, "http"), link)
+        names = server_module.Names([], set())
+        self.assertEqual(names.link("web", "tim.x", "https"), "https://web.tim.x/")
 
     def test_a_name_to_dial_is_guessed_from_the_host(self):
         table = [
@@ -1658,6 +1738,33 @@ class ServiceFiles(unittest.TestCase):
         ]
         for data, word in table:
             with self.assertRaises(ValueError, msg=data[:20]) as caught:
+                client_module.parse_file(data)
+            self.assertIn(word, str(caught.exception))
+
+    def test_extended_file_has_a_token_beside_the_services(self):
+        table = [
+            (b'{"web": 9}', "", ["web"]),
+            (b'{"services": {"web": 9}}', "", ["web"]),
+            (b'{"token": "s", "services": {"web": 9}}', "s", ["web"]),
+            (b'{"token": "s", "services": {"target": 9}}', "s", ["target"]),
+            (b'{"token": 9}', "", ["token"]),
+            (b'{"services": 9, "token": 8}', "", ["services", "token"]),
+            (b'{"services": {"target": 9}}', "", ["services"]),
+        ]
+        for data, token, names in table:
+            found, services = client_module.parse_file(data)
+            self.assertEqual((found, sorted(services)), (token, names), data)
+
+    def test_broken_extended_files_are_refused_with_the_cause(self):
+        table = [
+            (b'{"token": "", "services": {}}', "token"),
+            (b'{"token": 5, "services": {}}', "token"),
+            (b'{"tokens": "s", "services": {"web": 9}}', "tokens"),
+            (b'{"token": "s", "token": "t", "services": {"web": 9}}', "twice"),
+            (b'{"token": "s", "services": {"web": "x"}}', "web"),
+        ]
+        for data, word in table:
+            with self.assertRaises(ValueError, msg=data) as caught:
                 client_module.parse_file(data)
             self.assertIn(word, str(caught.exception))
 
@@ -1996,6 +2103,16 @@ class TunnelCase(unittest.TestCase):
         """A traceback in the log is a bug, unless the test is about one."""
         lines = [line for line in self.log.lines if "Traceback" in line]
         self.assertEqual(lines, [])
+
+    def file(self, content, mode=0o600):
+        """The path of a file that holds this."""
+        handle, path = tempfile.mkstemp()
+        os.close(handle)
+        self.addCleanup(lambda: os.path.exists(path) and os.remove(path))
+        with open(path, "w") as file:
+            file.write(content)
+        os.chmod(path, mode)
+        return path
 
     def start_server(self, **options):
         options = dict({"port": 0, "client_port": 0, "bind": "127.0.0.1"}, **options)
@@ -3412,6 +3529,143 @@ class Logins(TunnelCase):
         self.assertIn("--client-port", str(client.error))
 
 
+class Tokens(TunnelCase):
+    """Who may have an id, when the server has a list of tokens."""
+
+    log_in, hello, frames = Logins.log_in, Logins.hello, Logins.frames
+
+    def start_with_tokens(self, **tokens):
+        self.path = self.file(json.dumps(tokens or {"tim": "secret"}))
+        return self.start_server(tokens=self.path)
+
+    def refused(self, *arguments, **options):
+        """What a client is told that ends with exit status 3."""
+        client = self.start_client({"web": 1}, *arguments, wait=False, **options)
+        client.until(lambda: client.error)
+        self.assertEqual(client.error.status, 3)
+        return str(client.error)
+
+    def test_client_and_server_prove_that_they_know_the_token(self):
+        self.start_with_tokens()
+        self.start_client({"web": self.echo()}, token="secret")
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+
+    def test_wrong_token_and_unknown_id_get_the_same_answer(self):
+        self.start_with_tokens()
+        said = {self.refused(token="wrong"), self.refused("eva", token="secret")}
+        self.assertEqual(said, {"no such id, or a wrong token"})
+        self.assertIn("token", self.refused())
+        self.assertEqual(self.tunnels, {})
+
+    def test_unknown_id_costs_the_same_work_as_a_wrong_token(self):
+        """Both lead to one proof and one comparison."""
+        calls = []
+        for name in ("prove", "is_proof"):
+            real = getattr(server_module, name)
+            self.addCleanup(setattr, server_module, name, real)
+
+            def counted(*arguments, name=name, real=real):
+                calls.append(name)
+                return real(*arguments)
+
+            setattr(server_module, name, counted)
+        self.start_with_tokens()
+        for id in ("tim", "eva"):
+            self.refused(id, token="wrong")
+        self.assertEqual(calls, ["prove", "is_proof"] * 2)
+
+    def test_client_with_a_token_serves_no_server_without(self):
+        self.start_server()
+        self.assertIn("cannot prove", self.refused(token="secret"))
+
+    def log_in_with(self, nonce, proof, id="tim"):
+        """What a hand-made client is told for this LOGIN."""
+        conn = self.hello()
+        self.rest = read_head(conn)[1]
+        (_, _, payload), *_ = self.frames(conn, Kind.CHALLENGE)
+        self.rest = b""
+        theirs = json.loads(payload.decode())["nonce"]
+        login = {"id": id, "session": "s", "nonce": nonce, "proof": proof(theirs)}
+        conn.sendall(frame(Kind.LOGIN, 0, json.dumps(login).encode()))
+        kind, _, payload = self.frames(conn, Kind.WELCOME)[-1]
+        return kind, json.loads(payload.decode())
+
+    def test_proof_that_was_overheard_is_worth_nothing(self):
+        self.start_with_tokens()
+        mine, heard = server_module.make_nonce(), []
+
+        def right(theirs):
+            heard.append(server_module.prove("secret", "client", (theirs, mine), "tim"))
+            return heard[-1]
+
+        kind, said = self.log_in_with(mine, right)
+        self.assertEqual(kind, Kind.WELCOME)
+        kind, refused = self.log_in_with(mine, lambda theirs: heard[0])
+        self.assertEqual((kind, refused["code"]), (Kind.GOODBYE, "refused"))
+        kind, refused = self.log_in_with(mine, lambda theirs: said["proof"])
+        self.assertEqual((kind, refused["code"]), (Kind.GOODBYE, "refused"))
+
+    def test_login_with_a_broken_nonce_or_proof_is_refused(self):
+        self.start_with_tokens()
+        for nonce, proof in (("x", "y"), (None, None), ("0" * 64, {"a": []})):
+            kind, said = self.log_in_with(nonce, lambda theirs, proof=proof: proof)
+            self.assertEqual(kind, Kind.GOODBYE)
+            self.assertIn(said["code"], ("protocol", "refused"))
+
+    def test_newcomer_with_the_token_replaces_the_owner_for_good(self):
+        self.start_with_tokens()
+        old = self.start_client({"web": self.echo("old")}, token="secret")
+        first = self.tunnels["tim"]
+        self.start_client({"web": self.echo("new")}, token="secret", wait=False)
+        old.until(lambda: old.error)
+        self.assertEqual(old.error.status, 3)
+        self.assertIn("another client", str(old.error))
+        self.server.until(lambda: first.link.closed and self.serves("tim", {"web": 1}))
+        self.assertEqual(self.echoed("web.tim.x")["service"], "new")
+        self.assertIsNot(self.tunnels["tim"], first)
+
+    def test_name_of_a_dead_link_is_free_at_once_for_who_has_the_token(self):
+        self.start_with_tokens()
+        mine = server_module.make_nonce()
+
+        def right(theirs):
+            return server_module.prove("secret", "client", (theirs, mine), "tim")
+
+        self.log_in_with(mine, right)  # and never says a word again
+        self.start_client({"web": self.echo()}, token="secret")
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+
+    def test_token_that_changes_ends_its_link_and_no_other(self):
+        self.addCleanup(setattr, server_module, "LOOK_TIME", server_module.LOOK_TIME)
+        server_module.LOOK_TIME = 0.05
+        self.start_with_tokens(tim="secret", eva="hers")
+        tim = self.start_client({"web": self.echo("tim")}, token="secret")
+        self.start_client({"web": self.echo("eva")}, "eva", token="hers")
+        eva = self.tunnels["eva"]
+        with open(self.path, "w") as file:
+            file.write("{")
+        self.server.until(lambda: any("not JSON" in x for x in self.log.lines))
+        self.assertEqual(self.echoed("web.tim.x")["service"], "tim")
+        with open(self.path, "w") as file:
+            json.dump({"tim": "new", "eva": "hers"}, file)
+        tim.until(lambda: tim.error)
+        self.assertEqual(tim.error.status, 3)
+        self.assertIn("changed", str(tim.error))
+        self.start_client({"web": self.echo("again")}, token="new")
+        self.assertEqual(self.echoed("web.tim.x")["service"], "again")
+        self.assertIs(self.tunnels["eva"], eva)
+
+    def test_token_file_that_others_can_read_is_warned_about(self):
+        if os.name == "nt":
+            self.skipTest("no such modes here")
+        for mode, warned in ((0o644, True), (0o640, True), (0o600, False)):
+            del self.log.lines[:]
+            path = self.file('{"tim": "secret"}', mode)
+            self.start_server(tokens=path)
+            found = any("chmod 600 " + path in line for line in self.log.lines)
+            self.assertEqual(found, warned)
+
+
 class HandMadeServer(TunnelCase):
     """The client, against a server of frames by hand."""
 
@@ -3678,6 +3932,362 @@ class Hostile(TunnelCase):
         self.wait_for_streams(0)
         self.client.until(lambda: len(self.client.loop.connections) == 1)
         self.echoed("web.tim.x")
+
+
+# -----------------------------------------------------------------------------------
+# TLS
+# -----------------------------------------------------------------------------------
+LOCALHOST = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg4Dqqw4pCbeRDBpKE
+5xYJPyFch8Y36Dhbt7VQ5XlqVxChRANCAAQI/eaXOo8VRHfJvFaL0jzMjRf8OSSy
+fEjNxOfPVSOwf0dJZfty1+WVV99j3ehCV9960P7N4AJK1f9ygSiRm4xh
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBujCCAWGgAwIBAgIUVFpKyM3YOnh+PopU/keZw7A7BD0wCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNTEwMDM0M1oYDzIxMjYxMTAx
+MTAwMzQzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAQI/eaXOo8VRHfJvFaL0jzMjRf8OSSyfEjNxOfPVSOwf0dJZfty1+WV
+V99j3ehCV9960P7N4AJK1f9ygSiRm4xho4GOMIGLMB0GA1UdDgQWBBQP3akOa0lD
+mRMxSTmSNCeT6vxUkjAfBgNVHSMEGDAWgBQP3akOa0lDmRMxSTmSNCeT6vxUkjAP
+BgNVHRMBAf8EBTADAQH/MDgGA1UdEQQxMC+CCWxvY2FsaG9zdIILKi5sb2NhbGhv
+c3SCDyoudGltLmxvY2FsaG9zdIcEfwAAATAKBggqhkjOPQQDAgNHADBEAiAkOgjM
+Q/28lUpPoFNfmoRxbDuB3DWqXJP/sZ76tdnh/AIgCd28qd7R04jVc2BA5UEj5Ths
+0VrMnDuLiKZ7obKw6KQ=
+-----END CERTIFICATE-----
+"""  # self-signed, for localhost, 127.0.0.1 and some names below localhost
+OTHER = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgOnEsLLt5q7fqIl2r
+t2vBevaNfE49tJtTmkuhLupgnlmhRANCAAQDwz+9+C0oXV4Qsy3bQ/+mGzgpLesi
+Q6KGwbG0gqtLy+v/ZjQAwnuol1UWnbYbB8oBrd0rnEgUBxD5dF40n/H7
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBnzCCAUWgAwIBAgIUAKs5I2K+Pe+PGPor4DSpLq33/AAwCgYIKoZIzj0EAwIw
+EDEOMAwGA1UEAwwFb3RoZXIwIBcNMjYxMTI1MTAwMzQzWhgPMjEyNjExMDExMDAz
+NDNaMBAxDjAMBgNVBAMMBW90aGVyMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE
+A8M/vfgtKF1eELMt20P/phs4KS3rIkOihsGxtIKrS8vr/2Y0AMJ7qJdVFp22GwfK
+Aa3dK5xIFAcQ+XReNJ/x+6N7MHkwHQYDVR0OBBYEFCW0LgcmKaQHMzJTkKwbUAzT
+E0DRMB8GA1UdIwQYMBaAFCW0LgcmKaQHMzJTkKwbUAzTE0DRMA8GA1UdEwEB/wQF
+MAMBAf8wJgYDVR0RBB8wHYIFb3RoZXKCByoub3RoZXKCCyoudGltLm90aGVyMAoG
+CCqGSM49BAMCA0gAMEUCIE1IYE2Dg1sDUy0UzxWQ+KNVDi/TN10FyVj+LYlnPwYy
+AiEAxqLuSjXdn/z5PK7erpjG+O/qmPVbpO5l0yGHt3wIsvE=
+-----END CERTIFICATE-----
+"""  # the same for a host called other
+
+
+class TLSVisitor:
+    """A connection by TLS that can end each way alone, unlike that of `ssl`."""
+
+    def __init__(self, conn, context):
+        self.conn = conn
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.object = context.wrap_bio(self.incoming, self.outgoing)
+        self.go_on(self.object.do_handshake)
+
+    def __getattr__(self, name):
+        return getattr(self.conn, name)
+
+    def send_sealed(self):
+        if self.outgoing.pending:
+            self.conn.sendall(self.outgoing.read())
+
+    def go_on(self, call, *arguments):
+        while True:
+            try:
+                result = call(*arguments)
+                self.send_sealed()
+                return result
+            except ssl.SSLWantReadError:
+                self.send_sealed()
+                data = self.conn.recv(65536)
+                self.incoming.write(data) if data else self.incoming.write_eof()
+
+    def sendall(self, data):
+        view = memoryview(data)
+        while view:
+            view = view[self.go_on(self.object.write, view) :]
+
+    def recv(self, size):
+        try:
+            return self.go_on(self.object.read, size)
+        except ssl.SSLZeroReturnError:
+            return b""
+
+    def shutdown(self, how):
+        with contextlib.suppress(ssl.SSLError):
+            self.object.unwrap()
+        self.send_sealed()
+        self.conn.shutdown(how)
+
+
+class TLSCase(TunnelCase):
+    """Visitors and clients come by TLS."""
+
+    def setUp(self):
+        super().setUp()
+        self.pem = self.file(LOCALHOST)
+        self.context = ssl.create_default_context(cafile=self.pem)
+        self.context.check_hostname = False  # any name leads to the services
+
+    def start_server(self, **options):
+        port = options.get("port", 0)
+        if port and port == options.get("client_port"):
+            options = dict(options, port=0, tls_port=port)  # one port, with TLS
+        options = dict({"tls_port": 0, "tls_cert": self.pem}, **options)
+        return super().start_server(**options)
+
+    def start_client(self, services, *arguments, **options):
+        if "tls" not in options:
+            options["tls"] = client_module.make_context(self.pem, False)
+        return super().start_client(services, *arguments, **options)
+
+    def connect(self):
+        """To the port with TLS, and not yet a word of it."""
+        conn = socket.create_connection(self.server.program.tls_address[:2])
+        self.addCleanup(conn.close)
+        conn.settimeout(PATIENCE)
+        return conn
+
+    def visit(self):
+        return TLSVisitor(self.connect(), self.context)
+
+    def keep(self):
+        host, port = self.server.program.tls_address[:2]
+        options = {"timeout": PATIENCE, "context": self.context}
+        conn = http.client.HTTPSConnection(host, port, **options)
+        self.addCleanup(conn.close)
+        return conn
+
+
+class EndToEndByTLS(TLSCase, EndToEnd):
+    """All that holds without TLS holds with it."""
+
+    def test_long_pipelined_burst_is_answered_to_its_end(self):
+        self.skipTest("it sends in one thread, and reads in another")
+
+
+class Encryption(TLSCase):
+    def refused(self, status=1, **options):
+        """Why a client ends at its first dial."""
+        client = self.start_client({"web": 1}, wait=False, **options)
+        client.until(lambda: client.error)
+        self.assertEqual(client.error.status, status)
+        return str(client.error)
+
+    def test_server_that_no_authority_knows_is_refused(self):
+        self.start_server()
+        context = client_module.make_context(None, False)
+        self.assertRegex(self.refused(tls=context), "self|verify failed")
+        self.assertEqual(self.tunnels, {})
+
+    def test_certificate_for_another_name_is_refused(self):
+        other = self.file(OTHER)
+        self.start_server(tls_cert=other)
+        context = client_module.make_context(other, False)
+        self.assertIn("127.0.0.1", self.refused(tls=context))
+
+    def test_certificate_with_the_fingerprint_needs_no_authority(self):
+        self.start_server(tls_cert=self.file(OTHER))
+        said = server_module.fingerprint(OTHER.encode())
+        pin = client_module.parse_fingerprint("sha256 Fingerprint=" + said)
+        context = client_module.make_context(None, True)
+        self.start_client({"web": self.echo()}, tls=context, pin=pin)
+        self.context.load_verify_locations(cadata=OTHER)
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+        wrong = client_module.parse_fingerprint("00" * 32)
+        self.assertIn("fingerprint", self.refused(tls=context, pin=wrong))
+
+    def test_fingerprint_and_authority_must_both_be_right(self):
+        self.start_server()
+        pin = client_module.parse_fingerprint(
+            server_module.fingerprint(LOCALHOST.encode())
+        )
+        right, wrong = [
+            client_module.make_context(path, True)
+            for path in (self.pem, self.file(OTHER))
+        ]
+        self.assertRegex(self.refused(tls=wrong, pin=pin), "self|verify failed")
+        self.start_client({"web": 1}, tls=right, pin=pin)
+
+    def test_nothing_is_sent_before_the_fingerprint_is_known_to_be_right(self):
+        got = []
+
+        def handler(conn):
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(self.pem)
+            with contextlib.suppress(OSError):
+                got.append(TLSVisitor.recv(ServerSide(conn, context), 100))
+
+        class ServerSide(TLSVisitor):
+            def __init__(self, conn, context):
+                self.conn = conn
+                self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+                self.object = context.wrap_bio(self.incoming, self.outgoing, True)
+                self.go_on(self.object.do_handshake)
+
+        self.start_server()
+        pin = client_module.parse_fingerprint("00" * 32)
+        options = {"tls": client_module.make_context(None, True), "pin": pin}
+        self.refused(port=self.service(handler), **options)
+        self.assertEqual(b"".join(got), b"")
+
+    def test_contexts_verify_and_speak_no_old_version(self):
+        context = client_module.make_context(None, False)
+        self.assertTrue(context.check_hostname)
+        self.assertEqual(context.verify_mode, ssl.CERT_REQUIRED)
+        for found in (context, server_module.make_context(self.pem, self.pem)):
+            if hasattr(ssl, "TLSVersion"):
+                self.assertEqual(found.minimum_version, ssl.TLSVersion.TLSv1_2)
+            else:
+                self.assertTrue(found.options & ssl.OP_NO_TLSv1_1)
+
+    def test_fingerprints_are_read_as_openssl_writes_them(self):
+        text = ":".join(["AB"] * 32)
+        for said in (text, text.lower(), text.replace(":", ""), "x=" + text + "\n"):
+            self.assertEqual(client_module.parse_fingerprint(said), b"\xab" * 32)
+        for said in ("", "AB", text + ":AB", text[:-1] + "G"):
+            with self.assertRaises(ValueError):
+                client_module.parse_fingerprint(said)
+
+    def test_files_without_a_certificate_and_its_key_are_refused(self):
+        key, cert = LOCALHOST.split("-----BEGIN CERT")
+        cert, key = "-----BEGIN CERT" + cert, self.file(key)
+        whole = self.file(cert)
+        pairs = [(whole, whole), (whole, self.file(OTHER)), (whole, "/nowhere")]
+        pairs += [(self.file(""), key), (key, key)]
+        for pair in pairs:
+            with self.assertRaises(ValueError):
+                server_module.Server(0, 0, tls_cert=pair[0], tls_key=pair[1])
+        self.start_server(tls_cert=whole, tls_key=key)
+        self.start_client({"web": 1})
+
+    def test_ports_with_and_without_tls_are_told_apart(self):
+        plan = server_module.plan_ports
+        table = [
+            ((1, 2, None, False), [(1, 1, 0, 0), (2, 0, 1, 0)]),
+            ((1, 1, None, False), [(1, 1, 1, 0)]),
+            ((1, 2, None, True), [(1, 1, 0, 0), (2, 0, 1, 1)]),
+            ((1, 2, 3, True), [(1, 1, 0, 0), (3, 1, 0, 1), (2, 0, 1, 1)]),
+            ((1, 2, 2, True), [(1, 1, 0, 0), (2, 1, 1, 1)]),
+            ((0, 0, 0, True), [(0, 1, 0, 0), (0, 1, 0, 1), (0, 0, 1, 1)]),
+        ]
+        for arguments, ports in table:
+            self.assertEqual(plan(*arguments), ports)
+        for bad in ((1, 1, None, True), (1, 2, 1, True), (1, 2, 3, False)):
+            with self.assertRaises(ValueError):
+                plan(*bad)
+
+    def test_silent_handshake_ends_after_its_time_and_holds_up_nobody(self):
+        name = "HANDSHAKE_TIME"
+        self.addCleanup(setattr, server_module, name, server_module.HANDSHAKE_TIME)
+        server_module.HANDSHAKE_TIME = 0.3
+        self.start()
+        hello = ssl.MemoryBIO()
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self.context.wrap_bio(ssl.MemoryBIO(), hello).do_handshake()
+        conns = [self.connect() for _ in range(20)]
+        for conn in conns[:10]:
+            conn.sendall(hello.read(40))
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+        for conn in conns:
+            self.assertEqual(conn.recv(100), b"")
+
+    def test_request_without_tls_is_told_so(self):
+        self.start()
+        said = self.raw(self.ask("web.tim.x"), self.connect())
+        self.assertIn(b"HTTP/1.1 400", said)
+        self.assertIn(b"X-Tunnel-Error: tls", said)
+        self.assertIn("--tls", self.refused(tls=None))
+
+    def test_server_without_tls_is_told_so(self):
+        self.start_server()
+        port = self.service(lambda conn: conn.sendall(b"HTTP/1.1 400 Bad\r\n\r\n"))
+        self.assertIn("no TLS", self.refused(port=port))
+
+    def test_garbage_instead_of_tls_harms_nobody(self):
+        self.start()
+        for data in (b"\x16\x03\x01\xff\xff" + bytes(300), b"\0" * 300, b"x" * 70000):
+            conn = self.connect()
+            with contextlib.suppress(OSError):
+                conn.sendall(data)
+                self.raw(b"", conn)
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+
+    def test_services_learn_that_visitors_came_by_tls(self):
+        self.start()
+        headers = self.echoed("web.tim.x")["headers"]
+        self.assertIn(["X-Forwarded-Proto", "https"], headers)
+
+    def test_urls_lead_to_the_port_with_tls(self):
+        self.start_server()
+        client = self.start_client({"web": 1})
+        client.until(lambda: client.program.urls)
+        port = self.server.program.tls_address[1]
+        url = "https://web.tim.localhost:%d/" % port
+        self.assertEqual(client.program.urls, {"web": url})
+        page = self.get("tim.localhost:%d" % port).content.decode()
+        self.assertIn(url, page)
+
+    def test_visitors_without_tls_stay_or_are_sent_to_it(self):
+        for redirect in (False, True):
+            self.start_server(redirect=redirect)
+            self.start_client({"web": self.echo()})
+            conn = socket.create_connection(self.server.program.visitor_address[:2])
+            self.addCleanup(conn.close)
+            first = "POST /a?b HTTP/1.1"
+            said = self.raw(self.ask("web.tim.x:1", first=first), conn)
+            where = b"https://web.tim.x:%d/a?b\r\n" % self.server.program.tls_address[1]
+            self.assertEqual(b"HTTP/1.1 308" in said, redirect)
+            self.assertEqual(b"\r\nLocation: " + where in said, redirect)
+
+    def test_new_certificate_counts_without_dropping_a_connection(self):
+        self.addCleanup(setattr, server_module, "LOOK_TIME", server_module.LOOK_TIME)
+        server_module.LOOK_TIME = 0.05
+        self.start()
+        conn = self.keep()
+        self.echoed("web.tim.x", conn=conn)
+        kept, tunnel = conn.sock, self.tunnels["tim"]
+        tls = self.server.program.tls
+        with open(self.pem, "w") as file:
+            file.write("broken")
+        self.server.until(lambda: any("certificate and" in x for x in self.log.lines))
+        self.echoed("web.tim.x")  # the old one still counts
+        before = tls.value
+        with open(self.pem, "w") as file:
+            file.write(OTHER)
+        self.server.until(lambda: tls.value is not before)
+        self.assertEqual(self.echoed("web.tim.x", conn=conn)["service"], "web")
+        self.assertIs(conn.sock, kept)
+        self.assertIs(self.tunnels["tim"], tunnel)
+        with self.assertRaises(ssl.SSLError):
+            self.visit()
+        self.context.load_verify_locations(cadata=OTHER)
+        self.visit()
+
+    def test_cut_is_not_taken_for_an_end(self):
+        """After a 101 only TLS's own word for it ends a direction."""
+        ended = []
+
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
+            try:
+                ended.append(conn.recv(100))
+            except OSError as error:
+                ended.append(error)
+
+        self.start(web=self.service(handler))
+        lines = ["Connection: upgrade", "Upgrade: x"]
+        for clean in (False, True):
+            conn = self.visit()
+            conn.sendall(self.ask("web.tim.x", *lines, close=False))
+            self.assertIn(b"101", read_head(conn)[0])
+            conn.shutdown(socket.SHUT_WR) if clean else conn.conn.close()
+            self.wait_for_streams(0)
+            self.server.until(lambda clean=clean: len(ended) == 1 + clean)
+        self.assertIsInstance(ended[0], ConnectionResetError)
+        self.assertEqual(ended[1], b"")
 
 
 # -----------------------------------------------------------------------------------
