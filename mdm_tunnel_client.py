@@ -16,8 +16,6 @@ that order: the wire and the machinery that the server has too, then services, d
 bridges, the client. Nothing here needs more than the standard library of Python 3.6.
 """
 
-import errno
-
 # ===================================================================================
 # SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
 # ===================================================================================
@@ -25,6 +23,7 @@ import argparse
 import collections
 import contextlib
 import enum
+import errno
 import heapq
 import itertools
 import json
@@ -134,13 +133,14 @@ class FrameReader:
         self.held = b""  # the beginning of a header or of a small frame
         self.kind = self.stream = 0
         self.left = 0  # bytes of the current DATA still to come
+        self.paused = False  # feed() is to keep what follows for later
 
     def feed(self, data: memoryview) -> Iterator[Tuple[int, int, memoryview]]:
         """Yield (kind, stream, payload) as far as `data` goes. Raises ProtocolError."""
         if self.held:
             data, self.held = memoryview(self.held + data), b""
         at, end = 0, len(data)
-        while at < end:
+        while at < end and not self.paused:
             start = at + HEADER.size
             if self.left:
                 start, at = at, min(end, at + self.left)
@@ -156,8 +156,8 @@ class FrameReader:
                     at = start + length
                     yield self.kind, self.stream, data[start:at]
                     continue
-            self.held = bytes(data[at:])
-            return
+            break
+        self.held = bytes(data[at:])
 
     def open_frame(self, data: memoryview, at: int) -> int:
         """A header is whole: check it; return how much is to follow."""
@@ -421,12 +421,15 @@ class Loop:
         self.unsent: Dict[Any, None] = {}  # links with something to send
         self.touched: Set[Connection] = set()
         self.connections: Set[Connection] = set()
+        self.links: Set[Any] = set()
+        self.held = 0  # bytes that they hold
         # What is being read, and what is being sent: pages that nobody has touched yet
         # take no memory, as those of a bytearray would.
         self.scratch = memoryview(mmap.mmap(-1, DATA_LIMIT))
         self.frames = memoryview(mmap.mmap(-1, DATA_LIMIT + 4 * TEXT_LIMIT))
         self.sealed = memoryview(mmap.mmap(-1, SEALED))  # what TLS is to open
         self.capacity = file_limit(self.selector) - SPARE_FILES
+        self.shakes = 0  # steps of TLS handshakes in this turn
         self.running = True
         self.on_signal: Optional[Callable[[int], Any]] = None
         self.alarm, self.bell = socket.socketpair()
@@ -474,6 +477,7 @@ class Loop:
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
+        self.shakes = 0
         for number, (key, mask) in enumerate(self.selector.select(self.patience())):
             self.guard(key.data, key.data.on_events, mask)
             if number % PART == PART - 1:
@@ -525,7 +529,10 @@ class Loop:
         """The one catcher: what `call` raises ends `owner`, and nothing else."""
         try:
             return call(*args)
-        except Exception as error:
+        except Exception as caught:
+            error: Exception = caught
+            if isinstance(error, MemoryError):
+                error = OSError(errno.ENOMEM, "no memory left")
             try:
                 if not isinstance(error, (OSError, ProtocolError)):
                     log.error("%s: %s", owner, error, trace=error)
@@ -560,6 +567,7 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 # a socket, and all that was said here about sending and ending holds for it too.
 # -----------------------------------------------------------------------------------
 HANDSHAKE_TIME = 5.0  # seconds
+HANDSHAKES_A_TURN = 16  # steps of them in a turn of the loop: each computes a while
 SEALED = 64 << 10  # bytes encrypted, or read to be decrypted, at once: OpenSSL keeps so
 # much memory for each connection
 
@@ -857,9 +865,11 @@ class Connection:
         return self.tls is not None and not self.tls.ready
 
     def shake_hands(self) -> None:
-        """Go on with the handshake; then the owner's part begins."""
+        """Go on with the handshake; then the owner's part begins. With too many in one
+        turn the selector will say again that there is something to read."""
         tls = self.tls
-        if tls:
+        self.loop.shakes += 1
+        if tls and self.loop.shakes <= HANDSHAKES_A_TURN:
             self.receive(tls)
             try:
                 done = tls.shake_hands()
@@ -983,6 +993,9 @@ SPARE_WINDOWS = 64 << 20  # bytes that a link may promise over all streams' WIND
 WIDEN_AFTER = 0.05  # seconds until a window grows again: the last has to show first
 ASK_AFTER = 1.0  # seconds between looks at the round trip, while credit is given
 HELD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
+ALL_HELD = 256 << 20  # bytes that all links may hold: then it is the largest's turn
+WORK_A_TURN = 1000  # frames of a link in a turn of the loop: some milliseconds
+TEXT_WORK = 64  # bytes of JSON that are as much work as a frame
 MAX_STREAMS = 16384  # open at once on a link: more is an attack or a loop
 LAST_ID = (1 << 32) - 1  # stream ids are u32; past it the client dials anew
 TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy turn last
@@ -1042,7 +1055,7 @@ class Stream:
         taken = self.held - waiting
         if taken > 0:
             self.held = waiting
-            self.link.held -= taken
+            self.link.hold(-taken)
             self.taken += taken
             if self.taken >= self.window // 4 and not self.ended_in:
                 self.link.owe(self)
@@ -1050,6 +1063,7 @@ class Stream:
     def reset(self, code: str, cause: str = "") -> None:
         """End both ways at once; the peer is told why. The owner is not."""
         if self.open:
+            self.link.resets += 1
             self.farewell = ("%s %s" % (code, cause)).encode()[:TEXT_LIMIT]
             self.link.owe(self)
             self.link.forget(self)
@@ -1119,9 +1133,11 @@ class Link:
         self.leaving = False  # GOODBYE was said or heard: no new streams
         self.closed = False
         self.tracing = log.hears(DEBUG)  # -vv
+        self.resets = 0  # streams that ended by RESET, either way
         self.timer = Timer(loop, self, self.check)
         self.timer.set(1.0)
         connection.owner = self
+        loop.links.add(self)
         loop.touched.add(connection)
         connection.limit_queue(self.quantum)
 
@@ -1131,10 +1147,12 @@ class Link:
     # What comes in.
 
     def interest(self) -> int:
-        return READ | WRITE if self.busy else READ
+        return (0 if self.reader.paused else READ) | (WRITE if self.busy else 0)
 
     def on_readable(self) -> None:
         """Read once; what is left keeps the socket readable."""
+        if self.reader.paused:
+            return
         count = self.connection.read_into(self.loop.scratch)
         if count == 0:
             raise OSError("the other side closed the connection")
@@ -1146,7 +1164,10 @@ class Link:
         if self.closed:
             return
         self.heard = self.loop.clock()
+        self.reader.paused, work = False, 0
         for kind, number, payload in self.reader.feed(data):
+            work += 1 if kind == DATA else 1 + len(payload) // TEXT_WORK
+            self.reader.paused = work >= WORK_A_TURN
             if self.tracing:
                 self.show("<", kind, number, payload)
             if kind < OPEN or self.step < len(HANDSHAKE):
@@ -1161,6 +1182,8 @@ class Link:
                 raise ProtocolError("%s on no stream %d" % (Kind(kind).name, number))
             if self.closed:
                 return
+        if self.reader.paused:
+            self.loop.soon(self, self.take, memoryview(b""))
 
     def in_order(self, kind: int) -> None:
         """The frames of the handshake come in their order, and all else after them."""
@@ -1205,13 +1228,24 @@ class Link:
         if stream.allowed < 0 or stream.ended_in:
             raise ProtocolError("DATA over the credit or after END")
         stream.held += len(payload)
-        self.held += len(payload)
+        self.hold(len(payload))
         self.loop.guard(stream.owner, stream.owner.receive, payload)
         while self.held > HELD_LIMIT:
-            worst = max(self.streams.values(), key=lambda other: other.held)
-            worst.reset("overload", "the link holds too much")
-            owner, cause = worst.owner, "the link holds too much"
-            self.loop.guard(owner, owner.on_reset, "overload", cause)
+            self.shed()
+        while self.loop.held > ALL_HELD:
+            max(self.loop.links, key=lambda link: link.held).shed()
+
+    def hold(self, count: int) -> None:
+        """So many bytes more, or less, wait here to be taken."""
+        self.held += count
+        self.loop.held += count
+
+    def shed(self) -> None:
+        """Reset the stream that holds most."""
+        worst = max(self.streams.values(), key=lambda other: other.held)
+        owner, cause = worst.owner, "the link holds too much"
+        worst.reset("overload", cause)
+        self.loop.guard(owner, owner.on_reset, "overload", cause)
 
     def on_credit(self, stream: Stream, payload: memoryview) -> None:
         (more,) = NUMBER.unpack(payload)
@@ -1229,6 +1263,7 @@ class Link:
 
     def on_reset(self, stream: Stream, payload: memoryview) -> None:
         code, _, cause = bytes(payload).decode("utf-8", "replace").partition(" ")
+        self.resets += 1
         self.forget(stream)
         self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
 
@@ -1256,7 +1291,7 @@ class Link:
         """The stream is over: what still comes for it is late."""
         if self.streams.pop(stream.id, None):
             stream.open = False
-            self.held -= stream.held
+            self.hold(-stream.held)
             stream.held = 0
             self.spare += stream.window - WINDOW
             self.loop.unsent[self] = None
@@ -1426,6 +1461,8 @@ class Link:
         if not self.closed:
             self.closed = True
             self.timer.clear()
+            self.loop.links.discard(self)
+            self.hold(-self.held)
             self.owner.on_closed(cause)
             streams, self.streams = self.streams, {}
             for stream in streams.values():
@@ -1496,7 +1533,8 @@ def die(status: int, cause: Any) -> NoReturn:
     attempts used up."""
     name = os.path.basename(sys.argv[0] or "-")
     text = "".join(map(OneLine.printable, str(cause)))
-    print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # a full disk, or no stderr
+        print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
     sys.exit(status)
 
 
@@ -1961,7 +1999,7 @@ class Tunnel:
         self.logged_in = False
         self.nonces = "", ""  # the server's and ours
         self.dials: Dict[Target, Set[Bridge]] = {}
-        self.waiting: Dict[Target, Deque[Bridge]] = {}  # for a place to dial
+        self.waiting: Dict[Target, Dict[Bridge, None]] = {}  # for a place to dial
         self.since = client.loop.clock()
         self.timer = Timer(client.loop, connection, self.on_late)
         self.timer.set(WELCOME_TIME)
@@ -2078,19 +2116,19 @@ class Tunnel:
         elif self.client.loop.full():
             stream.reset("busy", "the client has no descriptors left")
         else:
-            waiting = self.waiting.setdefault(target, collections.deque())
-            waiting.append(Bridge(self, stream, service, target))
+            waiting = self.waiting.setdefault(target, collections.OrderedDict())
+            waiting[Bridge(self, stream, service, target)] = None
             self.dial_next(target)
 
     def dial_next(self, target: Target) -> None:
         """Begin as many dials to the target as there are places."""
-        waiting = self.waiting.get(target, ())
+        waiting = self.waiting.get(target, {})
         dials = self.dials.setdefault(target, set())
         while waiting and len(dials) < DIALS:
-            bridge = waiting.popleft()  # type: ignore[union-attr]
-            if bridge.stream.open:
-                dials.add(bridge)
-                bridge.begin()
+            bridge = next(iter(waiting))
+            del waiting[bridge]
+            dials.add(bridge)
+            bridge.begin()
         if not dials and not waiting:
             self.dials.pop(target, None)
             self.waiting.pop(target, None)
@@ -2098,6 +2136,7 @@ class Tunnel:
     def dialled(self, bridge: Bridge) -> None:
         """A dial has ended, one way or the other."""
         dials = self.dials.get(bridge.target, set())
+        self.waiting.get(bridge.target, {}).pop(bridge, None)
         if bridge in dials:
             dials.discard(bridge)
             self.client.loop.soon(self, self.dial_next, bridge.target)

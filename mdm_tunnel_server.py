@@ -15,7 +15,6 @@ wire and the machinery that the client has too, then HTTP, names, tunnels, visit
 the server. Nothing here needs more than the standard library of Python 3.6.
 """
 
-import errno
 import functools
 from typing import NamedTuple, Pattern
 
@@ -26,6 +25,7 @@ import argparse
 import collections
 import contextlib
 import enum
+import errno
 import heapq
 import itertools
 import json
@@ -135,13 +135,14 @@ class FrameReader:
         self.held = b""  # the beginning of a header or of a small frame
         self.kind = self.stream = 0
         self.left = 0  # bytes of the current DATA still to come
+        self.paused = False  # feed() is to keep what follows for later
 
     def feed(self, data: memoryview) -> Iterator[Tuple[int, int, memoryview]]:
         """Yield (kind, stream, payload) as far as `data` goes. Raises ProtocolError."""
         if self.held:
             data, self.held = memoryview(self.held + data), b""
         at, end = 0, len(data)
-        while at < end:
+        while at < end and not self.paused:
             start = at + HEADER.size
             if self.left:
                 start, at = at, min(end, at + self.left)
@@ -157,8 +158,8 @@ class FrameReader:
                     at = start + length
                     yield self.kind, self.stream, data[start:at]
                     continue
-            self.held = bytes(data[at:])
-            return
+            break
+        self.held = bytes(data[at:])
 
     def open_frame(self, data: memoryview, at: int) -> int:
         """A header is whole: check it; return how much is to follow."""
@@ -422,12 +423,15 @@ class Loop:
         self.unsent: Dict[Any, None] = {}  # links with something to send
         self.touched: Set[Connection] = set()
         self.connections: Set[Connection] = set()
+        self.links: Set[Any] = set()
+        self.held = 0  # bytes that they hold
         # What is being read, and what is being sent: pages that nobody has touched yet
         # take no memory, as those of a bytearray would.
         self.scratch = memoryview(mmap.mmap(-1, DATA_LIMIT))
         self.frames = memoryview(mmap.mmap(-1, DATA_LIMIT + 4 * TEXT_LIMIT))
         self.sealed = memoryview(mmap.mmap(-1, SEALED))  # what TLS is to open
         self.capacity = file_limit(self.selector) - SPARE_FILES
+        self.shakes = 0  # steps of TLS handshakes in this turn
         self.running = True
         self.on_signal: Optional[Callable[[int], Any]] = None
         self.alarm, self.bell = socket.socketpair()
@@ -475,6 +479,7 @@ class Loop:
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
+        self.shakes = 0
         for number, (key, mask) in enumerate(self.selector.select(self.patience())):
             self.guard(key.data, key.data.on_events, mask)
             if number % PART == PART - 1:
@@ -526,7 +531,10 @@ class Loop:
         """The one catcher: what `call` raises ends `owner`, and nothing else."""
         try:
             return call(*args)
-        except Exception as error:
+        except Exception as caught:
+            error: Exception = caught
+            if isinstance(error, MemoryError):
+                error = OSError(errno.ENOMEM, "no memory left")
             try:
                 if not isinstance(error, (OSError, ProtocolError)):
                     log.error("%s: %s", owner, error, trace=error)
@@ -561,6 +569,7 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 # a socket, and all that was said here about sending and ending holds for it too.
 # -----------------------------------------------------------------------------------
 HANDSHAKE_TIME = 5.0  # seconds
+HANDSHAKES_A_TURN = 16  # steps of them in a turn of the loop: each computes a while
 SEALED = 64 << 10  # bytes encrypted, or read to be decrypted, at once: OpenSSL keeps so
 # much memory for each connection
 
@@ -858,9 +867,11 @@ class Connection:
         return self.tls is not None and not self.tls.ready
 
     def shake_hands(self) -> None:
-        """Go on with the handshake; then the owner's part begins."""
+        """Go on with the handshake; then the owner's part begins. With too many in one
+        turn the selector will say again that there is something to read."""
         tls = self.tls
-        if tls:
+        self.loop.shakes += 1
+        if tls and self.loop.shakes <= HANDSHAKES_A_TURN:
             self.receive(tls)
             try:
                 done = tls.shake_hands()
@@ -984,6 +995,9 @@ SPARE_WINDOWS = 64 << 20  # bytes that a link may promise over all streams' WIND
 WIDEN_AFTER = 0.05  # seconds until a window grows again: the last has to show first
 ASK_AFTER = 1.0  # seconds between looks at the round trip, while credit is given
 HELD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
+ALL_HELD = 256 << 20  # bytes that all links may hold: then it is the largest's turn
+WORK_A_TURN = 1000  # frames of a link in a turn of the loop: some milliseconds
+TEXT_WORK = 64  # bytes of JSON that are as much work as a frame
 MAX_STREAMS = 16384  # open at once on a link: more is an attack or a loop
 LAST_ID = (1 << 32) - 1  # stream ids are u32; past it the client dials anew
 TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy turn last
@@ -1043,7 +1057,7 @@ class Stream:
         taken = self.held - waiting
         if taken > 0:
             self.held = waiting
-            self.link.held -= taken
+            self.link.hold(-taken)
             self.taken += taken
             if self.taken >= self.window // 4 and not self.ended_in:
                 self.link.owe(self)
@@ -1051,6 +1065,7 @@ class Stream:
     def reset(self, code: str, cause: str = "") -> None:
         """End both ways at once; the peer is told why. The owner is not."""
         if self.open:
+            self.link.resets += 1
             self.farewell = ("%s %s" % (code, cause)).encode()[:TEXT_LIMIT]
             self.link.owe(self)
             self.link.forget(self)
@@ -1120,9 +1135,11 @@ class Link:
         self.leaving = False  # GOODBYE was said or heard: no new streams
         self.closed = False
         self.tracing = log.hears(DEBUG)  # -vv
+        self.resets = 0  # streams that ended by RESET, either way
         self.timer = Timer(loop, self, self.check)
         self.timer.set(1.0)
         connection.owner = self
+        loop.links.add(self)
         loop.touched.add(connection)
         connection.limit_queue(self.quantum)
 
@@ -1132,10 +1149,12 @@ class Link:
     # What comes in.
 
     def interest(self) -> int:
-        return READ | WRITE if self.busy else READ
+        return (0 if self.reader.paused else READ) | (WRITE if self.busy else 0)
 
     def on_readable(self) -> None:
         """Read once; what is left keeps the socket readable."""
+        if self.reader.paused:
+            return
         count = self.connection.read_into(self.loop.scratch)
         if count == 0:
             raise OSError("the other side closed the connection")
@@ -1147,7 +1166,10 @@ class Link:
         if self.closed:
             return
         self.heard = self.loop.clock()
+        self.reader.paused, work = False, 0
         for kind, number, payload in self.reader.feed(data):
+            work += 1 if kind == DATA else 1 + len(payload) // TEXT_WORK
+            self.reader.paused = work >= WORK_A_TURN
             if self.tracing:
                 self.show("<", kind, number, payload)
             if kind < OPEN or self.step < len(HANDSHAKE):
@@ -1162,6 +1184,8 @@ class Link:
                 raise ProtocolError("%s on no stream %d" % (Kind(kind).name, number))
             if self.closed:
                 return
+        if self.reader.paused:
+            self.loop.soon(self, self.take, memoryview(b""))
 
     def in_order(self, kind: int) -> None:
         """The frames of the handshake come in their order, and all else after them."""
@@ -1206,13 +1230,24 @@ class Link:
         if stream.allowed < 0 or stream.ended_in:
             raise ProtocolError("DATA over the credit or after END")
         stream.held += len(payload)
-        self.held += len(payload)
+        self.hold(len(payload))
         self.loop.guard(stream.owner, stream.owner.receive, payload)
         while self.held > HELD_LIMIT:
-            worst = max(self.streams.values(), key=lambda other: other.held)
-            worst.reset("overload", "the link holds too much")
-            owner, cause = worst.owner, "the link holds too much"
-            self.loop.guard(owner, owner.on_reset, "overload", cause)
+            self.shed()
+        while self.loop.held > ALL_HELD:
+            max(self.loop.links, key=lambda link: link.held).shed()
+
+    def hold(self, count: int) -> None:
+        """So many bytes more, or less, wait here to be taken."""
+        self.held += count
+        self.loop.held += count
+
+    def shed(self) -> None:
+        """Reset the stream that holds most."""
+        worst = max(self.streams.values(), key=lambda other: other.held)
+        owner, cause = worst.owner, "the link holds too much"
+        worst.reset("overload", cause)
+        self.loop.guard(owner, owner.on_reset, "overload", cause)
 
     def on_credit(self, stream: Stream, payload: memoryview) -> None:
         (more,) = NUMBER.unpack(payload)
@@ -1230,6 +1265,7 @@ class Link:
 
     def on_reset(self, stream: Stream, payload: memoryview) -> None:
         code, _, cause = bytes(payload).decode("utf-8", "replace").partition(" ")
+        self.resets += 1
         self.forget(stream)
         self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
 
@@ -1257,7 +1293,7 @@ class Link:
         """The stream is over: what still comes for it is late."""
         if self.streams.pop(stream.id, None):
             stream.open = False
-            self.held -= stream.held
+            self.hold(-stream.held)
             stream.held = 0
             self.spare += stream.window - WINDOW
             self.loop.unsent[self] = None
@@ -1427,6 +1463,8 @@ class Link:
         if not self.closed:
             self.closed = True
             self.timer.clear()
+            self.loop.links.discard(self)
+            self.hold(-self.held)
             self.owner.on_closed(cause)
             streams, self.streams = self.streams, {}
             for stream in streams.values():
@@ -1497,7 +1535,8 @@ def die(status: int, cause: Any) -> NoReturn:
     attempts used up."""
     name = os.path.basename(sys.argv[0] or "-")
     text = "".join(map(OneLine.printable, str(cause)))
-    print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # a full disk, or no stderr
+        print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
     sys.exit(status)
 
 
@@ -1536,6 +1575,8 @@ LINE_LIMIT = 16 << 10  # bytes of a request line
 FIELD_LIMIT = 200  # fields of a head, and of a trailer section
 INTERIM_LIMIT = 100  # 1xx answers to one request
 CHUNK_LINE_LIMIT = 2 << 10  # bytes of a chunk or trailer line: fits the least turn
+LINES_A_TURN = 1000  # lines of a chunked body in a turn of the loop: few milliseconds
+CHUNKS_A_TURN = 64 << 10  # bytes of it read at once: what is not understood waits here
 RECENT = 256  # sections of fields that are remembered: they mostly come again
 RECENT_SIZE = 4 << 10  # bytes: longer ones would cost more memory than they save time
 
@@ -1857,6 +1898,7 @@ class Body:
         self.until_end = left is None
         self.left = sys.maxsize if left is None else left
         self.untouched = True
+        self.more = False  # feed() was given more than it may do at once
         self.spans: List[Tuple[int, int]] = []
 
     @property
@@ -1887,9 +1929,9 @@ class Chunked(Body):
         return self.expect is None
 
     def feed(self, data: Any) -> int:
-        at = 0
+        at = lines = 0
         self.spans = []
-        while at < len(data) and self.expect:
+        while at < len(data) and self.expect and lines < LINES_A_TURN:
             if self.left:
                 end = min(len(data), at + self.left)
                 self.spans.append((at, end))
@@ -1908,6 +1950,8 @@ class Chunked(Body):
             self.untouched = False
             self.expect(start[: end - 1].decode("latin-1"))
             at += end + 1
+            lines += 1
+        self.more = lines == LINES_A_TURN and self.expect is not None
         return at
 
     def on_size(self, line: str) -> None:
@@ -2077,6 +2121,7 @@ class Router:
 # -----------------------------------------------------------------------------------
 # Pages: what the server says itself. HTML for browsers, text for everybody else.
 # -----------------------------------------------------------------------------------
+INDEX_LIMIT = 500  # services on an index page: to make one takes a while
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -2133,6 +2178,7 @@ def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
 # Tunnel: the link of one client, from our 101 on: login, its services, its streams.
 # -----------------------------------------------------------------------------------
 LOGIN_TIME = 3.0  # seconds from our 101 to a whole LOGIN
+LISTS_TIME = 0.2  # seconds between two lists of services that are looked at
 STRANGERS = 128  # links on which nobody has logged in yet; one more, and one must go
 TAKEOVER = 3.0  # seconds for the owner of an id to show that he lives, when it is asked
 TAKEOVER_LOOK = 0.05  # seconds between looks at whether he has
@@ -2171,6 +2217,8 @@ class Tunnel:
         self.timer = Timer(server.loop, self.link, self.on_late)
         self.timer.set(LOGIN_TIME)
         self.contest_timer = Timer(server.loop, self.link, self.contest)
+        self.listed: Optional[Dict[str, Any]] = None  # the newest, not yet looked at
+        self.list_timer = Timer(server.loop, self.link, self.on_services)
         self.link.send(Kind.CHALLENGE, {"version": VERSION, "nonce": self.nonce})
 
     def __str__(self) -> str:
@@ -2183,7 +2231,10 @@ class Tunnel:
         if kind == Kind.LOGIN:
             self.on_login(message)
         elif kind == Kind.SERVICES:
-            self.on_services(message)
+            self.timer.clear()
+            self.listed = message
+            if self.list_timer.due is None:
+                self.on_services()
         elif kind == Kind.GOODBYE:
             log.info("%s says goodbye: %s", self, message.get("reason"))
             self.drop_kept()
@@ -2275,11 +2326,15 @@ class Tunnel:
         log.info("%s refused: %s", self.peer, cause)
         self.link.goodbye(code, cause)
 
-    def on_services(self, message: Dict[str, Any]) -> None:
-        """The whole list of the client's services; the answer is where they are."""
-        self.timer.clear()
+    def on_services(self) -> None:
+        """The whole list of the client's services; the answer is where they are. One
+        that comes too soon after another waits, and the newest counts."""
+        listed, self.listed = self.listed, None
+        if listed is None:
+            return
+        self.list_timer.set(LISTS_TIME)
         urls, self.services = {}, {}
-        for name, options in message.items():
+        for name, options in listed.items():
             service = name.lower()
             if LABEL.fullmatch(service):
                 self.services[service] = options
@@ -2304,9 +2359,10 @@ class Tunnel:
         return link.open(exchange, message)
 
     def on_closed(self, cause: str) -> None:
-        self.timer.clear()
-        self.contest_timer.clear()
-        log.info("%s: link closed: %s", self, cause)
+        for timer in (self.timer, self.contest_timer, self.list_timer):
+            timer.clear()
+        counts = self.link.last_id, self.link.resets
+        log.info("%s: link closed: %s (%d streams, %d reset)", self, cause, *counts)
         if self.server.tunnels.get(self.id) is self:
             del self.server.tunnels[self.id]
 
@@ -2356,6 +2412,7 @@ class Visitor:
         self.timer = Timer(self.loop, self, self.on_late)
         self.timer.set(FIRST_BYTE_TIME if port.visitors else HEAD_TIME)
         self.server.visitors.add(self)
+        self.server.idle[self] = None
 
     def __str__(self) -> str:
         return "visitor %s" % self.address
@@ -2460,6 +2517,7 @@ class Visitor:
         tunnel = self.server.tunnels.get(id or "")
         if tunnel and service in tunnel.services:
             self.exchange = Exchange(self, request, tunnel, str(service))
+            self.server.idle.pop(self, None)
             self.exchange.start()
             self.timer.set(PROBE_TIME)
         elif request.method not in ("GET", "HEAD") or request.target != "/":
@@ -2486,6 +2544,9 @@ class Visitor:
         link = self.server.names.link
         host, scheme = request.host, request.scheme
         lines = [link(name, host, scheme) for name in sorted(tunnel.services)]
+        if len(lines) > INDEX_LIMIT:
+            more = "... and %d more." % (len(lines) - INDEX_LIMIT)
+            lines = lines[:INDEX_LIMIT] + [more]
         self.respond(200, "", "Services of %s" % tunnel.id, lines or ["None yet."])
 
     def redirect(self, request: Request) -> None:
@@ -2566,6 +2627,7 @@ class Visitor:
         """An answer has been given; what comes next?"""
         self.exchange = self.request = None
         self.idle_since = self.loop.clock()
+        self.server.idle[self] = None
         self.loop.touched.add(self.connection)  # it may be read again
         if keep and not self.server.stopping:
             self.timer.set(IDLE_TIME)
@@ -2573,6 +2635,13 @@ class Visitor:
                 self.loop.soon(self, self.next)
         else:
             self.end()
+
+    def has_sent(self) -> bool:
+        """Whether something is here that was not read yet."""
+        try:
+            return bool(self.connection.sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
 
     def end(self) -> None:
         """Close, when everything has been said and has arrived."""
@@ -2594,6 +2663,7 @@ class Visitor:
         self.closing = True
         self.timer.clear()
         self.server.visitors.discard(self)
+        self.server.idle.pop(self, None)
         if self.exchange:
             self.exchange.stream.reset("done" if self.exchange.whole() else "left")
             self.exchange = None
@@ -2640,7 +2710,7 @@ class Exchange:
 
     __slots__ = (
         "visitor request tunnel service options stream head carry searched final "
-        "answer body keep reused repeated interim since upgraded"
+        "answer body keep reused repeated interim since upgraded after"
     ).split()
 
     def __init__(
@@ -2661,6 +2731,7 @@ class Exchange:
         self.interim = 0  # 1xx answers so far
         self.since = visitor.loop.clock()  # the visitor's last word, so far
         self.upgraded = False
+        self.after: Optional[Call] = None  # how it ended, when the body is passed on
 
     def __str__(self) -> str:
         return "%s %s" % (self.tunnel, self.service)
@@ -2738,6 +2809,8 @@ class Exchange:
             return size
         if not self.uploading():
             return None
+        if not self.upgraded and isinstance(self.request.body, Chunked):
+            view = view[:CHUNKS_A_TURN]
         buffer, connection = self.visitor.buffer, self.visitor.connection
         had = min(len(buffer), len(view))
         view[:had] = buffer[:had]
@@ -2771,6 +2844,8 @@ class Exchange:
         try:
             if self.upgraded:
                 self.visitor.connection.write(data)
+            elif self.body.more:
+                self.carry += data  # go_on() takes it from there
             elif self.answer:
                 self.on_body(b"", data)
             else:
@@ -2847,8 +2922,31 @@ class Exchange:
         else:
             self.visitor.connection.write(data[:good])
         self.carry += data[good:]
+        self.after_body()
+
+    def after_body(self) -> None:
+        """Some of the body has been passed on: was it the last?"""
         if self.body.done:
             self.visitor.connection.after_backlog(self.finish)
+        elif self.body.more:
+            self.visitor.loop.soon(self, self.go_on)
+
+    def go_on(self) -> None:
+        """With a body of which there was more than is done at once."""
+        if self.visitor.exchange is not self or not self.body.more:
+            return
+        data = memoryview(self.carry)
+        good = self.body.feed(data)
+        content = bytes(data[:good])
+        if self.request.minor == 0:
+            content = b"".join([data[start:end] for start, end in self.body.spans])
+        data.release()
+        del self.carry[:good]
+        self.visitor.connection.write(content)
+        self.after_body()
+        self.settle()
+        if self.after and not self.body.more:
+            self.after()
 
     def whole(self) -> bool:
         """Whether the answer is here to its last byte; the visitor may not have it."""
@@ -2881,7 +2979,9 @@ class Exchange:
     def on_end(self) -> None:
         """The service sends no more."""
         connection = self.visitor.connection
-        if self.upgraded and connection.eof:
+        if self.body.more:
+            self.after = self.on_end
+        elif self.upgraded and connection.eof:
             self.both_ended()
         elif self.upgraded:
             connection.after_backlog(connection.finish)
@@ -2894,7 +2994,9 @@ class Exchange:
 
     def on_reset(self, code: str, cause: str) -> None:
         """The stream is over: ask again, say why, or cut what has begun."""
-        if self.whole() and code != "overload":
+        if self.body.more and code != "overload":
+            self.after = functools.partial(self.on_reset, code, cause)
+        elif self.whole() and code != "overload":
             log.debug("%s: the stream ended after a whole answer", self)
         elif self.answer or self.upgraded:
             log.info("%s: cut: %s %s", self, code, cause)
@@ -2922,6 +3024,7 @@ class Exchange:
 # Server: the two ports, who is connected, and how it all stops.
 # -----------------------------------------------------------------------------------
 ACCEPT_BATCH = 64  # connections accepted in one turn of the loop, on each port
+ROOM_LOOKS = 8  # idle visitors looked at for one who can go
 ACCEPT_PAUSE = 0.5  # seconds without accepting when no descriptors are left
 QUEUE = 1024  # connections that the kernel may hold until we accept them
 DRAIN = 4.0  # seconds for running requests after SIGTERM
@@ -3040,20 +3143,21 @@ class Listener:
         for _ in range(ACCEPT_BATCH):
             if self.paused:
                 return  # closed in this very turn
-            if self.loop.full() and not self.server.idle():
+            if self.loop.full() and not self.server.idle:
                 raise OSError("no descriptors left: accepting pauses")
             try:
                 sock, address = self.sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            if self.loop.full():
-                self.server.make_room()
+            crowded = self.loop.full() and not self.server.make_room()
             host = plain_address(address[0]) if address else "?"  # gone already
             visitor = Visitor(self, sock, host)
             if not self.visitors:
                 self.server.meet(visitor.connection)
             if self.tls and self.server.tls:
                 visitor.connection.start_tls(self.server.tls.value, True)
+            if crowded:
+                raise OSError("no descriptors left: accepting pauses")
 
     def fail(self, error: Exception) -> None:
         log.warning("%s: %s", self, error)
@@ -3132,6 +3236,7 @@ class Server:
         self.loop = loop or Loop()
         self.tunnels: Dict[str, Tunnel] = {}  # by id
         self.visitors: Set[Visitor] = set()
+        self.idle: Any = collections.OrderedDict()  # visitors, the longest so first
         self.strangers: Set[Connection] = set()  # dialled, and not logged in
         self.names = Names(domains, self.tunnels)
         self.router = router or Router()
@@ -3227,13 +3332,16 @@ class Server:
             victim.fail(OSError("too many connections have not logged in"))
         self.strangers.add(connection)
 
-    def idle(self) -> List[Visitor]:
-        """Visitors between two requests."""
-        return [v for v in self.visitors if not (v.exchange or v.connection.backlog)]
-
-    def make_room(self) -> None:
-        """Close the visitor who is idle longest."""
-        min(self.idle(), key=lambda visitor: visitor.idle_since).leave()
+    def make_room(self) -> bool:
+        """Close the visitor who is longest between two requests, and has sent nothing
+        that we have not read yet; False when there seems to be none."""
+        for _ in range(min(ROOM_LOOKS, len(self.idle))):
+            visitor = next(iter(self.idle))
+            if not visitor.has_sent():
+                visitor.leave()
+                return True
+            self.idle.move_to_end(visitor)
+        return False
 
     # Stopping.
 
@@ -3318,10 +3426,43 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--tokens", metavar="FILE",
         help='ids and what proves them, as {"id": "token"}; without it any client gets '
         "a free id")  # fmt: skip
+    add("--user", metavar="NAME",
+        help="once the ports are open, go on as this user, not as root")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
         help="say what happens, on stderr; -vv: every frame")  # fmt: skip
     add("-V", "--version", action="version", version=VERSION)
     return parser.parse_args(argv)
+
+
+def find_user(name: str) -> Any:
+    """What the system knows of a user, so that it fails before anything has begun.
+    Raises ValueError."""
+    try:
+        import pwd
+
+        return pwd.getpwnam(name)
+    except (ImportError, KeyError):
+        raise ValueError("there is no user %r here" % name) from None
+
+
+def become(user: Any) -> None:
+    """Give up root's rights for good, those of its groups too. Raises OSError. What is
+    imported later may lie where only root can read."""
+    import hashlib  # noqa: F401
+    import hmac  # noqa: F401
+    import html  # noqa: F401
+    import http  # noqa: F401
+
+    if os.geteuid() != user.pw_uid:
+        os.initgroups(user.pw_name, user.pw_gid)
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+    try:
+        os.setuid(0)
+    except OSError:
+        return
+    if user.pw_uid:
+        raise OSError(errno.EPERM, "the rights of root came back")
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -3329,6 +3470,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     options = parse_arguments(argv)
     set_up_log(options.verbose)
     try:
+        user = find_user(options.user) if options.user else None
         server = Server(
             options.port,
             options.client_port,
@@ -3344,6 +3486,11 @@ def main(argv: Optional[List[str]] = None) -> None:
         die(1, "cannot listen on %s" % (error.strerror or error))
     except ValueError as error:
         die(2, error)
+    if user is not None:
+        try:
+            become(user)
+        except OSError as error:
+            die(1, "cannot become %s: %s" % (options.user, error.strerror or error))
     server.loop.catch_signals(server.on_signal)
     server.run()
 

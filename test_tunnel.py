@@ -75,7 +75,7 @@ class Promises(unittest.TestCase):
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
             "argparse collections contextlib enum errno functools hashlib heapq hmac "
-            "html http itertools json logging mmap os queue random re resource "
+            "html http itertools json logging mmap os pwd queue random re resource "
             "selectors shlex signal socket ssl struct sys threading time typing "
             "urllib".split()
         )
@@ -345,6 +345,21 @@ class Loops(unittest.TestCase):
         self.clock.now += seconds
         self.loop.turn()
         return self.owner.rung
+
+    def test_lack_of_memory_is_an_error_like_others(self):
+        log = Log()
+        logging.getLogger("mdm_tunnel").addHandler(log)
+        self.addCleanup(logging.getLogger("mdm_tunnel").removeHandler, log)
+        told = []
+        self.owner.fail = told.append
+
+        def greedy():
+            raise MemoryError
+
+        self.loop.guard(self.owner, greedy)
+        self.assertIsInstance(told[0], OSError)
+        self.assertIn("memory", str(told[0]))
+        self.assertEqual(log.lines, [])
 
     def test_timer_rings_once_when_it_is_due(self):
         self.timer.set(5)
@@ -784,6 +799,68 @@ class Links(LinkCase):
         late += [frame(Kind.CREDIT, number, b"\0\0\0\1"), frame(Kind.RESET, number)]
         self.feed(self.client, *late)
         self.assertIsNone(self.client.closed)
+
+    def test_flood_of_small_frames_takes_many_turns(self):
+        mine, theirs = self.pair()
+        credit, most = theirs.stream.credit, server_module.WORK_A_TURN
+        frames = [frame(Kind.CREDIT, theirs.stream.id, b"\0\0\0\1")] * (5 * most // 2)
+        taken = []
+        self.feed(self.client, *frames)
+        for _ in range(3):
+            taken.append(theirs.stream.credit - credit)
+            self.client.loop.turn()
+        self.assertEqual(taken, [most, 2 * most, 5 * most // 2])
+
+    def test_nothing_is_read_while_a_flood_waits(self):
+        frames = [frame(Kind.PING, 0, b"12345678")] * (2 * server_module.WORK_A_TURN)
+        self.feed(self.client, *frames)
+        self.assertFalse(self.client.link.interest() & server_module.READ)
+        self.settle()
+        self.assertTrue(self.client.link.interest() & server_module.READ)
+
+    def test_large_lists_are_read_one_a_turn(self):
+        name = "x" * 60
+        services = {name + str(i): {} for i in range(940)}
+        data = frame(Kind.SERVICES, 0, server_module.pack_json(services))
+        before = len(self.server.messages)
+        self.feed(self.server, data, data, data)
+        for number in (1, 2, 3, 3):
+            self.assertEqual(len(self.server.messages), before + number)
+            self.server.loop.turn()
+
+    def test_links_that_hold_too_much_together_lose_from_the_largest(self):
+        self.addCleanup(setattr, client_module, "ALL_HELD", client_module.ALL_HELD)
+        client_module.ALL_HELD = 100 * KIB
+        mine, theirs = self.pair(b"", takes=False)
+        other = self.client.link.loop.links
+        shed = []
+
+        class Large:
+            held = 90 * KIB
+
+            def shed(self, loop=self.client.loop):
+                shed.append(self)
+                loop.held -= self.held
+                self.held = 0
+
+        large = Large()
+        other.add(large)
+        self.client.loop.held += large.held
+        mine.send(b"x" * 60 * KIB)
+        self.settle()
+        other.discard(large)
+        self.assertEqual(shed, [large])
+        self.assertEqual(theirs.news, [])
+        self.assertEqual(self.client.loop.held, 60 * KIB)
+        theirs.take_all()
+        self.assertEqual(self.client.loop.held, 0)
+
+    def test_what_a_link_held_is_free_when_it_closes(self):
+        mine, theirs = self.pair(b"x" * 50 * KIB, takes=False)
+        self.assertEqual(self.client.loop.held, 50 * KIB)
+        self.client.link.close("for a test")
+        self.assertEqual(self.client.loop.held, 0)
+        self.assertNotIn(self.client.link, self.client.loop.links)
 
     def test_stalled_reader_stops_its_sender_at_the_window(self):
         mine, theirs = self.pair(b"", takes=False)
@@ -1573,6 +1650,17 @@ class Bodies(unittest.TestCase):
         self.assertEqual(body.feed(b"5;a"), 0)
         self.assertTrue(body.untouched)
         self.assertEqual(body.feed(b"5;a=b\r\nhe"), 9)
+
+    def test_many_small_chunks_take_many_turns(self):
+        body, data = server_module.Chunked(), b"1\r\nx\r\n" * 3000 + b"0\r\n\r\n"
+        turns, at = [], 0
+        while not body.done:
+            at += body.feed(data[at:])
+            turns.append(body.more)
+        self.assertEqual(at, len(data))
+        lines = 2 * 3000 + 2
+        self.assertEqual(len(turns), -(-lines // server_module.LINES_A_TURN))
+        self.assertEqual(turns, [True] * (len(turns) - 1) + [False])
 
     def test_content_of_chunks_is_known(self):
         body, data = server_module.Chunked(), b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n"
@@ -3875,6 +3963,23 @@ class Hostile(TunnelCase):
         self.server.loop.capacity = len(self.server.loop.connections)
         return True
 
+    def test_visitor_whose_request_is_on_its_way_is_not_idle(self):
+        self.start()
+        first, second = self.keep(), self.keep()
+        for conn in (first, second):
+            self.echoed("web.tim.x", conn=conn)
+
+        def crowd():
+            first.sock.sendall(self.ask("web.tim.x"))
+            while not any(v.has_sent() for v in self.server.program.visitors):
+                pass
+            self.fill()
+            return self.server.program.make_room()
+
+        self.assertTrue(self.server.do(crowd))
+        self.assertIn(b"200 OK", self.raw(b"", first.sock))
+        self.assertEqual(second.sock.recv(1), b"")
+
     def test_client_without_descriptors_says_busy(self):
         self.start()
         self.client.do(lambda: setattr(self.client.loop, "capacity", 0) or True)
@@ -3921,6 +4026,82 @@ class Hostile(TunnelCase):
             conn.sendall(self.ask("web.tim.x"))
         for conn in conns:
             self.assertIn(b"200 OK", self.raw(b"", conn))
+
+    def test_answer_of_endless_small_chunks_arrives_whole_however_it_ends(self):
+        body = b"1\r\nx\r\n" * 30000
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+        def whole(conn):
+            read_head(conn)
+            conn.sendall(head + body + b"0\r\n\r\n")
+
+        def cut(conn):
+            read_head(conn)
+            conn.sendall(head + body)
+
+        self.start(whole=self.service(whole), cut=self.service(cut))
+        said = self.raw(self.ask("whole.tim.x"))
+        self.assertEqual(said.partition(b"\r\n\r\n")[2], body + b"0\r\n\r\n")
+        said = self.raw(self.ask("whole.tim.x", first="GET / HTTP/1.0"))
+        self.assertEqual(said.partition(b"\r\n\r\n")[2], b"x" * 30000)
+        conn, got = self.visit(), b""
+        conn.sendall(self.ask("cut.tim.x"))
+        with self.assertRaises(ConnectionResetError):
+            while True:
+                got += conn.recv(65536)
+        self.wait_for_streams(0)
+
+    def test_upload_of_endless_small_chunks_arrives_whole(self):
+        body = b"1\r\nx\r\n" * 30000 + b"0\r\n\r\n"
+        got = []
+
+        def handler(conn):
+            rest = read_head(conn)[1]
+            while not rest.endswith(b"0\r\n\r\n"):
+                rest += conn.recv(65536)
+            got.append(rest)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+        self.start(web=self.service(handler))
+        line = "Transfer-Encoding: chunked"
+        ask = self.ask("web.tim.x", line, first="POST / HTTP/1.1", body=body)
+        self.assertTrue(self.raw(ask).endswith(b"ok"))
+        self.assertEqual(got, [body])
+
+    def test_flood_of_lists_is_not_all_looked_at(self):
+        log_in = Logins.log_in(self.hostile_client())
+        lists = [json.dumps({"s%d" % i: {}}).encode() for i in range(200)]
+        log_in.sendall(b"".join(frame(Kind.SERVICES, 0, data) for data in lists))
+        self.server.until(lambda: self.serves("tim", ["s199"]))
+        log_in.sendall(frame(Kind.PING, 0, b"12345678"))
+        answers = [k for k, _, _ in Logins.frames(self, log_in, Kind.PONG)]
+        self.assertLess(answers.count(Kind.URLS), 10)
+
+    def hostile_client(self):
+        """self, with what Logins needs for a client by hand."""
+        self.start_server()
+        self.hello = lambda: Logins.hello(self)
+        return self
+
+    def test_request_that_is_cancelled_gives_its_place_among_the_dials_back(self):
+        self.addCleanup(setattr, client_module, "DIALS", client_module.DIALS)
+        client_module.DIALS = 1
+        self.start(web=self.deaf_port())
+        conns = [self.visit() for _ in range(5)]
+        for conn in conns:
+            conn.sendall(self.ask("web.tim.x"))
+        tunnel = self.client.program.tunnel
+        self.client.until(lambda: tunnel.link.last_id == 5)
+        for conn in conns[1:]:
+            reset_on_close(conn)
+            conn.close()
+        self.client.until(lambda: not any(tunnel.waiting.values()))
+
+    def test_index_of_a_thousand_services_names_the_first(self):
+        self.start(**{"s%d" % number: 9 for number in range(1000)})
+        page = self.get("tim.x").content.decode()
+        self.assertEqual(page.count("http://"), server_module.INDEX_LIMIT)
+        self.assertIn("and 500 more", page)
 
     def test_requests_opened_and_cancelled_by_the_hundred_leave_nothing(self):
         self.start()
@@ -4205,6 +4386,25 @@ class Encryption(TLSCase):
         port = self.service(lambda conn: conn.sendall(b"HTTP/1.1 400 Bad\r\n\r\n"))
         self.assertIn("no TLS", self.refused(port=port))
 
+    def test_crowd_of_handshakes_is_served_a_few_at_a_time(self):
+        name = "HANDSHAKES_A_TURN"
+        self.addCleanup(setattr, server_module, name, server_module.HANDSHAKES_A_TURN)
+        server_module.HANDSHAKES_A_TURN = 1
+        self.start()
+        conns = [self.connect() for _ in range(20)]
+        visitors = [None] * len(conns)
+
+        def shake(number):
+            visitors[number] = TLSVisitor(conns[number], self.context)
+
+        threads = [threading.Thread(target=shake, args=(i,)) for i in range(len(conns))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        for visitor in visitors:
+            self.assertIn(b"200 OK", self.raw(self.ask("web.tim.x"), visitor))
+
     def test_garbage_instead_of_tls_harms_nobody(self):
         self.start()
         for data in (b"\x16\x03\x01\xff\xff" + bytes(300), b"\0" * 300, b"x" * 70000):
@@ -4298,7 +4498,7 @@ class Processes(TunnelCase):
         super().setUp()
         self.processes = []
 
-    def launch(self, script, *arguments):
+    def launch(self, script, *arguments, **options):
         """A script as a process; its output is read line by line."""
         process = subprocess.Popen(
             [sys.executable, os.path.join(HERE, script)] + list(arguments),
@@ -4306,6 +4506,7 @@ class Processes(TunnelCase):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             universal_newlines=True,
+            **options
         )
         self.addCleanup(self.put_down, process)
         return process
@@ -4324,16 +4525,17 @@ class Processes(TunnelCase):
                 return
         self.fail("it ended and never said %r" % word)
 
-    def launch_server(self):
+    def launch_server(self, **options):
         """The process, and its two ports as -v says them."""
-        process = self.launch(SCRIPTS[0], "-v", "-p", "0", "-c", "0")
+        process = self.launch(SCRIPTS[0], "-v", "-p", "0", "-c", "0", **options)
         ports = re.findall(r"port (\d+)", process.stderr.readline())
         return process, int(ports[0]), ports[1]
 
-    def launch_both(self):
-        server, port, client_port = self.launch_server()
+    def launch_both(self, **options):
+        server, port, client_port = self.launch_server(**options)
         words = ["-v", "-h", "127.0.0.1", "-p", client_port, "-i", "tim"]
-        client = self.launch(SCRIPTS[1], *words + ["web=%d" % self.echo()])
+        words += ["web=%d" % self.echo()]
+        client = self.launch(SCRIPTS[1], *words, **options)
         line = client.stdout.readline()
         self.assertIn("http://web.tim.localhost:%d/" % port, line)
         return server, client, port
@@ -4443,6 +4645,168 @@ class Processes(TunnelCase):
         self.assertEqual((done.status, done.stdout), (3, ""))
         self.assertEqual(len(done.stderr.splitlines()), 1)
         self.assertIn("taken", done.stderr)
+
+    def test_mistakes_about_secrets_end_with_one_line_and_exit_2(self):
+        good = self.file(LOCALHOST)
+        empty, broken, none = self.file(""), self.file('{"tim": 5}'), "/no/such/file"
+        bad_name = {"MDM_TUNNEL_TOKEN": "\u00e9"}
+        table = [
+            (SCRIPTS[0], ["--tokens", empty], {}, "JSON"),
+            (SCRIPTS[0], ["--tokens", broken], {}, "tim"),
+            (SCRIPTS[0], ["--tokens", none], {}, "No such file"),
+            (SCRIPTS[0], ["--tls-cert", empty], {}, "certificate"),
+            (SCRIPTS[0], ["--tls-cert", none], {}, "No such file"),
+            (SCRIPTS[0], ["--tls-port", "0"], {}, "certificate"),
+            (SCRIPTS[0], ["--redirect", "--tls-cert", good], {}, "redirect"),
+            (SCRIPTS[0], ["--user", "no-such-user"], {}, "no-such-user"),
+            (SCRIPTS[1], ["web=9", "--token-file", empty], {}, "empty"),
+            (SCRIPTS[1], ["web=9", "--token-file", none], {}, "No such file"),
+            (SCRIPTS[1], ["web=9"], {"MDM_TUNNEL_TOKEN": ""}, "empty"),
+            (SCRIPTS[1], ["web=9"], bad_name, "ASCII"),
+            (SCRIPTS[1], ["web=9", "--tls-ca", empty], {}, empty),
+            (SCRIPTS[1], ["web=9", "--tls-ca", none], {}, none),
+            (SCRIPTS[1], ["web=9", "--fingerprint", "ab"], {}, "64"),
+        ]
+        for script, words, env, expected in table:
+            with self.subTest(words=words):
+                done = run_script(script, *words, env=env)
+                self.assertEqual((done.status, done.stdout), (2, ""), done.stderr)
+                self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+                self.assertIn(expected, done.stderr)
+
+    def launch_with_secret(self, secret):
+        """Both, by TLS and with a token, and all they say with -vv."""
+        tokens, pem = self.file(json.dumps({"tim": secret})), self.file(LOCALHOST)
+        words = ["-vv", "-p", "0", "-c", "0", "--tokens", tokens, "--tls-cert", pem]
+        server = self.launch(SCRIPTS[0], *words)
+        lines = iter(server.stderr.readline, "")
+        said = [next(line for line in lines if "port" in line)]
+        port = re.findall(r"port (\d+)", said[0])[1]
+        words = ["-vv", "-h", "127.0.0.1", "-p", port, "-i", "tim", "--tls-ca", pem]
+        words += ["--token-file", self.file(secret), "web=9"]
+        client = self.launch(SCRIPTS[1], *words)
+        self.assertIn("web.tim", client.stdout.readline())
+        return server, client
+
+    def test_secret_is_in_no_line_and_in_no_core_dump(self):
+        secret = "do-not-tell-anybody"
+        both = self.launch_with_secret(secret)
+        for process in both:
+            path = "/proc/%d/limits" % process.pid
+            if os.path.exists(path):
+                with open(path) as file:
+                    line = next(x for x in file if x.startswith("Max core"))
+                self.assertLessEqual(int(line.split()[4]), 1, line)
+        for process in both[::-1]:
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertIn("LOGIN", err)
+            self.assertNotIn(secret, out + err)
+            self.assertNotIn(secret.encode().hex(), out + err)
+
+    def test_rights_of_root_are_given_up(self):
+        if os.name == "nt" or os.getuid() != 0:
+            self.skipTest("only root can")
+        import pwd
+
+        nobody = pwd.getpwnam("nobody")
+        words = ["-v", "-p", "0", "-c", "0", "--user", "nobody"]
+        process = self.launch(SCRIPTS[0], *words)
+        port = int(re.findall(r"port (\d+)", process.stderr.readline())[0])
+        self.assertEqual(self.fetch(port).status, 404)
+        with open("/proc/%d/status" % process.pid) as file:
+            fields = dict(line.split(":", 1) for line in file)
+        self.assertEqual(set(fields["Uid"].split()), {str(nobody.pw_uid)})
+        self.assertEqual(set(fields["Gid"].split()), {str(nobody.pw_gid)})
+        self.assertEqual(set(fields["Groups"].split()) - {str(nobody.pw_gid)}, set())
+
+    def test_rights_that_cannot_be_given_up_end_the_server(self):
+        if os.name == "nt" or os.getuid() != 0:
+            self.skipTest("only root can")
+        code = "import hashlib, hmac, html, http, os, pwd, resource, sys; "
+        code += "sys.path[0] = %r; "
+        code += "import mdm_tunnel_server as s; s.parse_arguments([]); "
+        code += "os.setuid(65534); s.main(%r)"
+        words = ["-p", "0", "-c", "0", "--user", "root"]
+        command = [sys.executable, "-c", code % (HERE, words)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        err = process.communicate(timeout=PATIENCE)[1].decode()
+        self.assertEqual(process.returncode, 1, err)
+        self.assertEqual(len(err.splitlines()), 1, err)
+        self.assertIn("cannot become root", err)
+
+    def test_full_disk_under_the_log_harms_nobody(self):
+        if not os.path.exists("/dev/full"):
+            self.skipTest("no /dev/full here")
+        ports = free_port(), free_port()
+        words = ["-p", str(ports[0]), "-c", str(ports[1])]
+        mine = ["-h", "127.0.0.1", "-p", str(ports[1]), "-i", "tim"]
+        mine += ["web=%d" % self.echo()]
+        with open("/dev/full", "w") as full:
+            for script, arguments in zip(SCRIPTS, (words, mine)):
+                path = os.path.join(HERE, script)
+                command = [sys.executable, path, "-vv"] + arguments
+                process = subprocess.Popen(command, stdout=full, stderr=full)
+                self.addCleanup(process.wait, PATIENCE)
+                self.addCleanup(process.kill)
+            self.until_answered(ports[0])
+            path = os.path.join(HERE, SCRIPTS[0])
+            command = [sys.executable, path, "--tokens", "/no/such/file"]
+            done = subprocess.call(command, stdout=full, stderr=full, timeout=PATIENCE)
+            self.assertEqual(done, 2)
+
+    def until_answered(self, port):
+        """Ask the service until it answers."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if self.fetch(port).status == 200:
+                    return
+        self.fail("no answer")
+
+    def test_both_work_with_few_descriptors_and_after_a_crowd(self):
+        if os.name == "nt":
+            self.skipTest("no such limit here")
+        import resource
+
+        def few():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+        server, client, port = self.launch_both(preexec_fn=few)
+        crowd = []
+        for _ in range(150):
+            conn = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            self.addCleanup(conn.close)
+            conn.sendall(self.ask("web.tim.x", close=False))
+            crowd.append(conn)
+        for conn in crowd[-20:]:
+            first, _ = read_head(conn)
+            self.assertRegex(first, b"^HTTP/1.1 (200|503) ")
+        for conn in crowd:
+            conn.close()
+        self.until_answered(port)
+        for process in (client, server):
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual(process.returncode, 0)
+            self.assertNotIn("Traceback", err)
+
+    def test_stopped_client_loses_its_id_and_does_not_fight_for_it(self):
+        if not hasattr(signal, "SIGSTOP"):
+            self.skipTest("no such signal here")
+        server, first, port = self.launch_both()
+        first.send_signal(signal.SIGSTOP)
+        client_port = next(word for word in first.args if word.isdigit())
+        words = ["-v", "-h", "127.0.0.1", "-p", client_port, "-i", "tim"]
+        second = self.launch(SCRIPTS[1], *words + ["web=%d" % self.echo("second")])
+        self.assertIn("http://web.tim", second.stdout.readline())
+        first.send_signal(signal.SIGCONT)
+        self.read_until(first, "taken")
+        answer = json.loads(self.fetch(port).read().decode())
+        self.assertEqual(answer["service"], "second")
+        self.assertIsNone(first.poll())
+        second.kill()
+        self.read_until(first, "logged in")
 
     def test_frames_are_shown_with_vv(self):
         server, port, client_port = self.launch_server()
