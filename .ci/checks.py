@@ -10,12 +10,13 @@ import http.client
 import json
 import os
 import random
+import ssl
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Awaitable, Callable, List, Optional, Tuple, Union
+from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple, Union
 
 from browser import Browser
 from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, curl, free_ports
@@ -101,8 +102,8 @@ def one_request_at_a_time(world: World) -> str:
     return ", ".join(figures)
 
 
-def speed(start: float) -> str:
-    return "%.0f MB/s" % (BIG / 1e6 / (time.monotonic() - start))
+def speed(start: float, size: int = BIG) -> str:
+    return "%.0f MB/s" % (size / 1e6 / (time.monotonic() - start))
 
 
 def download_of_2_gib(world: World) -> str:
@@ -528,6 +529,105 @@ def client_told_to_end_while_a_visitor_idles(world: World) -> str:
 
 
 # -----------------------------------------------------------------------------------
+# The open internet
+# -----------------------------------------------------------------------------------
+PART = 256 << 20  # bytes of the big file that pass by TLS
+
+
+def make_secrets() -> Tuple[Path, str]:
+    """Certificate and token as README makes them: where they are, the fingerprint."""
+    text = (REPOSITORY / "README.md").read_text()
+    block = text.partition("## Security")[2].partition("```sh\n")[2].partition("```")[0]
+    lines = [line for line in block.splitlines() if line.find("openssl") >= 0]
+    assert len(lines) == 3, block
+    folder = TMP / "secrets"
+    folder.mkdir()
+    said = run("sh", "-c", "\n".join(lines), cwd=folder)
+    return folder, said.partition("Fingerprint=")[2].split()[0]
+
+
+def tls_and_tokens(world: World) -> str:
+    """By the README's commands; the visitors are curl and websockets."""
+    folder, fingerprint = make_secrets()
+    (port,) = free_ports(1)
+    words = ["--tls-cert", str(folder / "cert.pem")]
+    words += ["--tls-key", str(folder / "key.pem")]
+    words += ["--tokens", str(folder / "tokens.json"), "--tls-port", str(port)]
+    server = Server(*words)
+    token = json.loads((folder / "tokens.json").read_text())["tim"]
+    services = {"web": world.web, "sockets": world.sockets}
+    options = ("--fingerprint", fingerprint)
+    client = Client(server, "tim", services, options=options, token=token)
+    base = "https://%s:%d" % (client.host("web"), port)
+    assert "this is web" in curl("-k", base + "/")
+    world.big()
+    start = time.monotonic()
+    curl("-k", "-r", "0-%d" % (PART - 1), "-o", str(TMP / "part"), base + "/big")
+    took = speed(start, PART)
+    with open(TMP / "web" / "big", "rb") as file:
+        expected = hashlib.sha256(file.read(PART)).hexdigest()
+    assert sha256(TMP / "part") == expected
+    asyncio.run(one_message_by_tls(world.sockets, client.host("sockets"), port))
+    old = ["openssl", "s_client", "-tls1_1", "-connect", "127.0.0.1:%d" % port]
+    assert subprocess.run(old, stdin=subprocess.DEVNULL, capture_output=True).returncode
+    for other in (client, server):
+        other.process.stop()
+    return took
+
+
+async def one_message_by_tls(local: int, host: str, port: int) -> None:
+    async def echo(connection: ServerConnection) -> None:
+        async for message in connection:
+            await connection.send(message)
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    async with serve(echo, "127.0.0.1", local, max_size=None):
+        url = "wss://%s:%d/" % (host, port)
+        where: Dict[str, Any] = {"host": "127.0.0.1", "port": port, "ssl": context}
+        async with connect(url, max_size=None, **where) as connection:
+            await connection.send(b"x" * (1 << 20))
+            assert await connection.recv() == b"x" * (1 << 20)
+
+
+def network_that_swallows_everything(world: World) -> str:
+    """The client sits in a namespace whose only cable is pulled, and put back."""
+    name = "mdm-%d" % os.getpid()
+    ip = ["ip", "netns", "exec", name, "ip"]
+    if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+        return "left out: no namespaces here"
+    server = Server()
+    try:
+        pair = ("type", "veth", "peer", "name", "cable", "netns", name)
+        run("ip", "link", "add", name, *pair)
+        run("ip", "addr", "add", "10.213.7.1/30", "dev", name)
+        run("ip", "link", "set", name, "up")
+        run(*ip, "addr", "add", "10.213.7.2/30", "dev", "cable")
+        run(*ip, "link", "set", "cable", "up")
+        run(*ip, "link", "set", "lo", "up")
+        script = str(REPOSITORY / "mdm_tunnel_client.py")
+        words = ["-h", "10.213.7.1:%d" % server.client_port, "-i", "far", "web=9"]
+        client = Process("client", *ip[:-1], sys.executable, script, *words)
+        answers = functools.partial(has_an_index, server.port)
+        wait_for("login of far", answers)
+        run(*ip, "link", "set", "cable", "down")
+        wait_for("server's notice", lambda: not answers(), seconds=40)
+        run(*ip, "link", "set", "cable", "up")
+        start = time.monotonic()
+        wait_for("the way back", answers, seconds=40)
+        back = time.monotonic() - start
+        client.stop()
+    finally:
+        subprocess.run(["ip", "netns", "del", name])
+    server.process.stop()
+    return "back %.1f s after the cable" % back
+
+
+def has_an_index(port: int) -> bool:
+    return get(port, "far.localhost", "/")[0] == 200
+
+
+# -----------------------------------------------------------------------------------
 # After all that
 # -----------------------------------------------------------------------------------
 WARM = 40000  # requests after which the allocator has what it needs
@@ -610,6 +710,8 @@ CHECKS: List[Callable[[World], str]] = [
     client_killed_in_a_download,
     server_killed_in_a_download,
     client_told_to_end_while_a_visitor_idles,
+    tls_and_tokens,
+    network_that_swallows_everything,
     nothing_grows_in_20000_requests,
     nothing_was_printed,
     benchmark_runs,

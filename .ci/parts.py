@@ -170,20 +170,22 @@ def clean_up() -> None:
 class Server:
     """mdm_tunnel_server.py on two ports, which it keeps when it is started again."""
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         self.port, self.client_port = free_ports(2)
+        self.options = options
         self.start()
 
     def start(self) -> None:
         script = str(REPOSITORY / "mdm_tunnel_server.py")
         ports = ("-p", str(self.port), "-c", str(self.client_port))
-        self.process = Process("server", sys.executable, script, *ports)
+        self.process = Process("server", sys.executable, script, *ports, *self.options)
         self.process.wait_until_listening(self.port, self.client_port)
 
 
 class Client:
     """mdm_tunnel_client.py, which publishes `services` of 127.0.0.1 as `id`. It dials
-    `through`, the port of a proxy, or the server itself."""
+    `through`, the port of a proxy, or the server itself. `token` is in its environment
+    and `options` before its other words."""
 
     def __init__(
         self,
@@ -191,17 +193,21 @@ class Client:
         id: str,
         services: Dict[str, int],
         through: Optional[int] = None,
+        options: Tuple[str, ...] = (),
+        token: str = "",
     ) -> None:
         self.server, self.id = server, id
         self.dials = through or server.client_port
         self.services = ["%s=%d" % pair for pair in services.items()]
+        self.options = options
+        self.environment = {"MDM_TUNNEL_TOKEN": token} if token else {}
         self.start()
 
     def start(self) -> None:
         script = str(REPOSITORY / "mdm_tunnel_client.py")
         options = ("-h", "localhost:%d" % self.dials, "-i", self.id)
-        command = [sys.executable, script, *options, *self.services]
-        self.process = Process("client", *command)
+        command = [sys.executable, script, *self.options, *options, *self.services]
+        self.process = Process("client", *command, **self.environment)
         wait_for("login of %s" % self.id, self.is_in)
 
     def is_in(self) -> bool:
