@@ -1585,14 +1585,17 @@ TEXT = r"[\t\x20-\x7e\x80-\xff]"
 QUOTED = r'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\%s)*"' % TEXT
 BARE_LF = re.compile(rb"(?<!\r)\n")
 REQUEST_LINE = re.compile(r"(%s) ([\x21\x22\x24-\x7e]+) HTTP/(\d)\.(\d)\r\n" % TOKEN)
-STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5]\d\d)(?: (%s*))?\r\n" % TEXT)
+STATUS_LINE = re.compile(r"HTTP/1\.(\d) ([1-5]\d\d)(?: (%s*))?\r\n" % TEXT)
 FIELDS = re.compile(r"(?:%s:%s*\r\n)*\r\n" % (TOKEN, TEXT))
 TRAILER = re.compile(r"(?:%s:%s*)?" % (TOKEN, TEXT))
 CHUNK = re.compile(
     r"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*"
     % (TOKEN, TOKEN, QUOTED)
 )
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._-]{1,255})(?::(\d{0,5}))?")
+LABELS = r"(?:[0-9A-Za-z_-]+\.)*[0-9A-Za-z_-]+\.?"  # of any length, but none empty
+HOST = re.compile(r"(\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|%s)(?::(\d{0,5}))?" % LABELS)
+HOST_LIMIT = 255  # characters (RFC 1035 2.3.4)
+PROTOCOLS = re.compile(r"%s(?:/%s)?(?:[ \t]*,[ \t]*%s(?:/%s)?)*" % (4 * (TOKEN,)))
 ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp]://([^/?@]+)([/?].*)?")
 LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
@@ -1606,9 +1609,11 @@ def field_lines(names: str) -> Pattern[str]:
 
 
 FRAMING = "content-length|transfer-encoding|"  # what we have understood, we say anew
+LOOKALIKES = "content_length|transfer_encoding"  # the same to some services
 HOP_BY_HOP = FRAMING + "connection|keep-alive|proxy-connection|te|upgrade"
 FORWARDED = "x[-_]forwarded[-_][^:]*|x[-_]real[-_]ip|forwarded"  # ours to say
-NOTED = field_lines(FRAMING + "host|connection|upgrade|te|accept")
+NOTED = field_lines(FRAMING + LOOKALIKES + "|host|connection|upgrade|te|accept")
+NO_TRAILER = re.compile("(?ai)(?:%s|%s|host):" % (HOP_BY_HOP, FORWARDED))
 TO_SERVICE = field_lines(HOP_BY_HOP + "|host|" + FORWARDED)  # what is not passed on
 TO_VISITOR = field_lines(HOP_BY_HOP)
 UNWRAPPED = field_lines(HOP_BY_HOP + "|trailer")  # the same, of a body without chunks
@@ -1666,11 +1671,15 @@ class Section:
             if name in self.named:  # RFC 9110 5.3
                 value = self.named[name] + ", " + value
             self.named[name] = value
+        if "content_length" in self.named or "transfer_encoding" in self.named:
+            raise malformed("a field looks like one that frames the body")
         self.connection = self.words("connection")
         self.upgrade = ""
         if self.connection:
             if "upgrade" in self.connection:
                 self.upgrade = self.named.get("upgrade", "")
+                if self.upgrade and not PROTOCOLS.fullmatch(self.upgrade):
+                    raise malformed("Upgrade names no protocol (RFC 9110, 7.8)")
             if self.connection & {"host", "content-length", "transfer-encoding"}:
                 raise malformed("Connection names a field that must arrive")
 
@@ -1761,6 +1770,15 @@ class Head:
         return first.encode("latin-1") + section.passed[1]
 
 
+def read_host(host: str) -> str:
+    """The name in a Host field: in lower case, without port and dot at the end. Raises
+    HTTPError."""
+    match = HOST.fullmatch(host)
+    if not match or len(host) > HOST_LIMIT or int(match.group(2) or 0) >= 1 << 16:
+        raise malformed("a request has one Host field, and it names a host")
+    return match.group(1).rstrip(".").lower()
+
+
 class Request(Head):
     """A visitor's request. Router hooks see its `method`, its `target` (`/path?query`
     or `*`), its `host` as it was sent, `name` (the host in lower case, without port),
@@ -1784,12 +1802,16 @@ class Request(Head):
         self.host = host = self.named.get("host", "")
         if self.target[0] != "/":
             self.host = self.absolute() or host
-        match = HOST.fullmatch(self.host)
-        if not match or not HOST.fullmatch(host):
-            raise malformed("a request has one Host field, and it names a host")
-        self.name = match.group(1).rstrip(".").lower()
-        if self.minor == 0 or self.upgrade and "h2c" in self.section.words("upgrade"):
+        self.name = read_host(self.host)
+        if self.host is not host:
+            read_host(host)
+        if self.minor == 0 or self.upgrade and self.asks_for_h2c():
             self.upgrade = ""
+
+    def asks_for_h2c(self) -> bool:
+        """Which would be spoken past us (RFC 7540 3.2)."""
+        words = self.section.words("upgrade")
+        return any(word.partition("/")[0] == "h2c" for word in words)
 
     def absolute(self) -> str:
         """Bring the target into origin-form; the host that an absolute one names."""
@@ -1799,7 +1821,9 @@ class Request(Head):
         if not match:
             raise malformed("the target is neither a path nor an http URL")
         rest = match.group(2) or ""
-        self.target = rest if rest.startswith("/") else "/" + rest
+        if not rest and self.method == "OPTIONS":
+            rest = "*"  # RFC 9112 3.2.4
+        self.target = rest if rest.startswith(("/", "*")) else "/" + rest
         return match.group(1)
 
     def keeps_alive(self) -> bool:
@@ -1852,7 +1876,8 @@ class Answer(Head):
         if not line:
             raise malformed("its status line breaks the grammar (RFC 9112, 4)")
         minor, status, reason = line.groups()
-        self.minor, self.status, self.reason = int(minor), int(status), reason or ""
+        self.minor = int(minor != "0")
+        self.status, self.reason = int(status), reason or ""
         super().__init__(text, line.end())
 
     def frame(self, method: str) -> "Body":
@@ -1970,6 +1995,8 @@ class Chunked(Body):
         self.trailers += 1
         if self.trailers > FIELD_LIMIT or not TRAILER.fullmatch(line):
             raise malformed("a trailer breaks the grammar (RFC 9112, 7.1.2)")
+        if NO_TRAILER.match(line):
+            raise malformed("a field that cannot be a trailer (RFC 9110, 6.5.1)")
         if not line:
             self.expect = None
 
@@ -2471,8 +2498,8 @@ class Visitor:
         """Begin the next request, if the last answer has gone and a head is here."""
         if self.exchange or self.closing or self.connection.backlog:
             return
-        if self.buffer[:2] == b"\r\n" and not self.searched:
-            del self.buffer[:2]  # RFC 9112 2.2: an empty line before a request
+        while self.buffer[:2] == b"\r\n":
+            del self.buffer[:2]  # RFC 9112 2.2: empty lines before a request
         end = find_head(self.buffer, self.searched)
         if end:
             head = self.buffer[:end]
@@ -2866,6 +2893,7 @@ class Exchange:
                 self.searched = len(self.carry)
                 return
             answer = Answer(self.carry[:end])
+            answer.frame(self.request.method)  # be it only to refuse it
             del self.carry[:end]
             self.searched = 0
             if answer.status == 101:

@@ -22,6 +22,7 @@ from browser import Browser
 from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, curl, free_ports
 from parts import get, make_big, run, sha256, start_haproxy_front, start_nginx_front
 from parts import start_services, wait_for
+from strictness import raw_inputs_beside_haproxy_and_nginx
 from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import ServerConnection, serve
@@ -710,6 +711,7 @@ CHECKS: List[Callable[[World], str]] = [
     client_killed_in_a_download,
     server_killed_in_a_download,
     client_told_to_end_while_a_visitor_idles,
+    raw_inputs_beside_haproxy_and_nginx,
     tls_and_tokens,
     network_that_swallows_everything,
     nothing_grows_in_20000_requests,
