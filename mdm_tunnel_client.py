@@ -1208,9 +1208,10 @@ class Link:
             self.stamp = b""
 
     def on_goodbye(self, kind: int, payload: memoryview) -> None:
+        message = unpack_json(payload)
         self.leaving = True
         self.loop.unsent[self] = None
-        self.on_text(kind, payload)
+        self.owner.on_message(kind, message)
 
     def on_open(self, number: int, payload: memoryview) -> None:
         if number != self.last_id + 1:
@@ -1451,7 +1452,8 @@ class Link:
             self.connection.lost = self.connection.lost or error
         elif not self.connection.backlog:
             code = "protocol" if isinstance(error, ProtocolError) else "error"
-            self.goodbye(code, str(error))
+            self.leaving = True
+            self.send(Kind.GOODBYE, {"code": code, "reason": str(error)})
             self.owing.clear()
             self.connection.write(self.loop.frames[: self.put_control(0)])
         self.close(str(error))
@@ -1466,7 +1468,7 @@ class Link:
             self.owner.on_closed(cause)
             streams, self.streams = self.streams, {}
             for stream in streams.values():
-                stream.open = False
+                stream.open, stream.held = False, 0
                 self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
             if self.connection.lost or self.connection.backlog:
                 self.connection.close()

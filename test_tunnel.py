@@ -1268,6 +1268,757 @@ class Links(LinkCase):
 
 
 # -----------------------------------------------------------------------------------
+# Link against a model: a peer and an owner who do anything, on a fake wire and clock.
+# The model knows the protocol and nothing of how the Link works. Both get the same
+# bytes and the same wishes; what the Link then says and tells has to be what the model
+# expects.
+# -----------------------------------------------------------------------------------
+ORDER = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # of the handshake
+ANSWERS = dict(zip(ORDER, ORDER[1:]))
+ONLY_FROM = {  # all other kinds both may send
+    "server": (Kind.CHALLENGE, Kind.WELCOME, Kind.URLS, Kind.OPEN),
+    "client": (Kind.LOGIN, Kind.SERVICES),
+}
+PEERS = {"server": "client", "client": "server"}
+ON_STREAM = (Kind.OPEN, Kind.DATA, Kind.CREDIT, Kind.END, Kind.RESET)
+SIZES = {  # bytes at least and at most; all other kinds are JSON: 2 to 64 KiB
+    Kind.LOGIN: (2, 4 * KIB),
+    Kind.DATA: (1, KIB * KIB),
+    Kind.CREDIT: (4, 4),
+    Kind.END: (0, 0),
+    Kind.RESET: (0, 64 * KIB),
+    Kind.PING: (8, 8),
+    Kind.PONG: (8, 8),
+}
+
+
+class Illegal(Exception):
+    """By the model: the frame costs the peer the link."""
+
+
+def demand(truth, what, *values):
+    if not truth:
+        raise AssertionError(what % values if values else what)
+
+
+def json_object(payload):
+    try:
+        message = json.loads(payload.decode())
+    except ValueError:
+        message = None
+    if not isinstance(message, dict):
+        raise Illegal("no JSON object")
+    return message
+
+
+def gist(kind, payload):
+    """What of a payload the model can foretell."""
+    if kind in (Kind.PING, Kind.PONG):
+        return payload
+    if kind == Kind.RESET:
+        return payload.decode().partition(" ")[0]
+    message = json_object(payload)
+    return message.get("code") if kind == Kind.GOODBYE else message
+
+
+class Cutter:
+    """Cuts what `sender` says into frames, DATA as it comes: in the plainest way."""
+
+    def __init__(self, sender):
+        self.kinds = set(Kind) - set(ONLY_FROM[PEERS[sender]])
+        self.data = bytearray()
+        self.number = self.left = 0  # of the DATA that has begun
+
+    def feed(self, data):
+        self.data += data
+        while self.data:
+            if self.left:
+                payload = self.cut(self.left)
+                self.left -= len(payload)
+                yield Kind.DATA, self.number, payload
+                continue
+            if len(self.data) < 8:
+                return
+            kind, number, length = self.header()
+            if kind == Kind.DATA:
+                self.number, self.left = number, length
+                self.cut(8)
+            elif len(self.data) < 8 + length:
+                return
+            else:
+                yield kind, number, self.cut(8 + length)[8:]
+
+    def cut(self, count):
+        piece = bytes(self.data[:count])
+        del self.data[:count]
+        return piece
+
+    def header(self):
+        word, number = struct.unpack_from("!II", self.data)
+        kind, length = word >> 24, word & 0xFFFFFF
+        if kind not in self.kinds or (kind in ON_STREAM) != (number > 0):
+            raise Illegal("kind %d on stream %d" % (kind, number))
+        least, most = SIZES.get(kind, (2, 64 * KIB))
+        if not least <= length <= most:
+            raise Illegal("%d bytes of kind %d" % (length, kind))
+        return kind, number, length
+
+
+class ModelStream:
+    def __init__(self, message):
+        self.takes, self.rude = message["takes"], message["rude"]
+        self.credit = 256 * KIB  # bytes that the Link may send
+        self.allowed = 256 * KIB  # bytes that the peer may send
+        self.window = 256 * KIB
+        self.held = 0  # bytes that the owner has and has not taken
+        self.taken = 0  # bytes for which the peer has had no credit yet
+        self.unsent = bytearray()  # what the owner has to send
+        self.finished = False  # and then no more
+        self.link_ended = self.peer_ended = False
+
+    def waits_for_credit(self):
+        return self.credit < server_module.LEAST_TURN
+
+
+class Model:
+    """What a Link of this role has to do."""
+
+    def __init__(self, role):
+        self.step = 0  # how much of the handshake is done
+        self.open = {}  # streams by their number
+        self.last = 0  # the newest stream's number
+        self.seen = 0  # the newest one's that the wire has seen
+        self.owed = {}  # what the Link has to say of its own, by kind
+        self.due = collections.defaultdict(list)  # OPEN and RESET to come, by number
+        self.told = []  # to the owners of streams, in this order: (number, what)
+        self.messages = []  # to the owner of the link
+        self.stamp = struct.pack("!d", 0)  # of the Link's newest PING
+        self.leaving = self.closed = False
+
+    # What the peer says.
+
+    def hear(self, kind, number, payload):
+        self.keep_order(kind)
+        if number == 0:
+            self.hear_link(kind, payload)
+        elif kind == Kind.OPEN:
+            self.hear_open(number, payload)
+        elif number > self.last:
+            raise Illegal("stream %d was never open" % number)
+        elif number in self.open:  # or else it is late
+            getattr(self, "hear_" + Kind(kind).name.lower())(number, payload)
+
+    def keep_order(self, kind):
+        if self.step < len(ORDER):
+            if kind not in (ORDER[self.step], Kind.GOODBYE):
+                raise Illegal("kind %d in the handshake" % kind)
+            self.step += kind == ORDER[self.step]
+        elif kind in ORDER[:-1]:
+            raise Illegal("kind %d after the handshake" % kind)
+
+    def hear_link(self, kind, payload):
+        if kind == Kind.PING:
+            self.owed[Kind.PONG] = payload
+        elif kind != Kind.PONG:
+            message = json_object(payload)
+            self.messages.append((kind, message))
+            self.leaving = self.leaving or kind == Kind.GOODBYE
+            if message.get("enough"):
+                self.close()
+        if kind in ANSWERS:
+            self.owed[ANSWERS[kind]] = {}
+            self.step += 1
+
+    def hear_open(self, number, payload):
+        if number != self.last + 1:
+            raise Illegal("OPEN %d after %d" % (number, self.last))
+        message = json_object(payload)
+        self.last = self.seen = number
+        if self.leaving:
+            self.due[number].append((Kind.RESET, "gone"))
+        else:
+            self.open[number] = ModelStream(message)
+
+    def hear_data(self, number, payload):
+        stream = self.open[number]
+        if len(payload) > stream.allowed or stream.peer_ended:
+            raise Illegal("DATA over the credit or after END")
+        stream.allowed -= len(payload)
+        stream.held += len(payload)
+        self.told.append((number, payload))
+        if stream.takes:
+            self.take(number, 0)
+        if stream.rude:
+            self.reset(number, "busy")
+
+    def hear_credit(self, number, payload):
+        stream, more = self.open[number], int.from_bytes(payload, "big")
+        if more == 0 or stream.credit + more >= 1 << 32:
+            raise Illegal("CREDIT of %d" % more)
+        stream.credit += more
+
+    def hear_end(self, number, payload):
+        if self.open[number].peer_ended:
+            raise Illegal("END after END")
+        self.open[number].peer_ended = True
+        self.told.append((number, "end"))
+        self.forget_ended(number)
+
+    def hear_reset(self, number, payload):
+        del self.open[number]
+        self.told.append((number, gist(Kind.RESET, payload)))
+
+    # What the owner does.
+
+    def open_stream(self, message):
+        self.last += 1
+        self.open[self.last] = ModelStream(message)
+        self.due[self.last].append((Kind.OPEN, message))
+
+    def take(self, number, waiting):
+        stream = self.open[number]
+        stream.taken += stream.held - waiting
+        stream.held = waiting
+
+    def reset(self, number, code):
+        del self.open[number]
+        self.due[number].append((Kind.RESET, code))
+
+    def forget_ended(self, number):
+        if self.open[number].link_ended and self.open[number].peer_ended:
+            del self.open[number]
+
+    def close(self):
+        """The link broke."""
+        self.closed = True
+        self.told += [(number, "link-lost") for number in sorted(self.open)]
+        self.open.clear()
+        self.due.clear()
+
+    # What the Link says.
+
+    def hear_link_say(self, kind, number, payload):
+        name = Kind(kind).name
+        if kind == Kind.PING:
+            demand(self.step == len(ORDER), "PING in the handshake")
+            self.stamp = payload
+        elif number == 0:
+            demand(kind in self.owed, "%s, which nobody asked for", name)
+            due, said = self.owed.pop(kind), gist(kind, payload)
+            demand(due == said, "%s of %r, not of %r", name, said, due)
+        elif kind in (Kind.OPEN, Kind.RESET):
+            said, due = (kind, gist(kind, payload)), self.due[number][:1]
+            demand([said] == due, "%s %d is %r, not %r", name, number, said, due)
+            self.due[number].pop(0)
+            demand(kind != Kind.OPEN or number == self.seen + 1, "OPEN %d", number)
+            self.seen = max(self.seen, number)
+        else:
+            demand(number in self.open, "%s %d, which is over", name, number)
+            demand(not self.due[number], "%s %d before its OPEN", name, number)
+            getattr(self, "said_" + name.lower())(number, payload)
+
+    def said_data(self, number, payload):
+        stream, size = self.open[number], len(payload)
+        demand(not stream.link_ended, "DATA %d after END", number)
+        demand(size <= stream.credit, "DATA %d over the credit", number)
+        demand(stream.unsent[:size] == payload, "DATA %d is not what was sent", number)
+        stream.credit -= size
+        del stream.unsent[:size]
+
+    def said_credit(self, number, payload):
+        """All that was taken, and as much as the window grew: it doubles."""
+        stream, more = self.open[number], int.from_bytes(payload, "big")
+        grown = more - stream.taken
+        demand(more and grown in (0, stream.window), "CREDIT %d of %d", number, more)
+        stream.allowed += more
+        stream.window += grown
+        stream.taken = 0
+
+    def said_end(self, number, payload):
+        stream = self.open[number]
+        demand(not stream.link_ended, "END %d after END", number)
+        demand(stream.finished and not stream.unsent, "END %d too early", number)
+        stream.link_ended = True
+        self.forget_ended(number)
+
+    def demand_rest(self):
+        """The wire takes all: then nothing is left that the Link could say."""
+        demand(not self.owed, "not said: %r", self.owed)
+        demand(not any(self.due.values()), "not said: %r", self.due)
+        demand(self.open or not self.leaving, "left, but it did not close")
+        for number, stream in self.open.items():
+            lost = stream.taken >= stream.window // 4 and not stream.peer_ended
+            demand(not lost, "credit of stream %d is lost", number)
+            if not stream.waits_for_credit():
+                demand(not stream.unsent, "stream %d sends nothing", number)
+                demand(stream.link_ended or not stream.finished, "no END %d", number)
+
+
+class Told(End):
+    """Tells its side what it is told. Who is rude resets when something comes, who is
+    eager wakes its stream while that asks."""
+
+    def __init__(self, side, message):
+        super().__init__(takes=message["takes"])
+        self.side, self.rude, self.eager = side, message["rude"], message["eager"]
+
+    def tell(self, news):
+        self.side.told.append((self.stream.id, news))
+
+    def pull(self, view):
+        if not self.stream.open:
+            self.tell("asked, and it is over")
+        if self.eager and self.source:
+            self.stream.wake()
+        return super().pull(view)
+
+    def receive(self, data):
+        self.tell(bytes(data))
+        if self.takes:
+            self.stream.settle(0)
+        if self.rude:
+            self.stream.reset("busy")
+
+    def on_end(self):
+        self.tell("end")
+
+    def on_reset(self, code, cause):
+        self.tell(code)
+
+    def fail(self, error):
+        self.tell(error)
+
+
+class HeardWire(Wire):
+    """Notes what was written, whether the kernel has taken it or not."""
+
+    def __init__(self, loop):
+        super().__init__(loop)
+        self.written = bytearray()
+        self.pushed = False  # something was written although the wire was stuck
+
+    def write(self, data):
+        self.pushed = self.pushed or bool(self.backlog)
+        self.written += data
+        super().write(data)
+
+
+class ToldSide(Side):
+    """Owner of the Link; its streams' owners tell here in which order they are told."""
+
+    def __init__(self, module, role, clock):
+        self.loop = fake_loop(module, clock)
+        self.wire = HeardWire(self.loop)
+        self.link = module.Link(self.loop, self.wire, self, role)
+        self.role = role
+        self.told, self.messages, self.ends, self.closings = [], [], [], []
+
+    def on_message(self, kind, message):
+        self.messages.append((kind, message))
+        if kind in ANSWERS:
+            self.link.send(ANSWERS[kind], {})
+        if message.get("enough"):
+            self.link.close("enough")
+
+    def on_open(self, stream, message):
+        stream.owner = Told(self, message)
+        stream.owner.stream = stream
+        self.ends.append(stream.owner)
+
+    def on_closed(self, cause):
+        self.closings.append(cause)
+
+    def open(self, message):
+        end = Told(self, message)
+        end.stream = self.link.open(end, message)
+        self.ends.append(end)
+
+
+def joined(told):
+    """With the pieces of DATA put together."""
+    whole = []
+    for number, news in told:
+        mergeable = isinstance(news, bytes) and whole and whole[-1][0] == number
+        if mergeable and isinstance(whole[-1][1], bytes):
+            whole[-1] = number, whole[-1][1] + news
+        else:
+            whole.append((number, news))
+    return whole
+
+
+class Schedule:
+    """Link after link, of which each gets random frames and wishes, until it closes."""
+
+    STREAMS = 6  # open at once
+
+    def __init__(self, module, role, seed):
+        self.module, self.role, self.seed = module, role, seed
+        self.dice = random.Random(seed)
+        self.noise = self.dice.getrandbits(8 << 20).to_bytes(1 << 20, "big")
+        self.clock = Clock()
+        self.step = self.refused = self.left = 0
+
+    def run(self, steps):
+        self.begin()
+        try:
+            for self.step in range(steps):
+                self.act()
+                self.compare()
+                if self.model.closed:
+                    self.after_the_end()
+                    self.side.loop.close()
+                    self.begin()
+        except Exception as error:
+            place = "%s, seed %d, step %d" % (self.role, self.seed, self.step)
+            raise AssertionError("%s: %r" % (place, error)) from error
+        finally:
+            self.side.loop.close()
+
+    def begin(self):
+        self.side = ToldSide(self.module, self.role, self.clock)
+        self.link, self.wire = self.side.link, self.side.wire
+        self.model = Model(self.role)
+        self.hearing, self.saying = Cutter(PEERS[self.role]), Cutter(self.role)
+        self.flying = bytearray()  # what the peer has said and the Link not yet read
+        self.heard = self.clock.now
+        self.wrong = self.dice.choice((0.005, 0.1))  # of what the peer says
+        if self.role == "server":
+            self.link.send(Kind.CHALLENGE, {})
+            self.model.step, self.model.owed = 1, {Kind.CHALLENGE: {}}
+
+    def act(self):
+        self.peer_acts() if self.dice.random() < 0.5 else self.owner_acts()
+        if self.dice.random() < 0.7 and not self.model.closed:
+            self.turn()
+
+    def turn(self):
+        self.side.loop.turn()
+        for _ in range(4096):  # or else it would never rest
+            if not self.link.busy or self.wire.backlog or self.link.closed:
+                break
+            self.link.on_writable()
+        self.listen()
+        if not (self.wire.backlog or self.model.closed):
+            self.model.demand_rest()
+
+    def listen(self):
+        """What has the Link said? Returns the kinds."""
+        said, self.wire.written = bytes(self.wire.written), bytearray()
+        kinds = []
+        for kind, number, payload in self.saying.feed(said):
+            kinds.append(kind)
+            self.model.hear_link_say(kind, number, payload)
+        if self.link.closed and not self.model.closed:
+            demand(self.model.leaving and not self.model.open, "closed too early")
+            demand(not self.model.owed, "closed, and not said: %r", self.model.owed)
+            self.left += 1
+            self.model.close()
+        return kinds
+
+    def compare(self):
+        """After each step."""
+        self.listen()
+        demand(self.link.closed == self.model.closed, "closed: %s", self.link.closed)
+        demand(not self.wire.pushed, "the wire was stuck, and got more")
+        told, expected = joined(self.side.told), joined(self.model.told)
+        demand(told == expected, "told: %.200r, not %.200r", told, expected)
+        demand(self.side.messages == self.model.messages, "messages differ")
+        for notes in (self.side, self.model):
+            notes.told, notes.messages = [], []
+        streams, expected = self.link.streams, self.model.open
+        demand(set(streams) == set(expected), "open: %s", list(streams))
+        for number, stream in expected.items():
+            held = streams[number].held
+            demand(held == stream.held, "%d holds %d bytes", number, held)
+        if not self.link.closed:
+            held = sum(stream.held for stream in expected.values())
+            both = self.link.held, self.side.loop.held
+            demand(both == (held, held), "link and loop hold %d and %d bytes", *both)
+            grown = sum(stream.window - 256 * KIB for stream in expected.values())
+            spare = self.module.SPARE_WINDOWS - grown
+            demand(self.link.spare == spare, "%d bytes to spare", self.link.spare)
+
+    def after_the_end(self):
+        """Nothing more is said or told, whatever happens."""
+        demand(len(self.side.closings) == 1, "told: %s", self.side.closings)
+        demand(not any(end.stream.open for end in self.side.ends), "a stream is open")
+        self.flying += frame(Kind.PING, 0, bytes(8)) + frame(Kind.END, 1)
+        self.link.take(memoryview(bytes(self.flying)))
+        for end in self.side.ends:
+            end.send(b"too late")
+            end.take_all()
+            end.stream.reset("left")
+        self.clock.now += 30
+        self.side.loop.turn()
+        demand(not self.wire.written, "said after the end")
+        demand(not self.side.told and not self.side.messages, "told after the end")
+        demand(len(self.side.closings) == 1, "told: %s", self.side.closings)
+        demand(self.side.loop.held == 0, "%d bytes held", self.side.loop.held)
+
+    # The peer: what he says is cut at random, and the rest comes in a later step.
+
+    def peer_acts(self):
+        dice = self.dice
+        if not self.flying:
+            ready = self.model.step == len(ORDER)
+            for _ in range(dice.randint(1, 3) if ready else 1):
+                self.flying += self.legal_frame()
+            if dice.random() < (self.wrong if ready else 0.1):
+                self.flying += self.illegal_frame()
+        size = len(self.flying)
+        self.feed(size if dice.random() < 0.7 else dice.randint(1, size))
+
+    def feed(self, size):
+        self.listen()
+        if self.model.closed:
+            return
+        data = bytes(self.flying[:size])
+        del self.flying[:size]
+        self.heard = self.clock.now
+        blocked = bool(self.wire.backlog)
+        self.side.loop.guard(self.link, self.link.take, memoryview(data))
+        while self.link.reader.paused and not self.link.closed:
+            owner, call, values = self.side.loop.calls.popleft()  # as in later turns
+            self.side.loop.guard(owner, call, *values)
+        try:
+            for kind, number, payload in self.hearing.feed(data):
+                self.model.hear(kind, number, payload)
+                if self.model.closed:  # what the peer said behind that is lost
+                    return
+        except Illegal as cause:
+            self.demand_refusal(cause, blocked)
+
+    def demand_refusal(self, cause, blocked):
+        """It says GOODBYE, unless the wire is stuck."""
+        self.refused += 1
+        self.model.close()
+        if blocked:
+            self.model.owed.clear()
+        else:
+            self.model.owed[Kind.GOODBYE] = "protocol"
+        demand(self.link.closed, "not refused: %s", cause)
+        kinds = self.listen()
+        demand(not self.model.owed, "%s, but not said: %r", cause, self.model.owed)
+        demand(blocked or kinds[-1] == Kind.GOODBYE, "GOODBYE is not the last word")
+        ended = "closed" if self.wire.backlog else "lingered"
+        demand(self.wire.ended == ended, "the last word may be lost")
+
+    def number(self):
+        """Of a stream that is open and that the peer knows, or 0."""
+        known = [number for number in self.model.open if number <= self.model.seen]
+        return self.dice.choice(known) if known else 0
+
+    def some(self, most):
+        """Bytes, at most so many."""
+        dice, start = self.dice, self.dice.randrange(1 << 19)
+        few, more = dice.randint(1, 1000), dice.randint(1, 64 * KIB)
+        size = min(most, dice.choice((1, few, few, more, more, 1 << 19)))
+        return self.noise[start : start + size]
+
+    def legal_frame(self):
+        """As far as the peer knows: two such frames together may be too much."""
+        dice, step = self.dice, self.model.step
+        if dice.random() < 0.004:
+            return frame(Kind.GOODBYE, 0, b'{"code":"stopping","reason":""}')
+        if step < len(ORDER):
+            return frame(ORDER[step], 0, b"{}")
+        number = self.number()
+        few = len(self.model.open) < dice.randint(1, self.STREAMS)
+        if self.role == "client" and few and not self.flying:
+            payload = json.dumps(self.wishes()).encode()
+            return frame(Kind.OPEN, self.model.last + 1, payload)
+        if not number or dice.random() < 0.2:
+            return dice.choice((self.ping, self.pong, self.text, self.late_frame))()
+        choice = dice.choice((self.data,) * 6 + (self.credit,) * 4 + (self.ending,))
+        return choice(number)
+
+    def wishes(self):
+        """What the owner of a new stream will do."""
+        odds = {"takes": 0.4, "rude": 0.05, "eager": 0.5}
+        wishes = {wish: self.dice.random() < odds[wish] for wish in sorted(odds)}
+        return dict(wishes, service="web", n=self.model.last)
+
+    def ping(self):
+        return frame(Kind.PING, 0, struct.pack("!d", self.dice.random()))
+
+    def pong(self):
+        return frame(Kind.PONG, 0, self.model.stamp)
+
+    def text(self):
+        kind = Kind.SERVICES if self.role == "server" else Kind.URLS
+        enough = self.dice.random() < 0.08  # the owner closes, and hears no second one
+        message = {"n": self.dice.random(), "enough": enough}
+        return frame(kind, 0, json.dumps(message).encode()) * (1 + enough)
+
+    def late_frame(self):
+        past = set(range(1, self.model.seen + 1)) - set(self.model.open)
+        if not past:
+            return self.ping()
+        number = self.dice.choice(sorted(past))
+        return self.dice.choice((
+            frame(Kind.DATA, number, self.some(1 << 19)),
+            frame(Kind.CREDIT, number, self.dice.choice((bytes(4), b"\xff" * 4))),
+            frame(Kind.END, number),
+            frame(Kind.RESET, number, b"left he has gone"),
+        ))  # fmt: skip
+
+    def data(self, number):
+        stream = self.model.open[number]
+        if stream.peer_ended or not stream.allowed:
+            return self.credit(number)
+        return frame(Kind.DATA, number, self.some(stream.allowed))
+
+    def credit(self, number):
+        more = self.dice.choice((1, 5000, 64 * KIB, 256 * KIB))
+        return frame(Kind.CREDIT, number, struct.pack("!I", more))
+
+    def ending(self, number):
+        if self.model.open[number].peer_ended or self.dice.random() < 0.3:
+            return frame(Kind.RESET, number, self.dice.choice((b"", b"done", b"x y z")))
+        return frame(Kind.END, number)
+
+    def illegal_frame(self):
+        """Whatever comes of it when half of it is late: the model knows."""
+        dice, number = self.dice, self.number()
+        if self.model.step < len(ORDER) and dice.random() < 0.5:
+            return dice.choice((self.ping, self.pong, self.text))()
+        unknown = self.model.last + 2 + dice.randrange(3)  # one may be OPENed before
+        wrong = [
+            frame(dice.choice((0, 14, 99, 255)), dice.randrange(2), b"{}"),
+            frame(dice.choice(ON_STREAM[1:]), 0, b"1234"),
+            frame(dice.choice((Kind.PING, Kind.GOODBYE)), 1, b"{      }"),
+            frame(Kind.END, 1, b"x"),
+            frame(Kind.DATA, 1),
+            frame(Kind.CREDIT, 1, dice.choice((b"123", b"12345"))),
+            frame(dice.choice((Kind.PING, Kind.PONG)), 0, b"1234567"),
+            frame(Kind.DATA, 1, length=(1 << 20) + 1),
+            frame(dice.choice((Kind.RESET, Kind.OPEN)), 1, length=(64 << 10) + 1),
+            frame(Kind.GOODBYE, 0, length=(64 << 10) + 1),
+            frame(Kind.DATA, unknown, b"data"),
+            frame(Kind.CREDIT, unknown, b"1234"),
+            frame(Kind.END, unknown),
+            frame(Kind.RESET, unknown),
+            frame(dice.choice((Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME)), 0, b"{}"),
+            self.bad_json(),
+        ]
+        for kind in ONLY_FROM[self.role]:
+            wrong.append(frame(kind, int(kind in ON_STREAM), b"{}"))
+        if self.role == "client":
+            others = (self.model.last or 9, unknown + 1, (1 << 32) - 1)
+            wrong += [frame(Kind.OPEN, other, b"{}") for other in others]
+        if number:
+            many = frame(Kind.DATA, number, self.noise[: 1 << 18])
+            times = self.model.open[number].allowed // (1 << 18) + 1
+            end, full = frame(Kind.END, number), b"\xff" * 4
+            wrong += [many * times if times < 3 else many + end + many]
+            wrong += [end * 2, end + frame(Kind.DATA, number, b"x")] * 2
+            wrong += [frame(Kind.CREDIT, number, bytes(4))]
+            wrong += [frame(Kind.CREDIT, number, full)]
+        return dice.choice(wrong)
+
+    def bad_json(self):
+        payload = self.dice.choice((b"[]", b"{,", b"\xff\xff", b"12", b'"{}"'))
+        if self.role == "client" and self.dice.random() < 0.5:
+            return frame(Kind.OPEN, self.model.last + 1, payload)
+        own = Kind.SERVICES if self.role == "server" else Kind.URLS
+        return frame(self.dice.choice((own, Kind.GOODBYE)), 0, payload)
+
+    # The owners, of the link and of its streams.
+
+    def owner_acts(self):
+        dice, numbers = self.dice, sorted(self.model.open)
+        few = len(numbers) < dice.randint(1, self.STREAMS) and not self.model.leaving
+        chance = dice.random()
+        if self.role == "server" and few and self.model.step == len(ORDER):
+            self.open_stream()
+        elif chance < 0.2:
+            self.pass_time()
+        elif chance < 0.3:
+            self.wire.flush(dice.choice((0, 3000, 1 << 40, 1 << 40)))
+        elif chance < 0.35 and self.model.step == len(ORDER):
+            self.say_something()
+        elif chance < 0.4 and self.side.ends:
+            self.act_late(dice.choice(self.side.ends))
+        elif numbers:
+            number = dice.choice(numbers)
+            acts = (self.take,) * 4 + (self.send,) * 5 + (self.finish, self.reset)
+            dice.choice(acts)(number, self.side.ends[number - 1])
+
+    def open_stream(self):
+        message = self.wishes()
+        self.side.open(message)
+        self.model.open_stream(message)
+
+    def say_something(self):
+        if self.dice.random() < 0.05:
+            self.link.goodbye("stopping", "")
+            if not self.model.leaving:
+                self.model.owed[Kind.GOODBYE] = "stopping"
+            self.model.leaving = True
+        else:
+            kind = Kind.URLS if self.role == "server" else Kind.SERVICES
+            self.model.owed[kind] = {"n": self.dice.randrange(100)}
+            self.link.send(kind, self.model.owed[kind])
+
+    def act_late(self, end):
+        if not end.stream.open:
+            end.send(b"too late")
+            end.take_all()
+            end.stream.reset("left")
+
+    def pass_time(self):
+        """Never so long that the Link loses its patience; other tests do that."""
+        seconds = self.dice.choice((0.001, 0.06, 0.5, 4))
+        if seconds > 1:
+            self.wire.flush(1 << 40)
+        self.clock.now += seconds
+        if self.model.step < len(ORDER):
+            self.clock.now += 2 * seconds
+        elif self.clock.now - self.heard > 5:
+            self.flying += self.pong() if not self.flying else b""
+            self.feed(len(self.flying))
+
+    def take(self, number, end):
+        held = self.model.open[number].held
+        waiting = self.dice.choice((0, held // 2, held))
+        self.model.take(number, waiting)
+        end.stream.settle(waiting)
+
+    def send(self, number, end):
+        if not end.finished:
+            data = self.some(1 << 19)
+            self.model.open[number].unsent += data
+            end.send(data)
+
+    def finish(self, number, end):
+        self.model.open[number].finished = end.finished = True
+        end.stream.wake()
+
+    def reset(self, number, end):
+        self.model.reset(number, "left")
+        end.stream.reset("left", "he has gone")
+
+
+class RandomLinks(unittest.TestCase):
+    """To repeat a failure: Schedule(module, role, seed).run(step + 1)."""
+
+    def run_all(self, module, role):
+        self.addCleanup(setattr, module, "WORK_A_TURN", module.WORK_A_TURN)
+        module.WORK_A_TURN = 3  # a flood of frames begins earlier
+        for seed in range(5):
+            schedule = Schedule(module, role, seed)
+            schedule.run(3000)
+            self.assertGreater(schedule.refused, 10)
+            self.assertGreater(schedule.left, 0)
+
+    def test_server_does_what_the_model_expects(self):
+        self.run_all(server_module, "server")
+
+    def test_client_does_what_the_model_expects(self):
+        self.run_all(client_module, "client")
+
+
+# -----------------------------------------------------------------------------------
 # HTTP, without sockets
 # -----------------------------------------------------------------------------------
 def parse_request(raw, step=None):
