@@ -3120,6 +3120,16 @@ def open_file(paths: List[str], parse: Callable[..., Any]) -> Watched:
         raise ValueError("%s: %s" % (" and ".join(paths), cause)) from None
 
 
+def open_tls(cert: Optional[str], key: Optional[str]) -> Optional[Watched]:
+    """The context that new connections get, from files. Raises ValueError."""
+    if cert is None:
+        if key is not None:
+            raise ValueError("a key is of no use without its certificate")
+        return None
+    paths = [cert, key or cert]
+    return open_file(paths, lambda *_: make_context(*paths))
+
+
 def make_context(cert: str, key: str) -> Any:
     """For the server's side of TLS. Raises ValueError."""
     import ssl
@@ -3144,6 +3154,14 @@ def fingerprint(cert: bytes) -> str:
     text = cert[cert.find(b"-----BEGIN CERTIFICATE-----") : cert.find(end)] + end
     digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(text.decode("ascii"))).hexdigest()
     return ":".join(re.findall("..", digest.upper()))
+
+
+def listen_all(bind: Optional[str], ports: List[int]) -> List[socket.socket]:
+    """A listening socket for each, or for none of them. Raises OSError."""
+    with contextlib.ExitStack() as undo:
+        socks = [undo.enter_context(listen(bind, port)) for port in ports]
+        undo.pop_all()
+    return socks
 
 
 class Listener:
@@ -3235,6 +3253,9 @@ class Server:
     `tokens`, `tls_cert` and `tls_key` are paths. Raises OSError when it cannot listen,
     ValueError for what is wrong in an argument or in a file."""
 
+    stopping = said_goodbye = False
+    until = 0.0  # when what we wait for, stopping, has had its time
+
     def __init__(
         self,
         port: int = 8000,
@@ -3254,15 +3275,8 @@ class Server:
         if redirect and tls_port is None:
             raise ValueError("a redirect needs a port with TLS to lead to")
         self.tokens = None if tokens is None else open_file([tokens], parse_tokens)
-        self.tls = None
-        if tls_cert is not None:
-            cert, key = tls_cert, tls_key or tls_cert
-            self.tls = open_file([cert, key], lambda *_: make_context(cert, key))
-        with contextlib.ExitStack() as undo:
-            socks: List[socket.socket] = []
-            for number, _, _, _ in ports:
-                socks.append(undo.enter_context(listen(bind, number)))
-            undo.pop_all()
+        self.tls = open_tls(tls_cert, tls_key)
+        socks = listen_all(bind, [number for number, *_ in ports])
         self.loop = loop or Loop()
         self.tunnels: Dict[str, Tunnel] = {}  # by id
         self.visitors: Set[Visitor] = set()
@@ -3271,24 +3285,18 @@ class Server:
         self.names = Names(domains, self.tunnels)
         self.router = router or Router()
         self.router.names = self.names
-        self.look_timer = Timer(self.loop, self, self.look)
-        if self.tokens or self.tls:
-            forbid_core_dumps()
-            self.on_new_files()
-            self.look_timer.set(LOOK_TIME)
-        self.stopping = False
-        self.said_goodbye = False
-        self.until = 0.0  # when what we wait for, stopping, has had its time
         self.timer = Timer(self.loop, self, self.drain)
-        self.listeners = []
-        for sock, (_, *roles) in zip(socks, ports):
-            self.listeners.append(Listener(self, sock, *roles))
+        self.look_timer = Timer(self.loop, self, self.look)
+        self.listeners = [
+            Listener(self, sock, *roles) for sock, (_, *roles) in zip(socks, ports)
+        ]
         self.visitor_address = self.listeners[0].address
         self.client_address = self.listeners[-1].address
         self.tls_address = None if tls_port is None else self.listeners[1].address
         self.listeners[0].redirect = redirect
         self.names.port = (self.tls_address or self.visitor_address)[1]
         self.names.scheme = "http" if self.tls_address is None else "https"
+        self.watch_files()
 
     def __str__(self) -> str:
         return "server"
@@ -3318,6 +3326,12 @@ class Server:
     def fail(self, error: Exception) -> None:
         log.error("server: %s", error)
 
+    def watch_files(self) -> None:
+        if self.tokens or self.tls:
+            forbid_core_dumps()
+            self.on_new_files()
+            self.look_timer.set(LOOK_TIME)
+
     def look(self) -> None:
         """Has a file changed? An id whose token has gone or changed is free; TLS that
         runs goes on with the certificate that it began with."""
@@ -3340,7 +3354,8 @@ class Server:
         if self.tls and self.tls.seen:
             self.tls.warn(self.tls.paths[1:])
             if log.hears(INFO):
-                log.info("certificate: SHA256 %s", fingerprint(self.tls.seen[0]))
+                with contextlib.suppress(ValueError):
+                    log.info("certificate: SHA256 %s", fingerprint(self.tls.seen[0]))
 
     def how_to(self, request: Request) -> List[str]:
         """For the landing page and the 404s: how somebody gets a name here."""

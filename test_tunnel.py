@@ -5916,6 +5916,7 @@ class Processes(TunnelCase):
             (SCRIPTS[0], ["--tls-cert", empty], {}, "certificate"),
             (SCRIPTS[0], ["--tls-cert", none], {}, "No such file"),
             (SCRIPTS[0], ["--tls-port", "0"], {}, "certificate"),
+            (SCRIPTS[0], ["--tls-key", good], {}, "certificate"),
             (SCRIPTS[0], ["--redirect", "--tls-cert", good], {}, "redirect"),
             (SCRIPTS[0], ["--user", "no-such-user"], {}, "no-such-user"),
             (SCRIPTS[1], ["web=9", "--token-file", empty], {}, "empty"),
