@@ -1063,7 +1063,7 @@ class Stream:
     def reset(self, code: str, cause: str = "") -> None:
         """End both ways at once; the peer is told why. The owner is not."""
         if self.open:
-            self.link.resets += 1
+            self.link.resets += code != "done"
             self.farewell = ("%s %s" % (code, cause)).encode()[:TEXT_LIMIT]
             self.link.owe(self)
             self.link.forget(self)
@@ -1133,7 +1133,7 @@ class Link:
         self.leaving = False  # GOODBYE was said or heard: no new streams
         self.closed = False
         self.tracing = log.hears(DEBUG)  # -vv
-        self.resets = 0  # streams that ended by RESET, either way
+        self.resets = 0  # streams that did not end as they should
         self.timer = Timer(loop, self, self.check)
         self.timer.set(1.0)
         connection.owner = self
@@ -1264,7 +1264,7 @@ class Link:
 
     def on_reset(self, stream: Stream, payload: memoryview) -> None:
         code, _, cause = bytes(payload).decode("utf-8", "replace").partition(" ")
-        self.resets += 1
+        self.resets += code != "done"
         self.forget(stream)
         self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
 

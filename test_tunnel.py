@@ -5090,6 +5090,23 @@ class Reconnects(TunnelCase):
         self.server.until(lambda: self.serves("tim", {"web": 1}))
         self.assertEqual(self.echoed("web.tim.x")["service"], "web")
 
+    def test_name_of_the_server_that_is_not_found_for_a_while(self):
+        self.start_server()
+        real, asked = client_module.Resolver.look_up, []
+
+        def look_up(host, port, flags):
+            asked.append(flags)
+            if host == "tunnel.test" and asked.count(0) > 2:
+                host = "127.0.0.1"
+            return real(host, port, flags)
+
+        restore = staticmethod(real)
+        self.addCleanup(setattr, client_module.Resolver, "look_up", restore)
+        client_module.Resolver.look_up = staticmethod(look_up)
+        self.start_client({"web": self.echo()}, host="tunnel.test")
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+        self.assertTrue(any("cannot find tunnel.test" in x for x in self.log.lines))
+
     def test_waiting_grows_to_its_limit_and_is_never_the_same(self):
         services = client_module.Services(None, {})
         loop = fake_loop(client_module)
@@ -5335,6 +5352,29 @@ class Hostile(TunnelCase):
         log_in.sendall(frame(Kind.PING, 0, b"12345678"))
         answers = [k for k, _, _ in Logins.frames(self, log_in, Kind.PONG)]
         self.assertLess(answers.count(Kind.URLS), 10)
+
+    def test_link_that_only_pings_harms_nobody(self):
+        self.hostile_client()
+        conn = Logins.log_in(self, "eva")
+        Logins.frames(self, conn, Kind.URLS)
+        self.start_client({"web": self.echo()})
+        flood = frame(Kind.PING, 0, b"12345678") * 10000
+        stop = threading.Event()
+
+        def ping():
+            with contextlib.suppress(OSError):
+                while not stop.is_set():
+                    conn.sendall(flood)
+
+        thread = threading.Thread(target=ping, daemon=True)
+        thread.start()
+        for _ in range(20):
+            self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+        stop.set()
+        owed = self.server.do(lambda: dict(self.tunnels["eva"].link.owed))
+        self.assertLessEqual(len(owed), 1)
+        conn.close()
+        thread.join(PATIENCE)
 
     def hostile_client(self):
         """self, with what Logins needs for a client by hand."""
