@@ -33,6 +33,7 @@ import re
 import selectors
 import signal
 import socket
+import stat
 import struct
 import sys
 import time
@@ -83,6 +84,7 @@ NUMBER = struct.Struct("!I")  # the payload of CREDIT
 STAMP = struct.Struct("!d")  # the payload of PING and PONG: the asker's clock
 DATA_LIMIT = 1 << 20  # bytes: one frame never holds the link for longer than that
 TEXT_LIMIT = 64 << 10  # bytes of any other payload: it is kept until it is whole
+TOLD_LIMIT = 500  # characters of a peer's text that people get to read
 LOGIN_LIMIT = 4 << 10  # bytes: nobody is known yet, so nobody may cost much
 
 Kind = enum.IntEnum(  # numbered from 1
@@ -196,6 +198,11 @@ def unpack_json(payload: Any) -> Dict[str, Any]:
     return message
 
 
+def text_of(value: Any) -> str:
+    """What a peer says for people to read: of any other type it is nothing."""
+    return value[:TOLD_LIMIT] if isinstance(value, str) else ""
+
+
 # -----------------------------------------------------------------------------------
 # Secrets: each side proves that it knows the token of an id, and neither says anything
 # from which the token, or a proof for another link, could be made: HMAC-SHA256 (RFC
@@ -300,6 +307,17 @@ def parse_object(data: bytes) -> Pairs:
     return pairs
 
 
+def read_file(path: str) -> bytes:
+    """All of a regular file: to open another, a pipe perhaps, could take for ever.
+    Raises OSError or ValueError."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_LIMIT:
+            raise ValueError("no regular file of at most %d bytes" % FILE_LIMIT)
+        return file.read(FILE_LIMIT)
+
+
 class Watched:
     """Files, and the `value` that `parse` makes of their contents. Raises OSError or
     ValueError at the start; later what is broken or has vanished changes nothing."""
@@ -318,8 +336,7 @@ class Watched:
         time of the last change would miss two changes in one tick."""
         found = []
         for path in self.paths:
-            with open(path, "rb") as file:
-                found.append(file.read(FILE_LIMIT))
+            found.append(read_file(path))
         if found == self.seen:
             return False
         self.seen = found
@@ -338,12 +355,15 @@ class Watched:
                 self.seen = None
             return False
 
-    def warn(self, paths: List[str]) -> None:
-        """Of those with secrets that others may read."""
-        for path in paths:
-            with contextlib.suppress(OSError):
-                if os.name != "nt" and os.stat(path).st_mode & 0o077:
-                    log.warning("%s: others can read it; chmod 600 %s", path, path)
+
+def warn_of_readers(paths: List[str]) -> None:
+    """Say which of these files with secrets others may read."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            others = stat.S_ISREG(status.st_mode) and status.st_mode & 0o077
+            if os.name != "nt" and others:
+                log.warning("%s: others can read it; chmod 600 %s", path, path)
 
 
 def forbid_core_dumps() -> None:
@@ -366,6 +386,7 @@ def forbid_core_dumps() -> None:
 # process that was frozen does not take its healthy peers for dead.
 # -----------------------------------------------------------------------------------
 SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolver
+WORK_A_TURN = 1000  # frames and lines looked at in a turn: some milliseconds
 PART = 16  # events of a turn after which the links send in between
 POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
 
@@ -429,7 +450,8 @@ class Loop:
         self.frames = memoryview(mmap.mmap(-1, DATA_LIMIT + 4 * TEXT_LIMIT))
         self.sealed = memoryview(mmap.mmap(-1, SEALED))  # what TLS is to open
         self.capacity = file_limit(self.selector) - SPARE_FILES
-        self.shakes = 0  # steps of TLS handshakes in this turn
+        self.work = 0  # frames and lines looked at in this turn
+        self.shook = 0.0  # seconds of TLS handshakes in this turn
         self.running = True
         self.on_signal: Optional[Callable[[int], Any]] = None
         self.alarm, self.bell = socket.socketpair()
@@ -477,7 +499,7 @@ class Loop:
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
-        self.shakes = 0
+        self.work, self.shook = 0, 0.0
         for number, (key, mask) in enumerate(self.selector.select(self.patience())):
             self.guard(key.data, key.data.on_events, mask)
             if number % PART == PART - 1:
@@ -520,6 +542,11 @@ class Loop:
             self.timers = [entry for entry in self.timers if entry[0] == entry[2].armed]
             heapq.heapify(self.timers)
             self.crowded = 2 * len(self.timers) + 1000
+
+    def allowance(self) -> int:
+        """How many frames or lines may be looked at now; who comes late in a turn gets
+        little of it, but something."""
+        return max(1, WORK_A_TURN // 20, WORK_A_TURN - self.work)
 
     def full(self) -> bool:
         """Whether no descriptors are left for another connection."""
@@ -567,9 +594,13 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 # a socket, and all that was said here about sending and ending holds for it too.
 # -----------------------------------------------------------------------------------
 HANDSHAKE_TIME = 5.0  # seconds
-HANDSHAKES_A_TURN = 16  # steps of them in a turn of the loop: each computes a while
+SHAKING_A_TURN = 0.01  # seconds of them in a turn of the loop: each computes a while
 SEALED = 64 << 10  # bytes encrypted, or read to be decrypted, at once: OpenSSL keeps so
 # much memory for each connection
+RECORDS_A_READ = 256  # be they ever so small
+FIRST_SEALED = 4 << 10  # bytes read to be decrypted, until there was something in them
+FRUITLESS = 16 << 10  # bytes in which there may be nothing: to have new keys agreed on,
+SEALED_PART = 32  # again and again, costs more than it costs to ask; a byte has so many
 
 
 class TLSError(OSError):
@@ -588,9 +619,9 @@ def demand_tls_1_2(context: Any) -> Any:
     """The versions before are broken (RFC 8996). Nothing may be negotiated again."""
     import ssl
 
-    if hasattr(ssl, "TLSVersion"):
+    if hasattr(context, "minimum_version"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-    else:  # Python 3.6
+    else:  # Python 3.6, or OpenSSL 1.0
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     return context
@@ -600,7 +631,9 @@ class TLS:
     """The encryption of one connection, without I/O. `name` is the host that the
     server's certificate must be for; `pin` the SHA-256 that it must have."""
 
-    __slots__ = "ssl incoming outgoing object pin ready early more ending".split()
+    __slots__ = (
+        "ssl incoming outgoing object pin ready early more ending size fruitless"
+    ).split()
 
     def __init__(self, context: Any, server: bool, name: Any, pin: bytes) -> None:
         import ssl
@@ -609,9 +642,11 @@ class TLS:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.object = context.wrap_bio(self.incoming, self.outgoing, server, name)
         self.ready = False  # the handshake is done
-        self.early = bytearray()  # what was written before it was
+        self.early = bytearray()  # what was written, and waits to be encrypted
         self.more = False  # something is decrypted, or decryptable, and not yet read
         self.ending = False  # we send no more
+        self.size = FIRST_SEALED  # bytes to read at once
+        self.fruitless = 0  # bytes read of late in which there was nothing
 
     def shake_hands(self) -> bool:
         """Go on with the handshake; True when it is done. Raises TLSError."""
@@ -638,6 +673,7 @@ class TLS:
         """Bytes decrypted, 0 at the end, None when more has to come. Or TLSError."""
         try:
             count: int = self.object.read(len(view), view)
+            self.fruitless = max(0, self.fruitless - count * SEALED_PART)
             return count
         except self.ssl.SSLWantReadError:
             return None
@@ -646,11 +682,18 @@ class TLS:
         except self.ssl.SSLError as error:
             raise TLSError(error) from None
 
+    def feed(self, data: memoryview) -> None:
+        """What has come from the network. Raises TLSError when it is of no use."""
+        self.incoming.write(data)
+        if self.ready:
+            self.fruitless += len(data)
+            if self.fruitless > FRUITLESS + SEALED:
+                raise TLSError(ValueError("much was sent, and nothing was in it"))
+            grows = self.fruitless <= FRUITLESS
+            self.size = min(SEALED, 2 * self.size) if grows else FIRST_SEALED
+
     def seal(self, data: Any) -> bytes:
-        """What to send for `data`: for now nothing, before the handshake is done."""
-        if not self.ready:
-            self.early += data
-            return b""
+        """What to send for `data`, once the handshake is done."""
         sealed, view = [], memoryview(data)
         for at in range(0, len(view), SEALED):
             part = view[at : at + SEALED]
@@ -658,6 +701,12 @@ class TLS:
                 part = part[self.object.write(part) :]
             sealed.append(self.outgoing.read())
         return b"".join(sealed)
+
+    def seal_early(self) -> bytes:
+        """The next part of what could not be sent at once."""
+        part = bytes(self.early[:DATA_LIMIT])
+        del self.early[:DATA_LIMIT]
+        return self.seal(part)
 
     def say_end(self) -> None:
         """The word that we send no more (RFC 8446 6.1). OpenSSL would lose what has
@@ -789,7 +838,15 @@ class Connection:
 
     def write(self, data: Any) -> None:
         """Send `data`, now or as soon as the socket takes it."""
-        self.put(self.tls.seal(data) if self.tls else data)
+        tls = self.tls
+        if tls and (self.backlog or not tls.ready):
+            tls.early += data  # encrypted in small pieces it would be many times that
+        else:
+            self.put(tls.seal(data) if tls else data)
+
+    def waiting(self) -> int:
+        """Bytes that were written and not sent."""
+        return len(self.backlog) + (len(self.tls.early) if self.tls else 0)
 
     def put(self, data: Any) -> None:
         if data and not self.backlog:
@@ -818,6 +875,9 @@ class Connection:
             if count:
                 self.moved = self.loop.clock()
                 del self.backlog[:count]
+        if self.tls and self.tls.ready:
+            while self.tls.early and not self.backlog:
+                self.put(self.tls.seal_early())
         if not self.backlog and self.last:
             last, self.last = self.last, None
             last()
@@ -867,39 +927,42 @@ class Connection:
     def shake_hands(self) -> None:
         """Go on with the handshake; then the owner's part begins. With too many in one
         turn the selector will say again that there is something to read."""
-        tls = self.tls
-        self.loop.shakes += 1
-        if tls and self.loop.shakes <= HANDSHAKES_A_TURN:
+        tls, start = self.tls, self.loop.clock()
+        if tls and self.loop.shook <= SHAKING_A_TURN:
             self.receive(tls)
             try:
                 done = tls.shake_hands()
             finally:
+                self.loop.shook += self.loop.clock() - start
                 self.put(tls.outgoing.read())  # also why we do not want to go on
             if done and self.timer:
                 self.timer.clear()
-                self.write(tls.early)
+                self.flush()
 
     def receive(self, tls: TLS) -> None:
         """Read what is encrypted. An end without the word for it (RFC 8446 6.1) may be
         a cut that somebody else has made."""
+        view = self.loop.sealed[: tls.size]
         try:
-            count = self.sock.recv_into(self.loop.sealed)
+            count = self.sock.recv_into(view)
         except (BlockingIOError, InterruptedError):
             count = -1
-        if count > 0:
-            tls.incoming.write(self.loop.sealed[:count])
-        elif count == 0:
+        if count == 0:
             raise OSError("the other side closed the connection, and not by TLS")
-        self.dry = count < len(self.loop.sealed)
+        self.dry = count < len(view)
+        if count > 0:
+            tls.feed(view[:count])
 
     def open_into(self, view: memoryview, tls: TLS) -> Optional[int]:
         """read_into(), decrypted: from the socket comes what is left in the buffer,
         and, but for the first time, nothing."""
         count, got, dry = 0, tls.read_into(view) if tls.ready else None, self.dry
+        records = 0
         while got or (got is None and not dry and not self.closed):
             if got:
                 count += got
-                if count == len(view):
+                records += 1
+                if count == len(view) or records == RECORDS_A_READ:
                     break
             else:
                 dry = True
@@ -958,6 +1021,7 @@ class Connection:
             self.closed = True
             self.loop.connections.discard(self)
             self.backlog.clear()
+            self.tls = None
             self.last = None
             if self.timer:
                 self.timer.clear()
@@ -994,7 +1058,6 @@ WIDEN_AFTER = 0.05  # seconds until a window grows again: the last has to show f
 ASK_AFTER = 1.0  # seconds between looks at the round trip, while credit is given
 HELD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
 ALL_HELD = 256 << 20  # bytes that all links may hold: then it is the largest's turn
-WORK_A_TURN = 1000  # frames of a link in a turn of the loop: some milliseconds
 TEXT_WORK = 64  # bytes of JSON that are as much work as a frame
 MAX_STREAMS = 16384  # open at once on a link: more is an attack or a loop
 LAST_ID = (1 << 32) - 1  # stream ids are u32; past it the client dials anew
@@ -1131,6 +1194,7 @@ class Link:
         self.heard = loop.clock()  # when the last byte came
         self.pinged = 0.0  # when the last PING went out
         self.leaving = False  # GOODBYE was said or heard: no new streams
+        self.parted = False  # it was heard
         self.closed = False
         self.tracing = log.hears(DEBUG)  # -vv
         self.resets = 0  # streams that did not end as they should
@@ -1164,10 +1228,13 @@ class Link:
         if self.closed:
             return
         self.heard = self.loop.clock()
-        self.reader.paused, work = False, 0
+        self.loop.touched.add(self.connection)  # it may be read again
+        self.reader.paused, left = False, self.loop.allowance()
         for kind, number, payload in self.reader.feed(data):
-            work += 1 if kind == DATA else 1 + len(payload) // TEXT_WORK
-            self.reader.paused = work >= WORK_A_TURN
+            work = 1 if kind == DATA else 1 + len(payload) // TEXT_WORK
+            self.loop.work += work
+            left -= work
+            self.reader.paused = left <= 0
             if self.tracing:
                 self.show("<", kind, number, payload)
             if kind < OPEN or self.step < len(HANDSHAKE):
@@ -1210,8 +1277,10 @@ class Link:
     def on_goodbye(self, kind: int, payload: memoryview) -> None:
         message = unpack_json(payload)
         self.leaving = True
-        self.loop.unsent[self] = None
-        self.owner.on_message(kind, message)
+        if not self.parted:  # once is enough
+            self.parted = True
+            self.loop.unsent[self] = None
+            self.owner.on_message(kind, message)
 
     def on_open(self, number: int, payload: memoryview) -> None:
         if number != self.last_id + 1:
@@ -1264,6 +1333,7 @@ class Link:
 
     def on_reset(self, stream: Stream, payload: memoryview) -> None:
         code, _, cause = bytes(payload).decode("utf-8", "replace").partition(" ")
+        cause = cause[:TOLD_LIMIT]
         self.resets += code != "done"
         self.forget(stream)
         self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
@@ -1452,8 +1522,8 @@ class Link:
             self.connection.lost = self.connection.lost or error
         elif not self.connection.backlog:
             code = "protocol" if isinstance(error, ProtocolError) else "error"
-            self.leaving = True
-            self.send(Kind.GOODBYE, {"code": code, "reason": str(error)})
+            self.leaving = Kind.GOODBYE in self.owed  # then we have a reason already
+            self.goodbye(code, str(error))
             self.owing.clear()
             self.connection.write(self.loop.frames[: self.put_control(0)])
         self.close(str(error))
@@ -1601,7 +1671,7 @@ def parse_target(value: Any) -> Target:
             raise ValueError("this system has no unix sockets")
         return Target(value, value[5:], 0)
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError("%r is no port, host:port or unix:/path" % (value,))
+        raise ValueError("a target is a port, host:port or unix:/path")
     if isinstance(value, str) and not value.isdigit() and ":" not in value:
         raise ValueError("%r is neither a port, host:port nor unix:/path" % value)
     if str(value).isdigit():
@@ -1637,6 +1707,8 @@ def parse_file(data: bytes) -> Tuple[str, Dict[str, Target]]:
     ValueError."""
     pairs, token = parse_object(data), ""
     top = dict(pairs)
+    if isinstance(top.get("token"), str) and "services" not in top:
+        raise ValueError('beside a token all that is published stands in "services"')
     inner = top.get("services")
     a_service = isinstance(inner, Pairs) and set(dict(inner)) == {"target"}
     if isinstance(inner, Pairs) and ("token" in top or not a_service):
@@ -1665,7 +1737,7 @@ class Services:
         self.token, found = self.file.value if self.file else ("", {})
         self.all = {**found, **self.given}
         if self.token and self.file:
-            self.file.warn(self.file.paths)
+            warn_of_readers(self.file.paths)
 
     def look(self) -> bool:
         """Whether there is a new list."""
@@ -1925,7 +1997,7 @@ class Bridge:
 
     def settle(self) -> None:
         if self.connection:
-            self.stream.settle(len(self.connection.backlog))
+            self.stream.settle(self.connection.waiting())
 
     def on_end(self) -> None:
         connection = self.connection
@@ -2000,6 +2072,7 @@ class Tunnel:
         self.head = bytearray()  # of the answer, while it is not whole
         self.logged_in = False
         self.nonces = "", ""  # the server's and ours
+        self.token = ""  # with which we log in
         self.dials: Dict[Target, Set[Bridge]] = {}
         self.waiting: Dict[Target, Dict[Bridge, None]] = {}  # for a place to dial
         self.since = client.loop.clock()
@@ -2075,27 +2148,27 @@ class Tunnel:
         elif kind == Kind.WELCOME:
             self.on_welcome(message)
         elif kind == Kind.URLS:
-            self.client.on_urls({str(k): str(v) for k, v in message.items()})
+            self.client.on_urls(message)
         elif kind == Kind.GOODBYE:
-            code, reason = str(message.get("code")), str(message.get("reason"))
+            code, reason = text_of(message.get("code")), text_of(message.get("reason"))
             self.client.on_goodbye(self, code, reason)
 
     def log_in(self) -> None:
-        client, nonces = self.client, self.nonces
-        if client.token and not NONCE.fullmatch(nonces[0]):
+        client, nonces, self.token = self.client, self.nonces, self.client.token
+        if self.token and not NONCE.fullmatch(nonces[0]):
             client.end(Refused(3, UNPROVEN))
             return
         login = {"id": client.id, "session": client.session, "link": 0}
         login["nonce"] = nonces[1]
-        if client.token:
-            login["proof"] = prove(client.token, "client", nonces, client.id)
+        if self.token:
+            login["proof"] = prove(self.token, "client", nonces, client.id)
         self.link.send(Kind.LOGIN, login)
 
     def on_welcome(self, message: Dict[str, Any]) -> None:
         """The id is ours; but with a token we serve only a server that knows it too."""
         client = self.client
-        if client.token:
-            proof = prove(client.token, "server", self.nonces, client.id)
+        if self.token:
+            proof = prove(self.token, "server", self.nonces, client.id)
             if not is_proof(message.get("proof"), proof):
                 client.end(Refused(3, UNPROVEN))
                 return
@@ -2201,6 +2274,8 @@ class Client:
         self.services, self.id, self.given_token = services, id.lower(), token
         if self.token:
             forbid_core_dumps()
+        if pin and tls is None:
+            raise ValueError("a fingerprint is of no use without TLS")
         self.tls, self.pin = tls, pin  # an SSLContext; the certificate's SHA-256
         shown = "[%s]" % host if ":" in host else host
         self.server = "%s:%d" % (shown, port)  # as the Host field has it
@@ -2269,8 +2344,10 @@ class Client:
         self.failures = 0
         tunnel.since = self.loop.clock()
 
-    def on_urls(self, urls: Dict[str, str]) -> None:
+    def on_urls(self, message: Dict[str, Any]) -> None:
         """Where the services are reached; -v prints it."""
+        names = [name for name in message if name in self.services.all or name == "*"]
+        urls = {name: text_of(message[name]) for name in names}
         if urls != self.urls:
             self.urls = urls
             width = max(map(len, urls), default=0)
@@ -2463,11 +2540,11 @@ def load_token(options: argparse.Namespace) -> str:
     service file. Exits with 2 when it is wrong."""
     token, where = os.environ.pop(TOKEN_VARIABLE, None), TOKEN_VARIABLE
     try:
-        if options.token_file:
+        if options.token_file is not None:
             where = options.token_file
-            file = Watched([where], lambda data: data.decode().strip("\r\n"))
-            file.warn(file.paths)
-            token = file.value
+            with open(where, "rb") as file:  # a pipe is fine here
+                token = file.read(2 * TOKEN_LIMIT).decode().strip("\r\n")
+            warn_of_readers([where])
         return "" if token is None else check_token(token)
     except (OSError, ValueError) as error:
         die(2, "%s: %s" % (where, getattr(error, "strerror", None) or error))
@@ -2475,7 +2552,7 @@ def load_token(options: argparse.Namespace) -> str:
 
 def load_context(options: argparse.Namespace) -> Any:
     """What TLS needs; None without it. Exits with 2 when it is wrong."""
-    if not (options.tls or options.tls_ca or options.pin):
+    if not (options.tls or options.pin) and options.tls_ca is None:
         return None
     try:
         return make_context(options.tls_ca, bool(options.pin))

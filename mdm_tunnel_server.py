@@ -35,6 +35,7 @@ import re
 import selectors
 import signal
 import socket
+import stat
 import struct
 import sys
 import time
@@ -85,6 +86,7 @@ NUMBER = struct.Struct("!I")  # the payload of CREDIT
 STAMP = struct.Struct("!d")  # the payload of PING and PONG: the asker's clock
 DATA_LIMIT = 1 << 20  # bytes: one frame never holds the link for longer than that
 TEXT_LIMIT = 64 << 10  # bytes of any other payload: it is kept until it is whole
+TOLD_LIMIT = 500  # characters of a peer's text that people get to read
 LOGIN_LIMIT = 4 << 10  # bytes: nobody is known yet, so nobody may cost much
 
 Kind = enum.IntEnum(  # numbered from 1
@@ -198,6 +200,11 @@ def unpack_json(payload: Any) -> Dict[str, Any]:
     return message
 
 
+def text_of(value: Any) -> str:
+    """What a peer says for people to read: of any other type it is nothing."""
+    return value[:TOLD_LIMIT] if isinstance(value, str) else ""
+
+
 # -----------------------------------------------------------------------------------
 # Secrets: each side proves that it knows the token of an id, and neither says anything
 # from which the token, or a proof for another link, could be made: HMAC-SHA256 (RFC
@@ -302,6 +309,17 @@ def parse_object(data: bytes) -> Pairs:
     return pairs
 
 
+def read_file(path: str) -> bytes:
+    """All of a regular file: to open another, a pipe perhaps, could take for ever.
+    Raises OSError or ValueError."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_LIMIT:
+            raise ValueError("no regular file of at most %d bytes" % FILE_LIMIT)
+        return file.read(FILE_LIMIT)
+
+
 class Watched:
     """Files, and the `value` that `parse` makes of their contents. Raises OSError or
     ValueError at the start; later what is broken or has vanished changes nothing."""
@@ -320,8 +338,7 @@ class Watched:
         time of the last change would miss two changes in one tick."""
         found = []
         for path in self.paths:
-            with open(path, "rb") as file:
-                found.append(file.read(FILE_LIMIT))
+            found.append(read_file(path))
         if found == self.seen:
             return False
         self.seen = found
@@ -340,12 +357,15 @@ class Watched:
                 self.seen = None
             return False
 
-    def warn(self, paths: List[str]) -> None:
-        """Of those with secrets that others may read."""
-        for path in paths:
-            with contextlib.suppress(OSError):
-                if os.name != "nt" and os.stat(path).st_mode & 0o077:
-                    log.warning("%s: others can read it; chmod 600 %s", path, path)
+
+def warn_of_readers(paths: List[str]) -> None:
+    """Say which of these files with secrets others may read."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            others = stat.S_ISREG(status.st_mode) and status.st_mode & 0o077
+            if os.name != "nt" and others:
+                log.warning("%s: others can read it; chmod 600 %s", path, path)
 
 
 def forbid_core_dumps() -> None:
@@ -368,6 +388,7 @@ def forbid_core_dumps() -> None:
 # process that was frozen does not take its healthy peers for dead.
 # -----------------------------------------------------------------------------------
 SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolver
+WORK_A_TURN = 1000  # frames and lines looked at in a turn: some milliseconds
 PART = 16  # events of a turn after which the links send in between
 POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
 
@@ -431,7 +452,8 @@ class Loop:
         self.frames = memoryview(mmap.mmap(-1, DATA_LIMIT + 4 * TEXT_LIMIT))
         self.sealed = memoryview(mmap.mmap(-1, SEALED))  # what TLS is to open
         self.capacity = file_limit(self.selector) - SPARE_FILES
-        self.shakes = 0  # steps of TLS handshakes in this turn
+        self.work = 0  # frames and lines looked at in this turn
+        self.shook = 0.0  # seconds of TLS handshakes in this turn
         self.running = True
         self.on_signal: Optional[Callable[[int], Any]] = None
         self.alarm, self.bell = socket.socketpair()
@@ -479,7 +501,7 @@ class Loop:
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
-        self.shakes = 0
+        self.work, self.shook = 0, 0.0
         for number, (key, mask) in enumerate(self.selector.select(self.patience())):
             self.guard(key.data, key.data.on_events, mask)
             if number % PART == PART - 1:
@@ -522,6 +544,11 @@ class Loop:
             self.timers = [entry for entry in self.timers if entry[0] == entry[2].armed]
             heapq.heapify(self.timers)
             self.crowded = 2 * len(self.timers) + 1000
+
+    def allowance(self) -> int:
+        """How many frames or lines may be looked at now; who comes late in a turn gets
+        little of it, but something."""
+        return max(1, WORK_A_TURN // 20, WORK_A_TURN - self.work)
 
     def full(self) -> bool:
         """Whether no descriptors are left for another connection."""
@@ -569,9 +596,13 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 # a socket, and all that was said here about sending and ending holds for it too.
 # -----------------------------------------------------------------------------------
 HANDSHAKE_TIME = 5.0  # seconds
-HANDSHAKES_A_TURN = 16  # steps of them in a turn of the loop: each computes a while
+SHAKING_A_TURN = 0.01  # seconds of them in a turn of the loop: each computes a while
 SEALED = 64 << 10  # bytes encrypted, or read to be decrypted, at once: OpenSSL keeps so
 # much memory for each connection
+RECORDS_A_READ = 256  # be they ever so small
+FIRST_SEALED = 4 << 10  # bytes read to be decrypted, until there was something in them
+FRUITLESS = 16 << 10  # bytes in which there may be nothing: to have new keys agreed on,
+SEALED_PART = 32  # again and again, costs more than it costs to ask; a byte has so many
 
 
 class TLSError(OSError):
@@ -590,9 +621,9 @@ def demand_tls_1_2(context: Any) -> Any:
     """The versions before are broken (RFC 8996). Nothing may be negotiated again."""
     import ssl
 
-    if hasattr(ssl, "TLSVersion"):
+    if hasattr(context, "minimum_version"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-    else:  # Python 3.6
+    else:  # Python 3.6, or OpenSSL 1.0
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     return context
@@ -602,7 +633,9 @@ class TLS:
     """The encryption of one connection, without I/O. `name` is the host that the
     server's certificate must be for; `pin` the SHA-256 that it must have."""
 
-    __slots__ = "ssl incoming outgoing object pin ready early more ending".split()
+    __slots__ = (
+        "ssl incoming outgoing object pin ready early more ending size fruitless"
+    ).split()
 
     def __init__(self, context: Any, server: bool, name: Any, pin: bytes) -> None:
         import ssl
@@ -611,9 +644,11 @@ class TLS:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.object = context.wrap_bio(self.incoming, self.outgoing, server, name)
         self.ready = False  # the handshake is done
-        self.early = bytearray()  # what was written before it was
+        self.early = bytearray()  # what was written, and waits to be encrypted
         self.more = False  # something is decrypted, or decryptable, and not yet read
         self.ending = False  # we send no more
+        self.size = FIRST_SEALED  # bytes to read at once
+        self.fruitless = 0  # bytes read of late in which there was nothing
 
     def shake_hands(self) -> bool:
         """Go on with the handshake; True when it is done. Raises TLSError."""
@@ -640,6 +675,7 @@ class TLS:
         """Bytes decrypted, 0 at the end, None when more has to come. Or TLSError."""
         try:
             count: int = self.object.read(len(view), view)
+            self.fruitless = max(0, self.fruitless - count * SEALED_PART)
             return count
         except self.ssl.SSLWantReadError:
             return None
@@ -648,11 +684,18 @@ class TLS:
         except self.ssl.SSLError as error:
             raise TLSError(error) from None
 
+    def feed(self, data: memoryview) -> None:
+        """What has come from the network. Raises TLSError when it is of no use."""
+        self.incoming.write(data)
+        if self.ready:
+            self.fruitless += len(data)
+            if self.fruitless > FRUITLESS + SEALED:
+                raise TLSError(ValueError("much was sent, and nothing was in it"))
+            grows = self.fruitless <= FRUITLESS
+            self.size = min(SEALED, 2 * self.size) if grows else FIRST_SEALED
+
     def seal(self, data: Any) -> bytes:
-        """What to send for `data`: for now nothing, before the handshake is done."""
-        if not self.ready:
-            self.early += data
-            return b""
+        """What to send for `data`, once the handshake is done."""
         sealed, view = [], memoryview(data)
         for at in range(0, len(view), SEALED):
             part = view[at : at + SEALED]
@@ -660,6 +703,12 @@ class TLS:
                 part = part[self.object.write(part) :]
             sealed.append(self.outgoing.read())
         return b"".join(sealed)
+
+    def seal_early(self) -> bytes:
+        """The next part of what could not be sent at once."""
+        part = bytes(self.early[:DATA_LIMIT])
+        del self.early[:DATA_LIMIT]
+        return self.seal(part)
 
     def say_end(self) -> None:
         """The word that we send no more (RFC 8446 6.1). OpenSSL would lose what has
@@ -791,7 +840,15 @@ class Connection:
 
     def write(self, data: Any) -> None:
         """Send `data`, now or as soon as the socket takes it."""
-        self.put(self.tls.seal(data) if self.tls else data)
+        tls = self.tls
+        if tls and (self.backlog or not tls.ready):
+            tls.early += data  # encrypted in small pieces it would be many times that
+        else:
+            self.put(tls.seal(data) if tls else data)
+
+    def waiting(self) -> int:
+        """Bytes that were written and not sent."""
+        return len(self.backlog) + (len(self.tls.early) if self.tls else 0)
 
     def put(self, data: Any) -> None:
         if data and not self.backlog:
@@ -820,6 +877,9 @@ class Connection:
             if count:
                 self.moved = self.loop.clock()
                 del self.backlog[:count]
+        if self.tls and self.tls.ready:
+            while self.tls.early and not self.backlog:
+                self.put(self.tls.seal_early())
         if not self.backlog and self.last:
             last, self.last = self.last, None
             last()
@@ -869,39 +929,42 @@ class Connection:
     def shake_hands(self) -> None:
         """Go on with the handshake; then the owner's part begins. With too many in one
         turn the selector will say again that there is something to read."""
-        tls = self.tls
-        self.loop.shakes += 1
-        if tls and self.loop.shakes <= HANDSHAKES_A_TURN:
+        tls, start = self.tls, self.loop.clock()
+        if tls and self.loop.shook <= SHAKING_A_TURN:
             self.receive(tls)
             try:
                 done = tls.shake_hands()
             finally:
+                self.loop.shook += self.loop.clock() - start
                 self.put(tls.outgoing.read())  # also why we do not want to go on
             if done and self.timer:
                 self.timer.clear()
-                self.write(tls.early)
+                self.flush()
 
     def receive(self, tls: TLS) -> None:
         """Read what is encrypted. An end without the word for it (RFC 8446 6.1) may be
         a cut that somebody else has made."""
+        view = self.loop.sealed[: tls.size]
         try:
-            count = self.sock.recv_into(self.loop.sealed)
+            count = self.sock.recv_into(view)
         except (BlockingIOError, InterruptedError):
             count = -1
-        if count > 0:
-            tls.incoming.write(self.loop.sealed[:count])
-        elif count == 0:
+        if count == 0:
             raise OSError("the other side closed the connection, and not by TLS")
-        self.dry = count < len(self.loop.sealed)
+        self.dry = count < len(view)
+        if count > 0:
+            tls.feed(view[:count])
 
     def open_into(self, view: memoryview, tls: TLS) -> Optional[int]:
         """read_into(), decrypted: from the socket comes what is left in the buffer,
         and, but for the first time, nothing."""
         count, got, dry = 0, tls.read_into(view) if tls.ready else None, self.dry
+        records = 0
         while got or (got is None and not dry and not self.closed):
             if got:
                 count += got
-                if count == len(view):
+                records += 1
+                if count == len(view) or records == RECORDS_A_READ:
                     break
             else:
                 dry = True
@@ -960,6 +1023,7 @@ class Connection:
             self.closed = True
             self.loop.connections.discard(self)
             self.backlog.clear()
+            self.tls = None
             self.last = None
             if self.timer:
                 self.timer.clear()
@@ -996,7 +1060,6 @@ WIDEN_AFTER = 0.05  # seconds until a window grows again: the last has to show f
 ASK_AFTER = 1.0  # seconds between looks at the round trip, while credit is given
 HELD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
 ALL_HELD = 256 << 20  # bytes that all links may hold: then it is the largest's turn
-WORK_A_TURN = 1000  # frames of a link in a turn of the loop: some milliseconds
 TEXT_WORK = 64  # bytes of JSON that are as much work as a frame
 MAX_STREAMS = 16384  # open at once on a link: more is an attack or a loop
 LAST_ID = (1 << 32) - 1  # stream ids are u32; past it the client dials anew
@@ -1133,6 +1196,7 @@ class Link:
         self.heard = loop.clock()  # when the last byte came
         self.pinged = 0.0  # when the last PING went out
         self.leaving = False  # GOODBYE was said or heard: no new streams
+        self.parted = False  # it was heard
         self.closed = False
         self.tracing = log.hears(DEBUG)  # -vv
         self.resets = 0  # streams that did not end as they should
@@ -1166,10 +1230,13 @@ class Link:
         if self.closed:
             return
         self.heard = self.loop.clock()
-        self.reader.paused, work = False, 0
+        self.loop.touched.add(self.connection)  # it may be read again
+        self.reader.paused, left = False, self.loop.allowance()
         for kind, number, payload in self.reader.feed(data):
-            work += 1 if kind == DATA else 1 + len(payload) // TEXT_WORK
-            self.reader.paused = work >= WORK_A_TURN
+            work = 1 if kind == DATA else 1 + len(payload) // TEXT_WORK
+            self.loop.work += work
+            left -= work
+            self.reader.paused = left <= 0
             if self.tracing:
                 self.show("<", kind, number, payload)
             if kind < OPEN or self.step < len(HANDSHAKE):
@@ -1212,8 +1279,10 @@ class Link:
     def on_goodbye(self, kind: int, payload: memoryview) -> None:
         message = unpack_json(payload)
         self.leaving = True
-        self.loop.unsent[self] = None
-        self.owner.on_message(kind, message)
+        if not self.parted:  # once is enough
+            self.parted = True
+            self.loop.unsent[self] = None
+            self.owner.on_message(kind, message)
 
     def on_open(self, number: int, payload: memoryview) -> None:
         if number != self.last_id + 1:
@@ -1266,6 +1335,7 @@ class Link:
 
     def on_reset(self, stream: Stream, payload: memoryview) -> None:
         code, _, cause = bytes(payload).decode("utf-8", "replace").partition(" ")
+        cause = cause[:TOLD_LIMIT]
         self.resets += code != "done"
         self.forget(stream)
         self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
@@ -1454,8 +1524,8 @@ class Link:
             self.connection.lost = self.connection.lost or error
         elif not self.connection.backlog:
             code = "protocol" if isinstance(error, ProtocolError) else "error"
-            self.leaving = True
-            self.send(Kind.GOODBYE, {"code": code, "reason": str(error)})
+            self.leaving = Kind.GOODBYE in self.owed  # then we have a reason already
+            self.goodbye(code, str(error))
             self.owing.clear()
             self.connection.write(self.loop.frames[: self.put_control(0)])
         self.close(str(error))
@@ -1575,9 +1645,9 @@ class Parser(argparse.ArgumentParser):
 HEAD_LIMIT = 64 << 10  # bytes of a head: far more than cookies need
 LINE_LIMIT = 16 << 10  # bytes of a request line
 FIELD_LIMIT = 200  # fields of a head, and of a trailer section
+WORDS_LIMIT = 32  # options in a Connection field
 INTERIM_LIMIT = 100  # 1xx answers to one request
 CHUNK_LINE_LIMIT = 2 << 10  # bytes of a chunk or trailer line: fits the least turn
-LINES_A_TURN = 1000  # lines of a chunked body in a turn of the loop: few milliseconds
 CHUNKS_A_TURN = 64 << 10  # bytes of it read at once: what is not understood waits here
 RECENT = 256  # sections of fields that are remembered: they mostly come again
 RECENT_SIZE = 4 << 10  # bytes: longer ones would cost more memory than they save time
@@ -1598,7 +1668,7 @@ LABELS = r"(?:[0-9A-Za-z_-]+\.)*[0-9A-Za-z_-]+\.?"  # of any length, but none em
 HOST = re.compile(r"(\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|%s)(?::(\d{0,5}))?" % LABELS)
 HOST_LIMIT = 255  # characters (RFC 1035 2.3.4)
 PROTOCOLS = re.compile(r"%s(?:/%s)?(?:[ \t]*,[ \t]*%s(?:/%s)?)*" % (4 * (TOKEN,)))
-ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp]://([^/?@]+)([/?].*)?")
+ABSOLUTE = re.compile(r"(?i)(https?)://([^/?@]+)([/?].*)?")
 LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
 REPEATABLE = ("GET", "HEAD", "OPTIONS")  # may be sent twice: a kept stream may be dead
@@ -1682,6 +1752,8 @@ class Section:
                 self.upgrade = self.named.get("upgrade", "")
                 if self.upgrade and not PROTOCOLS.fullmatch(self.upgrade):
                     raise malformed("Upgrade names no protocol (RFC 9110, 7.8)")
+            if len(self.connection) > WORDS_LIMIT:
+                raise malformed("Connection has more than %d words" % WORDS_LIMIT)
             if self.connection & {"host", "content-length", "transfer-encoding"}:
                 raise malformed("Connection names a field that must arrive")
 
@@ -1766,10 +1838,12 @@ class Head:
             text = "".join(["\r\n%s: %s" % pair for pair in self.pairs])
             rest = "".join([section.cut(text, gone)] + add() + ["\r\n\r\n"])
             return (first + rest).encode("latin-1")
-        if section.passed[0] != why:
-            rest = "".join([section.cut(section.text, gone)] + add() + ["\r\n\r\n"])
+        if section.passed[0] == why:
+            return first.encode("latin-1") + section.passed[1]
+        rest = "".join([section.cut(section.text, gone)] + add() + ["\r\n\r\n"])
+        if len(rest) <= 2 * RECENT_SIZE:
             section.passed = why, rest.encode("latin-1")
-        return first.encode("latin-1") + section.passed[1]
+        return (first + rest).encode("latin-1")
 
 
 def read_host(host: str) -> str:
@@ -1820,13 +1894,13 @@ class Request(Head):
         if (self.target, self.method) == ("*", "OPTIONS"):
             return ""
         match = ABSOLUTE.fullmatch(self.target)
-        if not match:
-            raise malformed("the target is neither a path nor an http URL")
-        rest = match.group(2) or ""
+        if not match or match.group(1).lower() != self.scheme:
+            raise malformed("the target is neither a path nor its %s URL" % self.scheme)
+        rest = match.group(3) or ""
         if not rest and self.method == "OPTIONS":
             rest = "*"  # RFC 9112 3.2.4
         self.target = rest if rest.startswith(("/", "*")) else "/" + rest
-        return match.group(1)
+        return match.group(2)
 
     def keeps_alive(self) -> bool:
         """Whether the visitor wants to go on after the answer (RFC 9112 9.3)."""
@@ -1925,15 +1999,17 @@ class Body:
         self.until_end = left is None
         self.left = sys.maxsize if left is None else left
         self.untouched = True
-        self.more = False  # feed() was given more than it may do at once
+        self.more = False  # feed() was given more lines than it might take
+        self.lines = 0  # that it took
         self.spans: List[Tuple[int, int]] = []
 
     @property
     def done(self) -> bool:
         return self.left == 0
 
-    def feed(self, data: Any) -> int:
-        """Take of `data` what is understood. Raises HTTPError for a broken framing."""
+    def feed(self, data: Any, lines: int = sys.maxsize) -> int:
+        """Take of `data` what is understood, at most so many lines. Raises HTTPError
+        for a broken framing."""
         count = min(len(data), self.left)
         self.spans = [(0, count)]
         if count:
@@ -1955,10 +2031,10 @@ class Chunked(Body):
     def done(self) -> bool:
         return self.expect is None
 
-    def feed(self, data: Any) -> int:
-        at = lines = 0
+    def feed(self, data: Any, lines: int = sys.maxsize) -> int:
+        at = self.lines = 0
         self.spans = []
-        while at < len(data) and self.expect and lines < LINES_A_TURN:
+        while at < len(data) and self.expect and self.lines < lines:
             if self.left:
                 end = min(len(data), at + self.left)
                 self.spans.append((at, end))
@@ -1977,8 +2053,8 @@ class Chunked(Body):
             self.untouched = False
             self.expect(start[: end - 1].decode("latin-1"))
             at += end + 1
-            lines += 1
-        self.more = lines == LINES_A_TURN and self.expect is not None
+            self.lines += 1
+        self.more = self.lines == lines and self.expect is not None
         return at
 
     def on_size(self, line: str) -> None:
@@ -2067,11 +2143,13 @@ class Names:
         """(id, service), (id, None) or (None, None) for a host in lower case."""
         labels = name.split(".")
         if not self.domains:
-            if len(labels) > 1 and labels[1] in self.ids:
-                return labels[1], labels[0]
+            if self.is_base(name):
+                return None, None
             service, dashes, id = labels[0].partition("--")
             if dashes and id in self.ids:
                 return id, service
+            if len(labels) > 1 and labels[1] in self.ids:
+                return labels[1], labels[0]
             return (labels[0], None) if labels[0] in self.ids else (None, None)
         for base in self.bases:
             if name.endswith("." + base):
@@ -2150,7 +2228,7 @@ class Router:
 # -----------------------------------------------------------------------------------
 # Pages: what the server says itself. HTML for browsers, text for everybody else.
 # -----------------------------------------------------------------------------------
-INDEX_LIMIT = 500  # services on an index page: to make one takes a while
+INDEX_LIMIT = 200  # services on an index page: to make one takes a while
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -2186,6 +2264,7 @@ def phrase(status: int, default: str) -> str:
 def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
     """(content type, body). A line that is a URL becomes a link, one that begins with
     two spaces something to paste; all is escaped."""
+    lines = ["".join(map(OneLine.printable, line)) for line in lines]
     if not as_html:
         return "text/plain; charset=utf-8", "\n".join([title] + lines + [""]).encode()
     import html
@@ -2207,6 +2286,7 @@ def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
 # Tunnel: the link of one client, from our 101 on: login, its services, its streams.
 # -----------------------------------------------------------------------------------
 LOGIN_TIME = 3.0  # seconds from our 101 to a whole LOGIN
+SERVICES_LIMIT = 2000  # of a client: to make the URLs of more takes too long
 LISTS_TIME = 0.2  # seconds between two lists of services that are looked at
 STRANGERS = 128  # links on which nobody has logged in yet; one more, and one must go
 TAKEOVER = 3.0  # seconds for the owner of an id to show that he lives, when it is asked
@@ -2238,7 +2318,7 @@ class Tunnel:
         self.token = ""  # of our id, once it is proven
         self.nonce = make_nonce()
         self.welcoming: Dict[str, str] = {}  # what WELCOME says
-        self.services: Dict[str, Any] = {}
+        self.services: Dict[str, str] = {}  # name -> target, to know when it changes
         self.peer = "client %s" % address_of(connection.sock)
         self.asked = 0.0  # when the owner of our id was asked whether he lives
         self.challenger: Optional[Tunnel] = None  # waits for whether we live
@@ -2265,20 +2345,22 @@ class Tunnel:
             if self.list_timer.due is None:
                 self.on_services()
         elif kind == Kind.GOODBYE:
-            log.info("%s says goodbye: %s", self, message.get("reason"))
+            log.info("%s says goodbye: %s", self, text_of(message.get("reason")))
             self.drop_kept()
 
-    def drop_kept(self) -> None:
-        """They would hold up the end."""
-        for stream in list(self.link.streams.values()):
-            if isinstance(stream.owner, Kept):
-                stream.owner.drop()
+    def drop_kept(self, most: int = MAX_STREAMS) -> None:
+        """They would hold up the end, or cost the client descriptors."""
+        kept = (s for s in self.link.streams.values() if isinstance(s.owner, Kept))
+        for stream in list(itertools.islice(kept, most)):
+            stream.owner.drop()
 
     def on_login(self, message: Dict[str, Any]) -> None:
         self.timer.clear()
         id, session = message.get("id"), message.get("session")
         if not isinstance(id, str) or not LABEL.fullmatch(id.lower()):
             self.refuse("refused", "an id is a DNS label")
+        elif id.lower() == "localhost":  # or tim.localhost would be its service tim
+            self.refuse("refused", "localhost is no id")
         elif not isinstance(session, str) or not session:
             raise ProtocolError("LOGIN without a session")
         elif self.proves(id.lower(), message):
@@ -2338,7 +2420,7 @@ class Tunnel:
             self.welcome()
 
     def welcome(self) -> None:
-        self.server.strangers.discard(self.link.connection)
+        self.server.strangers.pop(self.link.connection, None)
         self.server.tunnels[self.id] = self
         self.timer.set(LOGIN_TIME)  # for its services
         self.link.send(Kind.WELCOME, self.welcoming)
@@ -2346,7 +2428,8 @@ class Tunnel:
 
     def depose(self, code: str, cause: str) -> None:
         """The id is no longer ours; what runs may end."""
-        del self.server.tunnels[self.id]
+        if self.server.tunnels.get(self.id) is self:
+            del self.server.tunnels[self.id]
         log.info("%s at %s: %s", self.id, self.peer, cause)
         self.link.goodbye(code, cause)
         self.drop_kept()
@@ -2358,19 +2441,29 @@ class Tunnel:
     def on_services(self) -> None:
         """The whole list of the client's services; the answer is where they are. One
         that comes too soon after another waits, and the newest counts."""
-        listed, self.listed = self.listed, None
+        loop, listed = self.server.loop, self.listed
         if listed is None:
             return
+        if loop.work >= WORK_A_TURN:
+            self.list_timer.set(0)
+            return
+        loop.work += len(listed)
         self.list_timer.set(LISTS_TIME)
-        urls, self.services = {}, {}
+        self.listed, self.services = None, {}
+        urls: Dict[str, str] = {}
         for name, options in listed.items():
             service = name.lower()
-            if LABEL.fullmatch(service):
-                self.services[service] = options
+            if len(urls) >= SERVICES_LIMIT:
+                urls[name] = "error: more than %d services" % SERVICES_LIMIT
+            elif LABEL.fullmatch(service):
+                target = options.get("target") if isinstance(options, dict) else ""
+                self.services[service] = text_of(target)
                 urls[name] = self.server.names.url(self.id, service, self.dialled)
             else:
                 urls[name] = "error: a service's name is a DNS label without --"
-        log.info("%s serves %s", self.id, ", ".join(self.services) or "nothing")
+        first = ", ".join(itertools.islice(self.services, 20)) or "nothing"
+        more = ", ... (%d)" % len(self.services) if len(self.services) > 20 else ""
+        log.info("%s serves %s%s", self.id, first, more)
         if len(pack_json(urls)) > TEXT_LIMIT:
             urls = {"*": "error: too many services to tell where each is"}
         self.link.send(Kind.URLS, urls)
@@ -2412,7 +2505,9 @@ FIRST_BYTE_TIME = 30.0  # seconds for the first byte of a new connection
 HEAD_TIME = 10.0  # seconds from a head's first byte to its last, however it dribbles
 IDLE_TIME = 60.0  # seconds that a connection is kept after an answer
 HALF_CLOSED_TIME = 60.0  # seconds for an answer to begin: is he still there at all?
+CLOSE_WAIT = b"\x08"  # the state of a connection after a FIN, in TCP_INFO
 PROBE_TIME = 5.0  # seconds between looks at whether a visitor we do not read is there
+KEPT_TO_DROP = 8  # kept streams that go when the client has no descriptors left
 KEPT_TIME = 1.0  # seconds a kept stream is good for a request that may not go twice
 RESETS = {  # what a client's RESET means to the visitor
     "no-service": 404,
@@ -2463,6 +2558,7 @@ class Visitor:
             self.buffer += view[:count]
         if count == 0 and exchange:
             exchange.since = self.loop.clock()
+            self.server.idle[self] = None  # where descriptors are short he may go
         if count is not None and not exchange:
             self.next()
         elif count == 0 and self.connection.lost:
@@ -2485,7 +2581,10 @@ class Visitor:
             self.timer.set(PROBE_TIME)
             if gone:
                 self.leave()
-            elif connection.eof and self.exchange.is_late():
+            elif self.exchange.is_stalled():
+                self.forget()
+                connection.abort()
+            elif self.has_ended() and self.exchange.is_late():
                 self.exchange.stream.reset("left")
                 raise HTTPError(504, "timeout", "no answer from the service")
         elif connection.backlog:
@@ -2545,9 +2644,10 @@ class Visitor:
         """The Router has spoken: take the request where it belongs."""
         tunnel = self.server.tunnels.get(id or "")
         if tunnel and service in tunnel.services:
-            self.exchange = Exchange(self, request, tunnel, str(service))
+            exchange = Exchange(self, request, tunnel, str(service))
+            exchange.start()
+            self.exchange = exchange
             self.server.idle.pop(self, None)
-            self.exchange.start()
             self.timer.set(PROBE_TIME)
         elif request.method not in ("GET", "HEAD") or request.target != "/":
             self.not_found(tunnel, id, service)
@@ -2572,10 +2672,10 @@ class Visitor:
     def show_index(self, request: Request, tunnel: Tunnel) -> None:
         link = self.server.names.link
         host, scheme = request.host, request.scheme
-        lines = [link(name, host, scheme) for name in sorted(tunnel.services)]
-        if len(lines) > INDEX_LIMIT:
-            more = "... and %d more." % (len(lines) - INDEX_LIMIT)
-            lines = lines[:INDEX_LIMIT] + [more]
+        names = sorted(tunnel.services)
+        lines = [link(name, host, scheme) for name in names[:INDEX_LIMIT]]
+        if len(names) > INDEX_LIMIT:
+            lines.append("... and %d more." % (len(names) - INDEX_LIMIT))
         self.respond(200, "", "Services of %s" % tunnel.id, lines or ["None yet."])
 
     def redirect(self, request: Request) -> None:
@@ -2656,7 +2756,8 @@ class Visitor:
         """An answer has been given; what comes next?"""
         self.exchange = self.request = None
         self.idle_since = self.loop.clock()
-        self.server.idle[self] = None
+        self.server.idle.pop(self, None)
+        self.server.idle[self] = None  # at the end
         self.loop.touched.add(self.connection)  # it may be read again
         if keep and not self.server.stopping:
             self.timer.set(IDLE_TIME)
@@ -2664,6 +2765,14 @@ class Visitor:
                 self.loop.soon(self, self.next)
         else:
             self.end()
+
+    def has_ended(self) -> bool:
+        """Whether he sends no more; where we do not read, Linux knows."""
+        option = getattr(socket, "TCP_INFO", None)
+        if self.connection.eof or option is None:
+            return self.connection.eof
+        state = self.connection.sock.getsockopt(socket.IPPROTO_TCP, option, 1)
+        return state == CLOSE_WAIT
 
     def has_sent(self) -> bool:
         """Whether something is here that was not read yet."""
@@ -2800,7 +2909,9 @@ class Exchange:
         """Ask once more: a kept stream died before it answered, or the client had not
         even dialled. False when that may not be, or cannot."""
         stale = self.reused and self.repeatable()
-        unseen = code == "gone" and self.request.body.untouched
+        unseen = code in ("gone", "busy") and self.request.body.untouched
+        if code == "busy":
+            self.tunnel.drop_kept(KEPT_TO_DROP)
         tunnel = self.visitor.server.tunnels.get(self.tunnel.id)
         if self.repeated or self.interim or not (stale or unseen):
             return False
@@ -2816,6 +2927,14 @@ class Exchange:
         """Whether a visitor who sends no more has waited long enough for an answer."""
         waited = self.visitor.loop.clock() - self.since
         return waited > HALF_CLOSED_TIME and not (self.answer or self.upgraded)
+
+    def is_stalled(self) -> bool:
+        """Whether the visitor has not moved for long, while what waits for him counts
+        on no link any more."""
+        connection = self.visitor.connection
+        if self.stream.open or not connection.backlog:
+            return False
+        return self.visitor.loop.clock() - connection.moved > STALLED
 
     def uploading(self) -> bool:
         """Whether what the visitor sends belongs to the stream."""
@@ -2845,13 +2964,22 @@ class Exchange:
         view[:had] = buffer[:had]
         count = connection.read_into(view[had:]) if had < len(view) else None
         total = had + (count or 0)
-        good = total if self.upgraded else self.request.body.feed(view[:total])
+        good = total if self.upgraded else self.feed(self.request.body, view[:total])
         buffer[:had] = view[good:total]  # a part of a line, or of the next request
         if count == 0 and not good:
             return self.on_visitor_end()
-        if good and (buffer or count == 0):
+        if self.request.body.more:
+            self.visitor.loop.soon(self.stream, self.stream.wake)
+        elif good and (buffer or count == 0):
             self.stream.wake()  # for what is here already, or for the end
         return good or None
+
+    def feed(self, body: Body, data: Any) -> int:
+        """What is understood of a body; of one in chunks as much as there is time."""
+        loop = self.visitor.loop
+        good = body.feed(data, loop.allowance())
+        loop.work += body.lines
+        return good
 
     def on_visitor_end(self) -> int:
         """The visitor sends no more: an end after a 101, a fault in a body."""
@@ -2873,8 +3001,8 @@ class Exchange:
         try:
             if self.upgraded:
                 self.visitor.connection.write(data)
-            elif self.body.more:
-                self.carry += data  # go_on() takes it from there
+            elif self.body.more or self.whole():
+                self.carry += data  # for go_on(), or for nobody
             elif self.answer:
                 self.on_body(b"", data)
             else:
@@ -2940,7 +3068,7 @@ class Exchange:
         if self.carry:
             data = memoryview(bytes(self.carry) + bytes(data))
             self.carry.clear()
-        good = self.body.feed(data)
+        good = self.feed(self.body, data)
         if self.answer is None and self.final:
             self.answer = self.final  # from here on it can no longer be a 502
             self.visitor.log_answer(self.answer.status, "")
@@ -2966,7 +3094,7 @@ class Exchange:
         if self.visitor.exchange is not self or not self.body.more:
             return
         data = memoryview(self.carry)
-        good = self.body.feed(data)
+        good = self.feed(self.body, data)
         content = bytes(data[:good])
         if self.request.minor == 0:
             content = b"".join([data[start:end] for start, end in self.body.spans])
@@ -2988,7 +3116,7 @@ class Exchange:
         if connection.lost and (connection.eof or not self.upgraded):
             self.visitor.leave()
         else:
-            self.stream.settle(len(self.carry) + len(connection.backlog))
+            self.stream.settle(len(self.carry) + connection.waiting())
 
     def finish(self) -> None:
         """The visitor has the whole answer. The stream is kept if everything was as it
@@ -3281,7 +3409,7 @@ class Server:
         self.tunnels: Dict[str, Tunnel] = {}  # by id
         self.visitors: Set[Visitor] = set()
         self.idle: Any = collections.OrderedDict()  # visitors, the longest so first
-        self.strangers: Set[Connection] = set()  # dialled, and not logged in
+        self.strangers: Dict[Connection, str] = {}  # who is not logged in, from where
         self.names = Names(domains, self.tunnels)
         self.router = router or Router()
         self.router.names = self.names
@@ -3337,22 +3465,23 @@ class Server:
         runs goes on with the certificate that it began with."""
         self.look_timer.set(LOOK_TIME)
         files = [file for file in (self.tokens, self.tls) if file and file.look()]
-        if files:
-            log.info("changed: %s", ", ".join(map(str, files)))
-            self.on_new_files()
         if self.tokens in files and self.tokens:
-            for tunnel in list(self.tunnels.values()):
-                if self.tokens.value.get(tunnel.id) != tunnel.token:
+            for link in list(self.loop.links):  # also those that were replaced
+                tunnel = link.owner
+                if tunnel.token and tunnel.token != self.tokens.value.get(tunnel.id):
                     tunnel.depose("refused", "the token of %s has changed" % tunnel.id)
                     tunnel.link.flush()
                     tunnel.link.close("its token has changed")
+        if files:
+            log.info("changed: %s", ", ".join(map(str, files)))
+            self.on_new_files()
 
     def on_new_files(self) -> None:
         """What there is to say about them."""
         if self.tokens:
-            self.tokens.warn(self.tokens.paths)
+            warn_of_readers(self.tokens.paths)
         if self.tls and self.tls.seen:
-            self.tls.warn(self.tls.paths[1:])
+            warn_of_readers(self.tls.paths[1:])
             if log.hears(INFO):
                 with contextlib.suppress(ValueError):
                     log.info("certificate: SHA256 %s", fingerprint(self.tls.seen[0]))
@@ -3367,15 +3496,18 @@ class Server:
         ]
 
     def meet(self, connection: Connection) -> None:
-        """Somebody who has not logged in: of too many, one at random goes."""
-        self.strangers = {other for other in self.strangers if not other.closed}
-        self.strangers.discard(connection)
-        if len(self.strangers) >= STRANGERS:
-            number = int.from_bytes(os.urandom(4), "big") % len(self.strangers)
-            victim = list(self.strangers)[number]
-            self.strangers.discard(victim)
-            victim.fail(OSError("too many connections have not logged in"))
-        self.strangers.add(connection)
+        """Somebody who has not logged in. Of too many one at random has to go, of the
+        address that has most of them: so a crowd from one keeps out no other."""
+        strangers = {c: where for c, where in self.strangers.items() if not c.closed}
+        strangers.pop(connection, None)
+        if len(strangers) >= STRANGERS:
+            (crowd, _), *_ = collections.Counter(strangers.values()).most_common(1)
+            victims = [other for other, where in strangers.items() if where == crowd]
+            number = int.from_bytes(os.urandom(4), "big") % len(victims)
+            del strangers[victims[number]]
+            victims[number].fail(OSError("too many connections have not logged in"))
+        strangers[connection] = address_of(connection.sock)
+        self.strangers = strangers
 
     def make_room(self) -> bool:
         """Close the visitor who is longest between two requests, and has sent nothing
