@@ -2264,7 +2264,8 @@ def phrase(status: int, default: str) -> str:
 def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
     """(content type, body). A line that is a URL becomes a link, one that begins with
     two spaces something to paste; all is escaped."""
-    lines = ["".join(map(OneLine.printable, line)) for line in lines]
+    plain = "".join(lines).isprintable()  # what a client says may move a cursor
+    lines = lines if plain else ["".join(map(OneLine.printable, x)) for x in lines]
     if not as_html:
         return "text/plain; charset=utf-8", "\n".join([title] + lines + [""]).encode()
     import html
