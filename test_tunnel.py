@@ -5511,7 +5511,7 @@ class Hostile(TunnelCase):
         junk = b"x" * 20000
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
         self.start(web=self.answering(answer, junk, junk))
-        said = self.raw(self.ask("web.tim.x", close=False))
+        said = self.raw(self.ask("web.tim.x"))
         self.assertTrue(said.endswith(b"\r\n\r\nok"))
 
     def test_held_bytes_count_to_nothing_when_all_is_over(self):
