@@ -2971,8 +2971,8 @@ class Exchange:
             return self.on_visitor_end()
         if self.request.body.more:
             self.visitor.loop.soon(self.stream, self.stream.wake)
-        elif good and (buffer or count == 0):
-            self.stream.wake()  # for what is here already, or for the end
+        elif good and (buffer or count == 0 or total == len(view)):
+            self.stream.wake()  # for what is here already, or may be, or for the end
         return good or None
 
     def feed(self, body: Body, data: Any) -> int:
