@@ -5454,6 +5454,28 @@ class Hostile(TunnelCase):
         self.assertTrue(self.raw(ask).endswith(b"ok"))
         self.assertEqual(got, [body])
 
+    def test_upload_in_chunks_goes_on_after_what_was_read_ahead(self):
+        """Which is all of a turn, so that nothing more is read in it."""
+        size, go = 16 << 20, threading.Event()
+
+        def handler(conn):
+            rest = read_head(conn)[1]
+            go.wait(PATIENCE)
+            while not rest.endswith(b"0\r\n\r\n"):
+                rest += conn.recv(1 << 20)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+        self.start(web=self.service(handler))
+        conn = self.visit()
+        line = "Transfer-Encoding: chunked"
+        body = b"%x\r\n" % size + b"x" * size + b"\r\n0\r\n\r\n"
+        ask = self.ask("web.tim.x", line, first="POST / HTTP/1.1", body=body)
+        threading.Thread(target=conn.sendall, args=(ask,), daemon=True).start()
+        full, visitors = server_module.HEAD_LIMIT, self.server.program.visitors
+        self.server.until(lambda: any(len(v.buffer) == full for v in visitors))
+        go.set()
+        self.assertTrue(self.raw(b"", conn).endswith(b"ok"))
+
     def test_flood_of_lists_is_not_all_looked_at(self):
         log_in = Logins.log_in(self.hostile_client())
         lists = [json.dumps({"s%d" % i: {}}).encode() for i in range(200)]
