@@ -1076,8 +1076,8 @@ STUCK_AFTER = 20.0  # seconds in which bytes we have to send did not move
 
 class Stream:
     """One visitor's bytes in a link. Its owner has pull(view), which gives the bytes
-    written, None for nothing yet or 0 for the end, and receive(view), on_end(),
-    on_reset(code, cause) and fail(error)."""
+    written, None for nothing yet or 0 for the end; `eager`, whether it has more that no
+    socket tells of; and receive(view), on_end(), on_reset(code, cause), fail(error)."""
 
     __slots__ = (
         "link id owner credit window allowed granted widened held taken sent last "
@@ -1477,7 +1477,7 @@ class Link:
             stream.since, stream.sent = now, 0
         stream.sent += count
         stream.last = count
-        if count == len(view):
+        if count == len(view) or stream.owner.eager:
             stream.wake()  # a source that came short is watched instead
         return self.put(DATA, stream.id, view[:count], fill)
 
@@ -1934,6 +1934,8 @@ DIALS = 128  # at once to a target: one that hangs holds up its own visitors onl
 class Bridge:
     """One stream and its local connection."""
 
+    eager = False
+
     def __init__(
         self, tunnel: "Tunnel", stream: Stream, service: str, target: Target
     ) -> None:
@@ -2270,12 +2272,12 @@ class Client:
         tls: Any = None,
         pin: bytes = b"",
     ) -> None:
-        self.loop = loop or Loop()
+        if pin and tls is None:
+            raise ValueError("a fingerprint is of no use without TLS")
         self.services, self.id, self.given_token = services, id.lower(), token
         if self.token:
             forbid_core_dumps()
-        if pin and tls is None:
-            raise ValueError("a fingerprint is of no use without TLS")
+        self.loop = loop or Loop()
         self.tls, self.pin = tls, pin  # an SSLContext; the certificate's SHA-256
         shown = "[%s]" % host if ":" in host else host
         self.server = "%s:%d" % (shown, port)  # as the Host field has it

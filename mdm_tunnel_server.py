@@ -1078,8 +1078,8 @@ STUCK_AFTER = 20.0  # seconds in which bytes we have to send did not move
 
 class Stream:
     """One visitor's bytes in a link. Its owner has pull(view), which gives the bytes
-    written, None for nothing yet or 0 for the end, and receive(view), on_end(),
-    on_reset(code, cause) and fail(error)."""
+    written, None for nothing yet or 0 for the end; `eager`, whether it has more that no
+    socket tells of; and receive(view), on_end(), on_reset(code, cause), fail(error)."""
 
     __slots__ = (
         "link id owner credit window allowed granted widened held taken sent last "
@@ -1479,7 +1479,7 @@ class Link:
             stream.since, stream.sent = now, 0
         stream.sent += count
         stream.last = count
-        if count == len(view):
+        if count == len(view) or stream.owner.eager:
             stream.wake()  # a source that came short is watched instead
         return self.put(DATA, stream.id, view[:count], fill)
 
@@ -2814,6 +2814,7 @@ class Kept:
     """Owns a stream between two requests. Whatever comes on it is unasked."""
 
     __slots__ = ("visitor", "stream", "service")
+    eager = False
 
     def __init__(self, visitor: Visitor, stream: Stream, service: Any) -> None:
         self.visitor, self.stream, self.service = visitor, stream, service
@@ -2848,8 +2849,8 @@ class Exchange:
     """One request and its answer. It owns the stream that carries them."""
 
     __slots__ = (
-        "visitor request tunnel service options stream head carry searched final "
-        "answer body keep reused repeated interim since upgraded after"
+        "visitor request tunnel service options stream head eager carry searched "
+        "final answer body keep reused repeated interim since upgraded after"
     ).split()
 
     def __init__(
@@ -2859,6 +2860,7 @@ class Exchange:
         self.tunnel, self.service = tunnel, service
         self.options = tunnel.services[service]
         self.head = b""  # of the request: what is still to be pulled
+        self.eager = False  # something is here to be pulled, or may be
         self.carry = bytearray()  # of the answer: what is not understood yet
         self.searched = 0
         self.final: Optional[Answer] = None  # its head, when that is whole
@@ -2953,8 +2955,7 @@ class Exchange:
             size = min(len(view), len(self.head))
             view[:size] = self.head[:size]
             self.head = self.head[size:]
-            if self.uploading():
-                self.stream.wake()
+            self.eager = self.uploading()
             return size
         if not self.uploading():
             return None
@@ -2963,16 +2964,16 @@ class Exchange:
         buffer, connection = self.visitor.buffer, self.visitor.connection
         had = min(len(buffer), len(view))
         view[:had] = buffer[:had]
-        count = connection.read_into(view[had:]) if had < len(view) else None
+        count = connection.read_into(view[had:])
         total = had + (count or 0)
         good = total if self.upgraded else self.feed(self.request.body, view[:total])
         buffer[:had] = view[good:total]  # a part of a line, or of the next request
         if count == 0 and not good:
             return self.on_visitor_end()
-        if self.request.body.more:
+        more = self.request.body.more
+        if more:
             self.visitor.loop.soon(self.stream, self.stream.wake)
-        elif good and (buffer or count == 0 or total == len(view)):
-            self.stream.wake()  # for what is here already, or may be, or for the end
+        self.eager = not more and (bool(buffer) or count == 0 or total == len(view))
         return good or None
 
     def feed(self, body: Body, data: Any) -> int:

@@ -652,8 +652,7 @@ class End:
         view[:count] = b"e" * count if self.endless else self.source[:count]
         del self.source[:count]
         self.pulled += count
-        if count and self.finished and not self.source:
-            self.stream.wake()  # nothing else will, for the end
+        self.eager = self.finished  # nothing else wakes it for the end
         return count or (0 if self.finished else None)
 
     def receive(self, data):
@@ -801,6 +800,24 @@ class Links(LinkCase):
         self.settle()
         self.assertEqual(mine.news, ["refused"])
         self.assertEqual((self.server.link.streams, self.client.link.streams), ({}, {}))
+
+    def test_eager_source_gets_no_turn_without_room(self):
+        """It would give few bytes or none, and nobody would look at it again."""
+        rooms = []
+
+        class Eager(End):
+            eager = True
+
+            def pull(self, view):
+                rooms.append(len(view))
+                return min(len(view), 5000)
+
+        self.client.next_end = lambda: End(takes=False)
+        mine = self.server.open(Eager())
+        self.settle()
+        self.assertGreater(len(rooms), 10)
+        self.assertGreaterEqual(min(rooms), server_module.LEAST_TURN)
+        self.assertFalse(mine.stream.ready)
 
     def test_late_frames_are_dropped_in_silence(self):
         mine, theirs = self.pair(b"x")
@@ -1602,11 +1619,11 @@ class Model:
 
 class Told(End):
     """Tells its side what it is told. Who is rude resets when something comes, who is
-    eager wakes its stream while that asks."""
+    hasty wants another turn after each."""
 
     def __init__(self, side, message):
         super().__init__(takes=message["takes"])
-        self.side, self.rude, self.eager = side, message["rude"], message["eager"]
+        self.side, self.rude, self.hasty = side, message["rude"], message["hasty"]
 
     def tell(self, news):
         self.side.told.append((self.stream.id, news))
@@ -1614,9 +1631,9 @@ class Told(End):
     def pull(self, view):
         if not self.stream.open:
             self.tell("asked, and it is over")
-        if self.eager and self.source:
-            self.stream.wake()
-        return super().pull(view)
+        count = super().pull(view)
+        self.eager = self.eager or self.hasty
+        return count
 
     def receive(self, data):
         self.tell(bytes(data))
@@ -1880,7 +1897,7 @@ class Schedule:
 
     def wishes(self):
         """What the owner of a new stream will do."""
-        odds = {"takes": 0.4, "rude": 0.05, "eager": 0.5}
+        odds = {"takes": 0.4, "rude": 0.05, "hasty": 0.5}
         wishes = {wish: self.dice.random() < odds[wish] for wish in sorted(odds)}
         return dict(wishes, service="web", n=self.model.last)
 
