@@ -16,6 +16,8 @@ that order: the wire and the machinery that the server has too, then services, d
 bridges, the client. Nothing here needs more than the standard library of Python 3.6.
 """
 
+from typing import Union
+
 # ===================================================================================
 # SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
 # ===================================================================================
@@ -240,7 +242,7 @@ def check_token(token: Any) -> str:
     if not isinstance(token, str) or not token.strip():
         raise ValueError("a token is a text, and not empty")
     if len(token) > TOKEN_LIMIT or not all(" " <= letter <= "~" for letter in token):
-        raise ValueError("a token has printable ASCII, at most %d bytes" % TOKEN_LIMIT)
+        raise ValueError("a token is a line of ASCII, at most %d bytes" % TOKEN_LIMIT)
     return token
 
 
@@ -318,6 +320,12 @@ def read_file(path: str) -> bytes:
         return file.read(FILE_LIMIT)
 
 
+def blame(error: Exception, paths: List[str]) -> str:
+    """Which file is to blame, if that is known, and for what."""
+    where = getattr(error, "filename", None) or " and ".join(dict.fromkeys(paths))
+    return "%s: %s" % (where, getattr(error, "strerror", None) or error)
+
+
 class Watched:
     """Files, and the `value` that `parse` makes of their contents. Raises OSError or
     ValueError at the start; later what is broken or has vanished changes nothing."""
@@ -349,8 +357,8 @@ class Watched:
             return self.read()
         except (OSError, ValueError) as error:
             if self.seen is not None:
-                cause = getattr(error, "strerror", None) or error
-                log.warning("%s: %s; what it held before stays", self, cause)
+                cause = blame(error, self.paths)
+                log.warning("%s; what it held before stays", cause)
             if isinstance(error, OSError):
                 self.seen = None
             return False
@@ -665,9 +673,10 @@ class TLS:
         import hashlib
         import hmac
 
-        found = hashlib.sha256(self.object.getpeercert(True)).digest()
-        if not hmac.compare_digest(found, self.pin):
-            raise TLSError(ValueError("the certificate has not the fingerprint wanted"))
+        found = hashlib.sha256(self.object.getpeercert(True))
+        if not hmac.compare_digest(found.digest(), self.pin):
+            seen = "the certificate has another fingerprint, %s" % found.hexdigest()
+            raise TLSError(ValueError(seen))
 
     def read_into(self, view: memoryview) -> Optional[int]:
         """Bytes decrypted, 0 at the end, None when more has to come. Or TLSError."""
@@ -2046,7 +2055,7 @@ class Bridge:
 WELCOME_TIME = 10.0  # seconds: the server may be asking the old owner of our id
 ANSWER_LIMIT = 16 << 10  # bytes of the answer to our request to upgrade
 STATUS = re.compile(rb"HTTP/1[.]\d (\d{3})[ \r]")
-UNPROVEN = "the server cannot prove that it knows the token"
+UNPROVEN = "the server cannot prove that it knows the token: has it --tokens?"
 LIKELY = {
     400: "does this port want --tls?",
     404: "is this the visitors' port? clients dial the server's --client-port",
@@ -2054,6 +2063,13 @@ LIKELY = {
     502: "a proxy answered that does not reach the server",
     503: "a proxy answered that does not reach the server",
 }
+
+
+ADVICE = (  # for what TLS says
+    ("self", "trust it with --tls-ca, or name it with --fingerprint"),
+    ("issuer", "trust that with --tls-ca, or name the certificate with --fingerprint"),
+    ("no TLS", "has the server --tls-cert, and is this its client port?"),
+)
 
 
 class Refused(ProtocolError):
@@ -2136,7 +2152,9 @@ class Tunnel:
     def fail(self, error: Exception) -> None:
         """It ends before there is a link."""
         if isinstance(error, TLSError):
-            error = Refused(1, "%s: %s" % (self.client.server, error))
+            advice = [help for word, help in ADVICE if word in str(error)][:1]
+            said = ": ".join([self.client.server, str(error)] + advice)
+            error = Refused(1, said)
         self.timer.clear()
         self.connection.close()
         self.client.on_lost(self, error)
@@ -2250,7 +2268,7 @@ def make_context(ca: Optional[str], pinned: bool) -> Any:
 def parse_fingerprint(text: str) -> bytes:
     """The SHA-256 of a certificate as openssl writes it, or without the colons. Raises
     ValueError."""
-    digits = text.rpartition("=")[2].replace(":", "").strip()
+    digits = re.sub(r"[:\s]", "", text.rpartition("=")[2])
     if not re.fullmatch("[0-9A-Fa-f]{64}", digits):
         raise ValueError("a SHA-256 fingerprint has 64 hexadecimal digits")
     return bytes.fromhex(digits)
@@ -2258,7 +2276,8 @@ def parse_fingerprint(text: str) -> bytes:
 
 class Client:
     """Dials `host`:`port` as `id` and serves `services`. run() ends after stop(), or
-    raises Refused: by the server, or after `max_attempts` failures in a row."""
+    raises Refused: by the server, or after `max_attempts` failures in a row. `token` is
+    that of the id, or the file that holds it; "" leaves it to the services' file."""
 
     def __init__(
         self,
@@ -2268,7 +2287,7 @@ class Client:
         id: str = "admin",
         max_attempts: int = 0,
         loop: Optional[Loop] = None,
-        token: str = "",
+        token: Union[str, Watched] = "",
         tls: Any = None,
         pin: bytes = b"",
     ) -> None:
@@ -2300,14 +2319,17 @@ class Client:
 
     @property
     def token(self) -> str:
-        """That of our id; "" when there is none. The service file's may change."""
-        return self.given_token or self.services.token
+        """That of our id; "" when there is none. Those in files may change."""
+        given = self.given_token
+        given = given.value if isinstance(given, Watched) else given
+        return given or self.services.token
 
     def run(self) -> None:
         """Serve until stop(). Raises Refused."""
         self.timer.set(0)
         self.look_timer.set(LOOK_TIME)
         self.loop.run()
+        self.stopping = True
         if self.tunnel and self.tunnel.logged_in:
             self.tunnel.link.close("the client is stopping")
         self.loop.close()
@@ -2318,8 +2340,10 @@ class Client:
         log.error("%s: %s", self, error)
 
     def look(self) -> None:
-        """Has the service file changed?"""
+        """Has the service file changed, or that of the token?"""
         self.look_timer.set(LOOK_TIME)
+        if isinstance(self.given_token, Watched) and self.given_token.look():
+            log.info("%s has changed", self.given_token)
         if self.services.look():
             log.info("%s has changed", self.services.file)
             if self.tunnel:
@@ -2363,8 +2387,11 @@ class Client:
                 print("".join(map(OneLine.printable, line)), flush=True)
 
     def on_goodbye(self, tunnel: Tunnel, code: str, reason: str) -> None:
-        """The server takes leave: for good, or until it is back?"""
-        if code in ("refused", "replaced"):
+        """The server takes leave: for good, or until it is back? A token that is no
+        longer valid may have changed here too."""
+        if code == "refused":
+            self.look()
+        if code == "replaced" or code == "refused" and tunnel.token == self.token:
             self.end(Refused(3, reason))
         elif code == "taken" and not self.ever:
             self.end(Refused(3, reason + " by another client: choose one with -i"))
@@ -2382,7 +2409,8 @@ class Client:
             lived = self.loop.clock() - tunnel.since
             if tunnel.logged_in and lived >= STEADY:
                 self.wait = FIRST_WAIT
-            cause = "%s: %s" % (self.server, error)
+            refused = isinstance(error, Refused)  # and that names the server
+            cause = str(error) if refused else "%s: %s" % (self.server, error)
             self.again(cause, 0 if tunnel.logged_in else 1)
 
     def again(self, cause: str, failures: int = 1) -> None:
@@ -2410,6 +2438,7 @@ class Client:
     def on_signal(self, number: int) -> None:
         """SIGTERM lets what runs end; SIGINT, or a second signal, does not."""
         if self.stopping or number == signal.SIGINT:
+            log.info("stopping at once")
             self.loop.running = False
         else:
             self.stop()
@@ -2477,8 +2506,8 @@ def make_parser() -> FileParser:
     add("-h", "--host", nargs="?", const=HELP, default="localhost",
         help="the server, as host or host:port (%(default)s)")  # fmt: skip
     add("--token-file", metavar="FILE",
-        help="holds the token of the id; else $MDM_TUNNEL_TOKEN has it, or the "
-        "service file")  # fmt: skip
+        help="holds the token of the id, and nothing else; without it "
+        "$MDM_TUNNEL_TOKEN counts, then the service file")  # fmt: skip
     add("--tls", action="store_true",
         help="dial by TLS; the certificate must be for the host")  # fmt: skip
     add("--tls-ca", metavar="FILE", help="authorities to trust, and no others")
@@ -2537,19 +2566,28 @@ def load_services(options: argparse.Namespace) -> Services:
         die(2, "%s: %s" % (path, error))
 
 
-def load_token(options: argparse.Namespace) -> str:
+def parse_token(data: bytes) -> str:
+    """The file of --token-file. Raises ValueError."""
+    text = data.decode("latin-1").strip("\r\n")
+    if text.startswith("{"):
+        raise ValueError("this is JSON; here stands a token, and nothing else")
+    return check_token(text)
+
+
+def load_token(options: argparse.Namespace) -> Union[str, Watched]:
     """The token as the command line or the environment has it; "" leaves it to the
     service file. Exits with 2 when it is wrong."""
-    token, where = os.environ.pop(TOKEN_VARIABLE, None), TOKEN_VARIABLE
+    token, path = os.environ.pop(TOKEN_VARIABLE, None), options.token_file
     try:
-        if options.token_file is not None:
-            where = options.token_file
-            with open(where, "rb") as file:  # a pipe is fine here
-                token = file.read(2 * TOKEN_LIMIT).decode().strip("\r\n")
-            warn_of_readers([where])
-        return "" if token is None else check_token(token)
+        if path is None:
+            return "" if token is None else check_token(token)
+        warn_of_readers([path])
+        if os.path.isfile(path):
+            return Watched([path], parse_token)
+        with open(path, "rb") as file:  # what a pipe holds can be read but once
+            return parse_token(file.read(2 * TOKEN_LIMIT))
     except (OSError, ValueError) as error:
-        die(2, "%s: %s" % (where, getattr(error, "strerror", None) or error))
+        die(2, blame(error, [path or TOKEN_VARIABLE]))
 
 
 def load_context(options: argparse.Namespace) -> Any:

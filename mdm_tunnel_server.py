@@ -242,7 +242,7 @@ def check_token(token: Any) -> str:
     if not isinstance(token, str) or not token.strip():
         raise ValueError("a token is a text, and not empty")
     if len(token) > TOKEN_LIMIT or not all(" " <= letter <= "~" for letter in token):
-        raise ValueError("a token has printable ASCII, at most %d bytes" % TOKEN_LIMIT)
+        raise ValueError("a token is a line of ASCII, at most %d bytes" % TOKEN_LIMIT)
     return token
 
 
@@ -320,6 +320,12 @@ def read_file(path: str) -> bytes:
         return file.read(FILE_LIMIT)
 
 
+def blame(error: Exception, paths: List[str]) -> str:
+    """Which file is to blame, if that is known, and for what."""
+    where = getattr(error, "filename", None) or " and ".join(dict.fromkeys(paths))
+    return "%s: %s" % (where, getattr(error, "strerror", None) or error)
+
+
 class Watched:
     """Files, and the `value` that `parse` makes of their contents. Raises OSError or
     ValueError at the start; later what is broken or has vanished changes nothing."""
@@ -351,8 +357,8 @@ class Watched:
             return self.read()
         except (OSError, ValueError) as error:
             if self.seen is not None:
-                cause = getattr(error, "strerror", None) or error
-                log.warning("%s: %s; what it held before stays", self, cause)
+                cause = blame(error, self.paths)
+                log.warning("%s; what it held before stays", cause)
             if isinstance(error, OSError):
                 self.seen = None
             return False
@@ -667,9 +673,10 @@ class TLS:
         import hashlib
         import hmac
 
-        found = hashlib.sha256(self.object.getpeercert(True)).digest()
-        if not hmac.compare_digest(found, self.pin):
-            raise TLSError(ValueError("the certificate has not the fingerprint wanted"))
+        found = hashlib.sha256(self.object.getpeercert(True))
+        if not hmac.compare_digest(found.digest(), self.pin):
+            seen = "the certificate has another fingerprint, %s" % found.hexdigest()
+            raise TLSError(ValueError(seen))
 
     def read_into(self, view: memoryview) -> Optional[int]:
         """Bytes decrypted, 0 at the end, None when more has to come. Or TLSError."""
@@ -2364,26 +2371,27 @@ class Tunnel:
             self.refuse("refused", "localhost is no id")
         elif not isinstance(session, str) or not session:
             raise ProtocolError("LOGIN without a session")
-        elif self.proves(id.lower(), message):
+        else:
             self.id, self.session = id.lower(), session
-            self.claim()
+            if self.proves(message):
+                self.claim()
 
-    def proves(self, id: str, message: Dict[str, Any]) -> bool:
-        """Whether the client knows the token of `id`, or needs none; else it is told
+    def proves(self, message: Dict[str, Any]) -> bool:
+        """Whether the client knows the token of its id, or needs none; else it is told
         the same, after the same work, whether the token was wrong or the id unknown."""
         tokens = self.server.tokens
         if tokens is None:
             return True
-        token = tokens.value.get(id)
+        token = tokens.value.get(self.id)
         nonces = self.nonce, str(message.get("nonce"))
-        proof = prove(token or self.nonce, "client", nonces, id)
+        proof = prove(token or self.nonce, "client", nonces, self.id)
         if "proof" not in message:
             self.refuse("refused", "this server wants a token")
         elif not is_proof(message["proof"], proof) or token is None:
             self.refuse("refused", "no such id, or a wrong token")
         else:
             self.token = token
-            self.welcoming["proof"] = prove(token, "server", nonces, id)
+            self.welcoming["proof"] = prove(token, "server", nonces, self.id)
             return True
         return False
 
@@ -2436,7 +2444,8 @@ class Tunnel:
         self.drop_kept()
 
     def refuse(self, code: str, cause: str) -> None:
-        log.info("%s refused: %s", self.peer, cause)
+        wanted, self.id = self.id, ""  # which it never was
+        log.info("%s as %s refused: %s", self.peer, wanted or "nobody", cause)
         self.link.goodbye(code, cause)
 
     def on_services(self) -> None:
@@ -2540,7 +2549,7 @@ class Visitor:
         self.server.idle[self] = None
 
     def __str__(self) -> str:
-        return "visitor %s" % self.address
+        return "%s %s" % ("visitor" if self.port.visitors else "client", self.address)
 
     def interest(self) -> int:
         if self.exchange:
@@ -2742,6 +2751,8 @@ class Visitor:
         if isinstance(error, TLSError) and error.plain:
             self.connection.tls = None
             error = HTTPError(400, "tls", "this port speaks TLS: https, or --tls")
+        elif isinstance(error, TLSError):
+            log.info("%s: %s", self, error)
         if self.closing or isinstance(error, OSError):
             self.leave()
             return
@@ -3246,8 +3257,7 @@ def open_file(paths: List[str], parse: Callable[..., Any]) -> Watched:
     try:
         return Watched(paths, parse)
     except (OSError, ValueError) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise ValueError("%s: %s" % (" and ".join(paths), cause)) from None
+        raise ValueError(blame(error, paths)) from None
 
 
 def open_tls(cert: Optional[str], key: Optional[str]) -> Optional[Watched]:
@@ -3257,7 +3267,16 @@ def open_tls(cert: Optional[str], key: Optional[str]) -> Optional[Watched]:
             raise ValueError("a key is of no use without its certificate")
         return None
     paths = [cert, key or cert]
-    return open_file(paths, lambda *_: make_context(*paths))
+
+    def parse(*contents: bytes) -> Any:
+        for path, held, what in zip(paths, contents, ("certificate", "private key")):
+            if what.upper().encode() + b"-----" not in held:
+                raise ValueError("no %s in %s" % (what, path))
+        if b"ENCRYPTED" in contents[1]:
+            raise ValueError("the key is encrypted, and there is nobody to ask")
+        return make_context(*paths)
+
+    return open_file(paths, parse)
 
 
 def make_context(cert: str, key: str) -> Any:
@@ -3471,12 +3490,18 @@ class Server:
             for link in list(self.loop.links):  # also those that were replaced
                 tunnel = link.owner
                 if tunnel.token and tunnel.token != self.tokens.value.get(tunnel.id):
-                    tunnel.depose("refused", "the token of %s has changed" % tunnel.id)
+                    cause = "the token of %s is no longer valid" % tunnel.id
+                    tunnel.depose("refused", cause)
                     tunnel.link.flush()
                     tunnel.link.close("its token has changed")
         if files:
             log.info("changed: %s", ", ".join(map(str, files)))
             self.on_new_files()
+
+    def files(self) -> List[str]:
+        """Those that are read again and again."""
+        watched = [file for file in (self.tokens, self.tls) if file]
+        return [path for file in watched for path in file.paths]
 
     def on_new_files(self) -> None:
         """What there is to say about them."""
@@ -3527,6 +3552,7 @@ class Server:
     def on_signal(self, number: int) -> None:
         """SIGTERM lets what runs end; SIGINT, or a second signal, does not."""
         if self.stopping or number == signal.SIGINT:
+            log.info("stopping at once")
             self.loop.running = False
         else:
             self.stop()
@@ -3619,14 +3645,18 @@ def find_user(name: str) -> Any:
     try:
         import pwd
 
-        return pwd.getpwnam(name)
+        user = pwd.getpwnam(name)
     except (ImportError, KeyError):
         raise ValueError("there is no user %r here" % name) from None
+    if user.pw_uid == 0:
+        raise ValueError("%s would keep all rights; name another user" % name)
+    return user
 
 
-def become(user: Any) -> None:
-    """Give up root's rights for good, those of its groups too. Raises OSError. What is
-    imported later may lie where only root can read."""
+def become(user: Any, paths: List[str]) -> None:
+    """Give up root's rights for good, those of its groups too; but not without the
+    files, which are read again when they change. Raises OSError. What is imported later
+    may lie where only root can read."""
     import hashlib  # noqa: F401
     import hmac  # noqa: F401
     import html  # noqa: F401
@@ -3639,9 +3669,12 @@ def become(user: Any) -> None:
     try:
         os.setuid(0)
     except OSError:
-        return
-    if user.pw_uid:
-        raise OSError(errno.EPERM, "the rights of root came back")
+        pass
+    else:
+        raise PermissionError("the rights of root came back")
+    for path in paths:
+        if not os.access(path, os.R_OK):
+            raise PermissionError("it must be able to read %s" % path)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -3649,7 +3682,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     options = parse_arguments(argv)
     set_up_log(options.verbose)
     try:
-        user = find_user(options.user) if options.user else None
+        user = None if options.user is None else find_user(options.user)
         server = Server(
             options.port,
             options.client_port,
@@ -3667,7 +3700,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         die(2, error)
     if user is not None:
         try:
-            become(user)
+            become(user, server.files())
         except OSError as error:
             die(1, "cannot become %s: %s" % (options.user, error.strerror or error))
     server.loop.catch_signals(server.on_signal)

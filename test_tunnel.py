@@ -5080,10 +5080,35 @@ class Tokens(TunnelCase):
             json.dump({"tim": "new", "eva": "hers"}, file)
         tim.until(lambda: tim.error)
         self.assertEqual(tim.error.status, 3)
-        self.assertIn("changed", str(tim.error))
+        self.assertIn("no longer valid", str(tim.error))
         self.start_client({"web": self.echo("again")}, token="new")
         self.assertEqual(self.echoed("web.tim.x")["service"], "again")
         self.assertIs(self.tunnels["eva"], eva)
+
+    def test_token_that_changed_at_the_client_first_brings_it_back(self):
+        for module in (server_module, client_module):
+            self.addCleanup(setattr, module, "LOOK_TIME", module.LOOK_TIME)
+        server_module.LOOK_TIME, client_module.LOOK_TIME = 0.05, 3600
+        self.start_with_tokens()
+        mine = self.file("secret\n")
+        watched = client_module.Watched([mine], client_module.parse_token)
+        client = self.start_client({"web": self.echo()}, token=watched)
+        old = self.tunnels["tim"]
+        for path, content in ((mine, "new\n"), (self.path, '{"tim": "new"}')):
+            with open(path, "w") as file:
+                file.write(content)
+        self.server.until(lambda: self.tunnels.get("tim") not in (None, old))
+        self.server.until(lambda: self.serves("tim", {"web": 1}))
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+        self.assertIsNone(client.error)
+
+    def test_refused_login_names_its_id_to_the_log_only(self):
+        self.start_with_tokens()
+        self.refused("eva", token="secret")
+        self.server.until(lambda: any("link closed" in x for x in self.log.lines))
+        lines = [x for x in self.log.lines if "refused" in x or "link closed" in x]
+        self.assertRegex(lines[0], "as eva refused: no such id, or a wrong token")
+        self.assertRegex(lines[1], "^client 127.0.0.1: link closed")
 
     def test_token_that_changes_ends_also_a_link_that_was_replaced(self):
         self.addCleanup(setattr, server_module, "LOOK_TIME", server_module.LOOK_TIME)
@@ -5855,7 +5880,10 @@ class Encryption(TLSCase):
     def test_server_that_no_authority_knows_is_refused(self):
         self.start_server()
         context = client_module.make_context(None, False)
-        self.assertRegex(self.refused(tls=context), "self|verify failed")
+        said = self.refused(tls=context)
+        self.assertRegex(said, "self|verify failed")
+        if "self" in said:
+            self.assertIn("--fingerprint", said)
         self.assertEqual(self.tunnels, {})
 
     def test_certificate_for_another_name_is_refused(self):
@@ -5921,7 +5949,7 @@ class Encryption(TLSCase):
 
     def test_fingerprints_are_read_as_openssl_writes_them(self):
         text = ":".join(["AB"] * 32)
-        for said in (text, text.lower(), text.replace(":", ""), "x=" + text + "\n"):
+        for said in (text, text.lower(), text.replace(":", " "), "x=" + text + "\n"):
             self.assertEqual(client_module.parse_fingerprint(said), b"\xab" * 32)
         for said in ("", "AB", text + ":AB", text[:-1] + "G"):
             with self.assertRaises(ValueError):
@@ -5931,11 +5959,18 @@ class Encryption(TLSCase):
         key, cert = LOCALHOST.split("-----BEGIN CERT")
         cert, key = "-----BEGIN CERT" + cert, self.file(key)
         whole = self.file(cert)
-        pairs = [(whole, whole), (whole, self.file(OTHER)), (whole, "/nowhere")]
-        pairs += [(self.file(""), key), (key, key)]
-        for pair in pairs:
-            with self.assertRaises(ValueError):
-                server_module.Server(0, 0, tls_cert=pair[0], tls_key=pair[1])
+        locked = self.file("-----BEGIN ENCRYPTED PRIVATE KEY-----")
+        table = [
+            (whole, None, "no private key in " + whole),
+            (whole, self.file(OTHER), "key values mismatch"),
+            (whole, "/nowhere", "/nowhere: No such file"),
+            (whole, locked, "encrypted"),
+            (self.file(""), key, "no certificate in "),
+            (key, None, "no certificate in " + key),
+        ]
+        for cert, other, said in table:
+            with self.assertRaisesRegex(ValueError, said):
+                server_module.Server(0, 0, tls_cert=cert, tls_key=other)
         self.start_server(tls_cert=whole, tls_key=key)
         self.start_client({"web": 1})
 
@@ -6077,7 +6112,7 @@ class Encryption(TLSCase):
         tls = self.server.program.tls
         with open(self.pem, "w") as file:
             file.write("broken")
-        self.server.until(lambda: any("certificate and" in x for x in self.log.lines))
+        self.server.until(lambda: any("no certificate in" in x for x in self.log.lines))
         self.echoed("web.tim.x")  # the old one still counts
         before = tls.value
         with open(self.pem, "w") as file:
@@ -6198,8 +6233,10 @@ class Processes(TunnelCase):
             server, client, port = self.launch_both()
             for process in (client, server):
                 process.send_signal(number)
-                process.communicate(timeout=PATIENCE)
+                err = process.communicate(timeout=PATIENCE)[1]
                 self.assertEqual(process.returncode, 0)
+                self.assertIn("stopping", err)
+                self.assertNotIn("dialling again", err)
 
     def test_sigterm_lets_the_running_request_end(self):
         go, asked = threading.Event(), threading.Event()
@@ -6286,8 +6323,12 @@ class Processes(TunnelCase):
             (SCRIPTS[0], ["--tls-key", good], {}, "certificate"),
             (SCRIPTS[0], ["--redirect", "--tls-cert", good], {}, "redirect"),
             (SCRIPTS[0], ["--user", "no-such-user"], {}, "no-such-user"),
+            (SCRIPTS[0], ["--user", ""], {}, "no user"),
+            (SCRIPTS[0], ["--user", "root"], {}, "root would keep all rights"),
             (SCRIPTS[1], ["web=9", "--token-file", empty], {}, "empty"),
             (SCRIPTS[1], ["web=9", "--token-file", none], {}, "No such file"),
+            (SCRIPTS[1], ["web=9", "--token-file", broken], {}, "JSON"),
+            (SCRIPTS[1], ["web=9", "--token-file", good], {}, "line"),
             (SCRIPTS[1], ["web=9"], {"MDM_TUNNEL_TOKEN": ""}, "empty"),
             (SCRIPTS[1], ["web=9"], bad_name, "ASCII"),
             (SCRIPTS[1], ["web=9", "--tls-ca", empty], {}, empty),
@@ -6354,13 +6395,23 @@ class Processes(TunnelCase):
         code += "sys.path[0] = %r; "
         code += "import mdm_tunnel_server as s; s.parse_arguments([]); "
         code += "os.setuid(65534); s.main(%r)"
-        words = ["-p", "0", "-c", "0", "--user", "root"]
+        words = ["-p", "0", "-c", "0", "--user", "daemon"]
         command = [sys.executable, "-c", code % (HERE, words)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE)
         err = process.communicate(timeout=PATIENCE)[1].decode()
         self.assertEqual(process.returncode, 1, err)
         self.assertEqual(len(err.splitlines()), 1, err)
-        self.assertIn("cannot become root", err)
+        self.assertIn("cannot become daemon", err)
+
+    def test_user_who_could_not_read_the_files_again_ends_the_server(self):
+        if os.name == "nt" or os.getuid() != 0:
+            self.skipTest("only root can")
+        words = ["-p", "0", "-c", "0", "--user", "nobody"]
+        path = self.file('{"tim": "secret"}')
+        done = run_script(SCRIPTS[0], *words + ["--tokens", path])
+        said = "cannot become nobody: it must be able to read %s\n" % path
+        self.assertEqual(done.status, 1)
+        self.assertEqual(done.stderr.partition(": ")[2], said)
 
     def test_full_disk_under_the_log_harms_nobody(self):
         if not os.path.exists("/dev/full"):
