@@ -3439,16 +3439,20 @@ class Server:
         self.listeners = [
             Listener(self, sock, *roles) for sock, (_, *roles) in zip(socks, ports)
         ]
-        self.visitor_address = self.listeners[0].address
-        self.client_address = self.listeners[-1].address
-        self.tls_address = None if tls_port is None else self.listeners[1].address
         self.listeners[0].redirect = redirect
-        self.names.port = (self.tls_address or self.visitor_address)[1]
-        self.names.scheme = "http" if self.tls_address is None else "https"
+        self.set_addresses(tls_port is not None)
         self.watch_files()
 
     def __str__(self) -> str:
         return "server"
+
+    def set_addresses(self, tls: bool) -> None:
+        """Port 0 has become a real one."""
+        self.visitor_address = self.listeners[0].address
+        self.client_address = self.listeners[-1].address
+        self.tls_address = self.listeners[1].address if tls else None
+        self.names.port = (self.tls_address or self.visitor_address)[1]
+        self.names.scheme = "https" if tls else "http"
 
     def run(self) -> None:
         """Serve until stop(), or on_signal(), and what follows from it is done."""
@@ -3476,16 +3480,21 @@ class Server:
         log.error("server: %s", error)
 
     def watch_files(self) -> None:
-        if self.tokens or self.tls:
+        files = self.files()
+        if files:
             forbid_core_dumps()
-            self.on_new_files()
+            self.on_new_files(files)
             self.look_timer.set(LOOK_TIME)
+
+    def files(self) -> List[Watched]:
+        """What is looked at again and again."""
+        return [file for file in (self.tokens, self.tls) if file]
 
     def look(self) -> None:
         """Has a file changed? An id whose token has gone or changed is free; TLS that
         runs goes on with the certificate that it began with."""
         self.look_timer.set(LOOK_TIME)
-        files = [file for file in (self.tokens, self.tls) if file and file.look()]
+        files = [file for file in self.files() if file.look()]
         if self.tokens in files and self.tokens:
             for link in list(self.loop.links):  # also those that were replaced
                 tunnel = link.owner
@@ -3496,22 +3505,15 @@ class Server:
                     tunnel.link.close("its token has changed")
         if files:
             log.info("changed: %s", ", ".join(map(str, files)))
-            self.on_new_files()
+            self.on_new_files(files)
 
-    def files(self) -> List[str]:
-        """Those that are read again and again."""
-        watched = [file for file in (self.tokens, self.tls) if file]
-        return [path for file in watched for path in file.paths]
-
-    def on_new_files(self) -> None:
-        """What there is to say about them."""
-        if self.tokens:
-            warn_of_readers(self.tokens.paths)
-        if self.tls and self.tls.seen:
-            warn_of_readers(self.tls.paths[1:])
-            if log.hears(INFO):
+    def on_new_files(self, files: List[Watched]) -> None:
+        """What there is to say about them; the last path of each leads to secrets."""
+        for file in files:
+            warn_of_readers(file.paths[-1:])
+            if file is self.tls and file.seen and log.hears(INFO):
                 with contextlib.suppress(ValueError):
-                    log.info("certificate: SHA256 %s", fingerprint(self.tls.seen[0]))
+                    log.info("certificate: SHA256 %s", fingerprint(file.seen[0]))
 
     def how_to(self, request: Request) -> List[str]:
         """For the landing page and the 404s: how somebody gets a name here."""
@@ -3700,7 +3702,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         die(2, error)
     if user is not None:
         try:
-            become(user, server.files())
+            become(user, [path for file in server.files() for path in file.paths])
         except OSError as error:
             die(1, "cannot become %s: %s" % (options.user, error.strerror or error))
     server.loop.catch_signals(server.on_signal)
