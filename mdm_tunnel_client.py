@@ -26,6 +26,7 @@ import collections
 import contextlib
 import enum
 import errno
+import functools
 import heapq
 import itertools
 import json
@@ -461,7 +462,7 @@ class Loop:
         self.work = 0  # frames and lines looked at in this turn
         self.shook = 0.0  # seconds of TLS handshakes in this turn
         self.running = True
-        self.on_signal: Optional[Callable[[int], Any]] = None
+        self.caught: Dict[int, Any] = {}  # signals, and what they did before
         self.alarm, self.bell = socket.socketpair()
         self.alarm.setblocking(False)
         self.bell.setblocking(False)
@@ -477,6 +478,10 @@ class Loop:
 
     def close(self) -> None:
         """Close everything. The loop cannot be used again."""
+        if self.caught:
+            signal.set_wakeup_fd(-1)
+        for number, before in self.caught.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
         for connection in list(self.connections):
             connection.abort() if connection.backlog else connection.close()
         for part in (self.selector, self.alarm, self.bell):
@@ -493,17 +498,18 @@ class Loop:
             self.bell.send(b"\0")
 
     def catch_signals(self, on_signal: Callable[[int], Any]) -> None:
-        """From now on SIGTERM and SIGINT only ring the bell, and are told here."""
-        self.on_signal = on_signal
+        """Until close() SIGTERM and SIGINT ring the bell, and are told here."""
+
+        def ring(number: int, frame: Any) -> None:
+            self.soon(self, on_signal, number)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+            self.caught[number] = signal.signal(number, ring)
         signal.set_wakeup_fd(self.bell.fileno())
 
     def on_events(self, mask: int) -> None:
-        """The bell rang: with a signal's number, or with 0 from another thread."""
-        for number in self.alarm.recv(4096):
-            if number and self.on_signal:
-                self.on_signal(number)
+        """The bell rang: something is in `calls`."""
+        self.alarm.recv(4096)
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
@@ -607,8 +613,9 @@ SEALED = 64 << 10  # bytes encrypted, or read to be decrypted, at once: OpenSSL 
 # much memory for each connection
 RECORDS_A_READ = 256  # be they ever so small
 FIRST_SEALED = 4 << 10  # bytes read to be decrypted, until there was something in them
-FRUITLESS = 16 << 10  # bytes in which there may be nothing: to have new keys agreed on,
-SEALED_PART = 32  # again and again, costs more than it costs to ask; a byte has so many
+FRUITLESS = 16 << 10  # bytes with nothing in them that may come: to agree on new keys
+# again and again costs us more than the peer
+SEALED_PART = 32  # bytes that may come for each byte of content
 
 
 class TLSError(OSError):
@@ -1578,21 +1585,22 @@ STREAM_FRAMES: Dict[int, Call] = {
 # -----------------------------------------------------------------------------------
 # What both say: nothing at all without -v but the line that they end with.
 # -----------------------------------------------------------------------------------
+def printable(text: str) -> str:
+    """What comes from outside forges no line and moves no cursor."""
+    if text.isprintable():
+        return text
+    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
+
+
 class OneLine:
-    """Formats a record. What came from outside forges no line and moves no cursor."""
+    """Formats a record in one line; only a traceback has more."""
 
     def __init__(self, formatter: Any) -> None:
         self.formatter = formatter
 
     def format(self, record: Any) -> str:
         text = self.formatter.format(record)
-        lines = text.split("\n" if record.exc_info else "\0")
-        return "\n".join("".join(map(self.printable, line)) for line in lines)
-
-    @staticmethod
-    def printable(letter: str) -> str:
-        plain = letter.isprintable()
-        return letter if plain else letter.encode("unicode_escape").decode()
+        return "\n".join(map(printable, text.split("\n" if record.exc_info else "\0")))
 
 
 def set_up_log(verbose: int) -> None:
@@ -1613,29 +1621,19 @@ def die(status: int, cause: Any) -> NoReturn:
     """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
     attempts used up."""
     name = os.path.basename(sys.argv[0] or "-")
-    text = "".join(map(OneLine.printable, str(cause)))
+    text = printable(str(cause))
     with contextlib.suppress(OSError, ValueError):  # a full disk, or no stderr
         print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
     sys.exit(status)
-
-
-class Help(argparse.HelpFormatter):
-    """Looks at the terminal's width itself: argparse would import shutil for it, even
-    without --help, and that is a megabyte."""
-
-    def __init__(self, prog: str) -> None:
-        columns = os.environ.get("COLUMNS", "")
-        width = int(columns) if columns.isdecimal() else 0
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            width = width or os.get_terminal_size(sys.stdout.fileno()).columns
-        super().__init__(prog, width=(width or 80) - 2)
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=Help, **options)
+        # To ask for the terminal's width it would import shutil, even without --help.
+        form = functools.partial(argparse.HelpFormatter, width=79)
+        super().__init__(formatter_class=form, **options)
 
     def error(self, message: str) -> NoReturn:
         die(2, "%s (--help tells more)" % message)
@@ -1820,6 +1818,7 @@ class Dial:
         self, loop: Loop, resolver: Resolver, target: Target, seconds: float, owner: Any
     ) -> None:
         self.loop, self.target, self.owner = loop, target, owner
+        self.resolver = resolver
         self.until = loop.clock() + seconds
         self.addresses: List[Address] = []
         self.connection: Optional[Connection] = None
@@ -1828,7 +1827,10 @@ class Dial:
         self.timer = Timer(loop, self, self.on_late)
         self.timer.set(seconds)
         self.retry = Timer(loop, self, self.try_next)
-        resolver.resolve(target.host, target.port, self)
+
+    def begin(self) -> None:
+        """There is a place for it."""
+        self.resolver.resolve(self.target.host, self.target.port, self)
 
     def __str__(self) -> str:
         return "dial %s" % self.target.text
@@ -1952,26 +1954,14 @@ class Bridge:
         self.service, self.target = service, target
         self.loop = tunnel.link.loop
         self.early = bytearray()  # what came before there was a connection
-        self.dial: Optional[Dial] = None
+        self.dial = Dial(self.loop, tunnel.client.resolver, target, DIAL_TIME, self)
         self.connection: Optional[Connection] = None
-        self.timer = Timer(self.loop, self, self.on_late)
-        self.timer.set(DIAL_TIME)
         stream.owner = self
 
     def __str__(self) -> str:
         return "%s %s" % (self.tunnel, self.service)
 
     # The dial.
-
-    def begin(self) -> None:
-        """There is a place for this dial."""
-        left = max(0.0, (self.timer.due or 0.0) - self.loop.clock())
-        self.timer.clear()
-        resolver = self.tunnel.client.resolver
-        self.dial = Dial(self.loop, resolver, self.target, left, self)
-
-    def on_late(self) -> None:
-        self.on_unreachable("timeout", "too many other dials to go first")
 
     def on_connected(self, connection: Connection) -> None:
         self.tunnel.dialled(self)
@@ -1984,7 +1974,6 @@ class Bridge:
         self.settle()
 
     def on_unreachable(self, code: str, cause: str) -> None:
-        self.timer.clear()
         self.stream.reset(code, cause)
         self.tunnel.dialled(self)
         log.info("%s: %s", self, cause)
@@ -2020,9 +2009,7 @@ class Bridge:
     def on_reset(self, code: str, cause: str) -> None:
         """The other side gives it up: the service learns it by a reset, but for code
         `done`, which is the ordinary end of a connection."""
-        self.timer.clear()
-        if self.dial:
-            self.dial.end()
+        self.dial.end()
         self.tunnel.dialled(self)
         if self.connection and code == "done" and not self.connection.backlog:
             self.connection.close()
@@ -2223,7 +2210,7 @@ class Tunnel:
             bridge = next(iter(waiting))
             del waiting[bridge]
             dials.add(bridge)
-            bridge.begin()
+            bridge.dial.begin()
         if not dials and not waiting:
             self.dials.pop(target, None)
             self.waiting.pop(target, None)
@@ -2352,7 +2339,7 @@ class Client:
     # The tunnel comes and goes.
 
     def dial(self) -> None:
-        Dial(self.loop, self.resolver, self.target, SERVER_TIME, self)
+        Dial(self.loop, self.resolver, self.target, SERVER_TIME, self).begin()
 
     def on_connected(self, connection: Connection) -> None:
         if self.stopping:
@@ -2384,7 +2371,7 @@ class Client:
         """A line on stdout, with -v."""
         if log.hears(INFO):
             with contextlib.suppress(OSError, ValueError):
-                print("".join(map(OneLine.printable, line)), flush=True)
+                print(printable(line), flush=True)
 
     def on_goodbye(self, tunnel: Tunnel, code: str, reason: str) -> None:
         """The server takes leave: for good, or until it is back? A token that is no

@@ -15,7 +15,6 @@ wire and the machinery that the client has too, then HTTP, names, tunnels, visit
 the server. Nothing here needs more than the standard library of Python 3.6.
 """
 
-import functools
 from typing import NamedTuple, Pattern
 
 # ===================================================================================
@@ -26,6 +25,7 @@ import collections
 import contextlib
 import enum
 import errno
+import functools
 import heapq
 import itertools
 import json
@@ -461,7 +461,7 @@ class Loop:
         self.work = 0  # frames and lines looked at in this turn
         self.shook = 0.0  # seconds of TLS handshakes in this turn
         self.running = True
-        self.on_signal: Optional[Callable[[int], Any]] = None
+        self.caught: Dict[int, Any] = {}  # signals, and what they did before
         self.alarm, self.bell = socket.socketpair()
         self.alarm.setblocking(False)
         self.bell.setblocking(False)
@@ -477,6 +477,10 @@ class Loop:
 
     def close(self) -> None:
         """Close everything. The loop cannot be used again."""
+        if self.caught:
+            signal.set_wakeup_fd(-1)
+        for number, before in self.caught.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
         for connection in list(self.connections):
             connection.abort() if connection.backlog else connection.close()
         for part in (self.selector, self.alarm, self.bell):
@@ -493,17 +497,18 @@ class Loop:
             self.bell.send(b"\0")
 
     def catch_signals(self, on_signal: Callable[[int], Any]) -> None:
-        """From now on SIGTERM and SIGINT only ring the bell, and are told here."""
-        self.on_signal = on_signal
+        """Until close() SIGTERM and SIGINT ring the bell, and are told here."""
+
+        def ring(number: int, frame: Any) -> None:
+            self.soon(self, on_signal, number)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+            self.caught[number] = signal.signal(number, ring)
         signal.set_wakeup_fd(self.bell.fileno())
 
     def on_events(self, mask: int) -> None:
-        """The bell rang: with a signal's number, or with 0 from another thread."""
-        for number in self.alarm.recv(4096):
-            if number and self.on_signal:
-                self.on_signal(number)
+        """The bell rang: something is in `calls`."""
+        self.alarm.recv(4096)
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
@@ -607,8 +612,9 @@ SEALED = 64 << 10  # bytes encrypted, or read to be decrypted, at once: OpenSSL 
 # much memory for each connection
 RECORDS_A_READ = 256  # be they ever so small
 FIRST_SEALED = 4 << 10  # bytes read to be decrypted, until there was something in them
-FRUITLESS = 16 << 10  # bytes in which there may be nothing: to have new keys agreed on,
-SEALED_PART = 32  # again and again, costs more than it costs to ask; a byte has so many
+FRUITLESS = 16 << 10  # bytes with nothing in them that may come: to agree on new keys
+# again and again costs us more than the peer
+SEALED_PART = 32  # bytes that may come for each byte of content
 
 
 class TLSError(OSError):
@@ -1578,21 +1584,22 @@ STREAM_FRAMES: Dict[int, Call] = {
 # -----------------------------------------------------------------------------------
 # What both say: nothing at all without -v but the line that they end with.
 # -----------------------------------------------------------------------------------
+def printable(text: str) -> str:
+    """What comes from outside forges no line and moves no cursor."""
+    if text.isprintable():
+        return text
+    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
+
+
 class OneLine:
-    """Formats a record. What came from outside forges no line and moves no cursor."""
+    """Formats a record in one line; only a traceback has more."""
 
     def __init__(self, formatter: Any) -> None:
         self.formatter = formatter
 
     def format(self, record: Any) -> str:
         text = self.formatter.format(record)
-        lines = text.split("\n" if record.exc_info else "\0")
-        return "\n".join("".join(map(self.printable, line)) for line in lines)
-
-    @staticmethod
-    def printable(letter: str) -> str:
-        plain = letter.isprintable()
-        return letter if plain else letter.encode("unicode_escape").decode()
+        return "\n".join(map(printable, text.split("\n" if record.exc_info else "\0")))
 
 
 def set_up_log(verbose: int) -> None:
@@ -1613,29 +1620,19 @@ def die(status: int, cause: Any) -> NoReturn:
     """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
     attempts used up."""
     name = os.path.basename(sys.argv[0] or "-")
-    text = "".join(map(OneLine.printable, str(cause)))
+    text = printable(str(cause))
     with contextlib.suppress(OSError, ValueError):  # a full disk, or no stderr
         print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
     sys.exit(status)
-
-
-class Help(argparse.HelpFormatter):
-    """Looks at the terminal's width itself: argparse would import shutil for it, even
-    without --help, and that is a megabyte."""
-
-    def __init__(self, prog: str) -> None:
-        columns = os.environ.get("COLUMNS", "")
-        width = int(columns) if columns.isdecimal() else 0
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            width = width or os.get_terminal_size(sys.stdout.fileno()).columns
-        super().__init__(prog, width=(width or 80) - 2)
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=Help, **options)
+        # To ask for the terminal's width it would import shutil, even without --help.
+        form = functools.partial(argparse.HelpFormatter, width=79)
+        super().__init__(formatter_class=form, **options)
 
     def error(self, message: str) -> NoReturn:
         die(2, "%s (--help tells more)" % message)
@@ -1676,6 +1673,7 @@ HOST = re.compile(r"(\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|%s)(?::(\d{0,5}))?" % LABE
 HOST_LIMIT = 255  # characters (RFC 1035 2.3.4)
 PROTOCOLS = re.compile(r"%s(?:/%s)?(?:[ \t]*,[ \t]*%s(?:/%s)?)*" % (4 * (TOKEN,)))
 ABSOLUTE = re.compile(r"(?i)(https?)://([^/?@]+)([/?].*)?")
+EMPTY_LINES = re.compile(rb"(?:\r\n)*")  # before a request: RFC 9112 2.2
 LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
 REPEATABLE = ("GET", "HEAD", "OPTIONS")  # may be sent twice: a kept stream may be dead
@@ -2014,6 +2012,11 @@ class Body:
     def done(self) -> bool:
         return self.left == 0
 
+    @property
+    def at_most(self) -> int:
+        """Bytes to read at once: what is beyond the body waits here."""
+        return self.left
+
     def feed(self, data: Any, lines: int = sys.maxsize) -> int:
         """Take of `data` what is understood, at most so many lines. Raises HTTPError
         for a broken framing."""
@@ -2028,6 +2031,8 @@ class Body:
 
 class Chunked(Body):
     """RFC 9112 7.1. A line counts when it is there to its end and keeps the grammar."""
+
+    at_most = CHUNKS_A_TURN
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -2143,15 +2148,16 @@ class Names:
 
     def __init__(self, domains: List[Domain], ids: Any) -> None:
         self.domains, self.ids = domains, ids
-        self.bases = [domain.name for domain in domains] + ["localhost"]
+        names = [domain.name for domain in domains] + ["localhost"]
+        self.bases = sorted(names, key=len, reverse=True)  # one may be below another
         self.scheme, self.port = "http", 0  # of the visitors' port, for the URLs
 
     def find(self, name: str) -> Tuple[Optional[str], Optional[str]]:
         """(id, service), (id, None) or (None, None) for a host in lower case."""
         labels = name.split(".")
+        if self.is_base(name):
+            return None, None
         if not self.domains:
-            if self.is_base(name):
-                return None, None
             service, dashes, id = labels[0].partition("--")
             if dashes and id in self.ids:
                 return id, service
@@ -2181,6 +2187,7 @@ class Names:
     def link(self, service: str, host: str, came: str) -> str:
         """The service of the id whose index is at `host`, on this way to the server:
         `came` is the scheme."""
+        host = host.lower()
         for scheme, name, port in self.domains:
             if port is not None and host.partition(":")[0].endswith("." + name):
                 suffix = ":%d" % port if port else ""
@@ -2271,8 +2278,7 @@ def phrase(status: int, default: str) -> str:
 def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
     """(content type, body). A line that is a URL becomes a link, one that begins with
     two spaces something to paste; all is escaped."""
-    plain = "".join(lines).isprintable()  # what a client says may move a cursor
-    lines = lines if plain else ["".join(map(OneLine.printable, x)) for x in lines]
+    lines = list(map(printable, lines))
     if not as_html:
         return "text/plain; charset=utf-8", "\n".join([title] + lines + [""]).encode()
     import html
@@ -2461,6 +2467,7 @@ class Tunnel:
         self.list_timer.set(LISTS_TIME)
         self.listed, self.services = None, {}
         urls: Dict[str, str] = {}
+        url = self.server.names.url(self.id, "%s", self.dialled)
         for name, options in listed.items():
             service = name.lower()
             if len(urls) >= SERVICES_LIMIT:
@@ -2468,7 +2475,7 @@ class Tunnel:
             elif LABEL.fullmatch(service):
                 target = options.get("target") if isinstance(options, dict) else ""
                 self.services[service] = text_of(target)
-                urls[name] = self.server.names.url(self.id, service, self.dialled)
+                urls[name] = url.replace("%s", service)
             else:
                 urls[name] = "error: a service's name is a DNS label without --"
         first = ", ".join(itertools.islice(self.services, 20)) or "nothing"
@@ -2514,9 +2521,8 @@ class Tunnel:
 FIRST_BYTE_TIME = 30.0  # seconds for the first byte of a new connection
 HEAD_TIME = 10.0  # seconds from a head's first byte to its last, however it dribbles
 IDLE_TIME = 60.0  # seconds that a connection is kept after an answer
-HALF_CLOSED_TIME = 60.0  # seconds for an answer to begin: is he still there at all?
-CLOSE_WAIT = b"\x08"  # the state of a connection after a FIN, in TCP_INFO
 PROBE_TIME = 5.0  # seconds between looks at whether a visitor we do not read is there
+RETRY_AFTER = "5"  # seconds: until then a client that can be back is back, mostly
 KEPT_TO_DROP = 8  # kept streams that go when the client has no descriptors left
 KEPT_TIME = 1.0  # seconds a kept stream is good for a request that may not go twice
 RESETS = {  # what a client's RESET means to the visitor
@@ -2541,7 +2547,6 @@ class Visitor:
         self.request: Optional[Request] = None
         self.exchange: Optional[Exchange] = None
         self.kept: Optional[Kept] = None  # the stream of the last request
-        self.idle_since = self.loop.clock()
         self.closing = False
         self.timer = Timer(self.loop, self, self.on_late)
         self.timer.set(FIRST_BYTE_TIME if port.visitors else HEAD_TIME)
@@ -2567,7 +2572,6 @@ class Visitor:
         if count:
             self.buffer += view[:count]
         if count == 0 and exchange:
-            exchange.since = self.loop.clock()
             self.server.idle[self] = None  # where descriptors are short he may go
         if count is not None and not exchange:
             self.next()
@@ -2594,9 +2598,6 @@ class Visitor:
             elif self.exchange.is_stalled():
                 self.forget()
                 connection.abort()
-            elif self.has_ended() and self.exchange.is_late():
-                self.exchange.stream.reset("left")
-                raise HTTPError(504, "timeout", "no answer from the service")
         elif connection.backlog:
             self.end()  # he takes what is left, or is given up
         elif self.buffer:
@@ -2609,8 +2610,8 @@ class Visitor:
         """Begin the next request, if the last answer has gone and a head is here."""
         if self.exchange or self.closing or self.connection.backlog:
             return
-        while self.buffer[:2] == b"\r\n":
-            del self.buffer[:2]  # RFC 9112 2.2: empty lines before a request
+        empty = EMPTY_LINES.match(self.buffer)
+        del self.buffer[: empty.end() if empty else 0]
         end = find_head(self.buffer, self.searched)
         if end:
             head = self.buffer[:end]
@@ -2641,7 +2642,7 @@ class Visitor:
             route, denied = router.route(request), router.authorize(request)
             if denied is not None:
                 status, fields = denied
-                pairs = [(str(name), str(dict(fields)[name])) for name in dict(fields)]
+                pairs = [(str(name), str(v)) for name, v in dict(fields).items()]
                 if LINE_BREAK.search("".join(map("".join, pairs))):
                     raise ValueError("authorize() gave a field with a line break")
                 cause = "a password is needed" if status == 401 else "not allowed"
@@ -2675,6 +2676,9 @@ class Visitor:
             raise HTTPError(404, "no-service", "%s has no service %s" % (id, service))
         if tunnel:
             raise HTTPError(404, "no-page", "the index of %s is at /" % id)
+        if id and self.server.tokens and id in self.server.tokens.value:
+            cause = "the client of %s is not connected now" % id
+            raise HTTPError(503, "offline", cause, [("Retry-After", RETRY_AFTER)])
         name = self.request.name if self.request else ""
         cause = "nobody is connected as %s" % id if id else "no client serves " + name
         raise HTTPError(404, "no-name", cause)
@@ -2767,7 +2771,6 @@ class Visitor:
     def done(self, keep: bool) -> None:
         """An answer has been given; what comes next?"""
         self.exchange = self.request = None
-        self.idle_since = self.loop.clock()
         self.server.idle.pop(self, None)
         self.server.idle[self] = None  # at the end
         self.loop.touched.add(self.connection)  # it may be read again
@@ -2777,14 +2780,6 @@ class Visitor:
                 self.loop.soon(self, self.next)
         else:
             self.end()
-
-    def has_ended(self) -> bool:
-        """Whether he sends no more; where we do not read, Linux knows."""
-        option = getattr(socket, "TCP_INFO", None)
-        if self.connection.eof or option is None:
-            return self.connection.eof
-        state = self.connection.sock.getsockopt(socket.IPPROTO_TCP, option, 1)
-        return state == CLOSE_WAIT
 
     def has_sent(self) -> bool:
         """Whether something is here that was not read yet."""
@@ -2824,11 +2819,12 @@ class Visitor:
 class Kept:
     """Owns a stream between two requests. Whatever comes on it is unasked."""
 
-    __slots__ = ("visitor", "stream", "service")
+    __slots__ = ("visitor", "stream", "service", "since")
     eager = False
 
     def __init__(self, visitor: Visitor, stream: Stream, service: Any) -> None:
         self.visitor, self.stream, self.service = visitor, stream, service
+        self.since = visitor.loop.clock()
         stream.owner = self
 
     def __str__(self) -> str:
@@ -2861,7 +2857,7 @@ class Exchange:
 
     __slots__ = (
         "visitor request tunnel service options stream head eager carry searched "
-        "final answer body keep reused repeated interim since upgraded after"
+        "answer body keep reused repeated interim upgraded after"
     ).split()
 
     def __init__(
@@ -2874,14 +2870,12 @@ class Exchange:
         self.eager = False  # something is here to be pulled, or may be
         self.carry = bytearray()  # of the answer: what is not understood yet
         self.searched = 0
-        self.final: Optional[Answer] = None  # its head, when that is whole
-        self.answer: Optional[Answer] = None  # the same, when the visitor gets it
+        self.answer: Optional[Answer] = None  # its head, when the visitor gets it
         self.body = Body(0)  # of the answer
         self.keep = False  # the visitor's connection, after this
         self.reused = False  # the stream carried an earlier request
         self.repeated = False  # it is being asked for the second time
         self.interim = 0  # 1xx answers so far
-        self.since = visitor.loop.clock()  # the visitor's last word, so far
         self.upgraded = False
         self.after: Optional[Call] = None  # how it ended, when the body is passed on
 
@@ -2912,8 +2906,7 @@ class Exchange:
         request go twice?"""
         if self.place() != kept.service or not kept.stream.open:
             return False
-        idle = self.visitor.loop.clock() - self.visitor.idle_since
-        fresh = idle < KEPT_TIME or self.repeatable()
+        fresh = self.visitor.loop.clock() - kept.since < KEPT_TIME or self.repeatable()
         return fresh and not self.tunnel.link.leaving
 
     def repeatable(self) -> bool:
@@ -2936,11 +2929,6 @@ class Exchange:
         self.head = self.request.to_service()
         self.stream.wake()
         return True
-
-    def is_late(self) -> bool:
-        """Whether a visitor who sends no more has waited long enough for an answer."""
-        waited = self.visitor.loop.clock() - self.since
-        return waited > HALF_CLOSED_TIME and not (self.answer or self.upgraded)
 
     def is_stalled(self) -> bool:
         """Whether the visitor has not moved for long, while what waits for him counts
@@ -2970,8 +2958,8 @@ class Exchange:
             return size
         if not self.uploading():
             return None
-        if not self.upgraded and isinstance(self.request.body, Chunked):
-            view = view[:CHUNKS_A_TURN]
+        if not self.upgraded:
+            view = view[: self.request.body.at_most]
         buffer, connection = self.visitor.buffer, self.visitor.connection
         had = min(len(buffer), len(view))
         view[:had] = buffer[:had]
@@ -3017,7 +3005,7 @@ class Exchange:
             elif self.body.more or self.whole():
                 self.carry += data  # for go_on(), or for nobody
             elif self.answer:
-                self.on_body(b"", data)
+                self.on_body(data)
             else:
                 self.carry += data
                 self.read_heads()
@@ -3036,7 +3024,7 @@ class Exchange:
                 self.searched = len(self.carry)
                 return
             answer = Answer(self.carry[:end])
-            answer.frame(self.request.method)  # be it only to refuse it
+            body = answer.frame(self.request.method)  # be it only to refuse it
             del self.carry[:end]
             self.searched = 0
             if answer.status == 101:
@@ -3048,7 +3036,7 @@ class Exchange:
                 if self.request.minor:
                     self.visitor.connection.write(answer.to_visitor(""))
             else:
-                self.on_answer(answer)
+                self.on_answer(answer, body)
 
     def on_upgrade(self, answer: Answer) -> None:
         if not (self.request.upgrade and answer.upgrade and self.request.body.done):
@@ -3060,43 +3048,37 @@ class Exchange:
         self.visitor.log_answer(101, "")
         self.stream.wake()
 
-    def on_answer(self, answer: Answer) -> None:
+    def on_answer(self, answer: Answer, body: Body) -> None:
         """Its head is whole: say whether the connection goes on, and pass it on."""
         request, server = self.request, self.visitor.server
-        self.body = answer.frame(request.method)
-        self.final = answer
-        unwrap = request.minor == 0 and isinstance(self.body, Chunked)
-        ends = unwrap or self.body.until_end
+        self.body = body
+        unwrap = request.minor == 0 and isinstance(body, Chunked)
+        ends = unwrap or body.until_end
         keep = request.keeps_alive() and request.body.done and not ends
         self.keep = keep and not server.stopping
         connection = "" if self.keep else "close"
         if self.keep and request.minor == 0:
             connection = "keep-alive"
-        data = memoryview(bytes(self.carry))
-        self.carry.clear()
-        self.on_body(answer.to_visitor(connection, unwrap), data)
+        head = answer.to_visitor(connection, unwrap)
+        kept, self.carry = memoryview(self.carry), bytearray()
+        good = self.feed(body, kept)
+        self.answer = answer  # from here on it can no longer be a 502
+        self.visitor.log_answer(answer.status, "")
+        self.pass_on(head, kept, good)
 
-    def on_body(self, head: bytes, data: memoryview) -> None:
-        """Pass on what the framing allows; keep a line that is not whole."""
+    def on_body(self, data: Any) -> None:
+        """More of the body, or nothing but what was kept of it."""
         if self.carry:
-            data = memoryview(bytes(self.carry) + bytes(data))
-            self.carry.clear()
-        good = self.feed(self.body, data)
-        if self.answer is None and self.final:
-            self.answer = self.final  # from here on it can no longer be a 502
-            self.visitor.log_answer(self.answer.status, "")
+            data, self.carry = memoryview(self.carry + data), bytearray()
+        self.pass_on(b"", data, self.feed(self.body, data))
+
+    def pass_on(self, head: bytes, data: Any, good: int) -> None:
+        """The framing allows `good` bytes; keep the rest. Was it the last?"""
+        content = data[:good]
         if self.request.minor == 0 and isinstance(self.body, Chunked):
             content = b"".join(data[start:end] for start, end in self.body.spans)
-            self.visitor.connection.write(head + content)
-        elif head:
-            self.visitor.connection.write(head + bytes(data[:good]))
-        else:
-            self.visitor.connection.write(data[:good])
+        self.visitor.connection.write(head + bytes(content) if head else content)
         self.carry += data[good:]
-        self.after_body()
-
-    def after_body(self) -> None:
-        """Some of the body has been passed on: was it the last?"""
         if self.body.done:
             self.visitor.connection.after_backlog(self.finish)
         elif self.body.more:
@@ -3104,20 +3086,11 @@ class Exchange:
 
     def go_on(self) -> None:
         """With a body of which there was more than is done at once."""
-        if self.visitor.exchange is not self or not self.body.more:
-            return
-        data = memoryview(self.carry)
-        good = self.feed(self.body, data)
-        content = bytes(data[:good])
-        if self.request.minor == 0:
-            content = b"".join([data[start:end] for start, end in self.body.spans])
-        data.release()
-        del self.carry[:good]
-        self.visitor.connection.write(content)
-        self.after_body()
-        self.settle()
-        if self.after and not self.body.more:
-            self.after()
+        if self.visitor.exchange is self and self.body.more:
+            self.on_body(b"")
+            self.settle()
+            if self.after and not self.body.more:
+                self.after()
 
     def whole(self) -> bool:
         """Whether the answer is here to its last byte; the visitor may not have it."""
@@ -3497,8 +3470,9 @@ class Server:
         files = [file for file in self.files() if file.look()]
         if self.tokens in files and self.tokens:
             for link in list(self.loop.links):  # also those that were replaced
-                tunnel = link.owner
-                if tunnel.token and tunnel.token != self.tokens.value.get(tunnel.id):
+                tunnel, token = link.owner, link.owner.token
+                mine = tunnel.server is self
+                if mine and token and token != self.tokens.value.get(tunnel.id):
                     cause = "the token of %s is no longer valid" % tunnel.id
                     tunnel.depose("refused", cause)
                     tunnel.link.flush()
@@ -3508,7 +3482,9 @@ class Server:
             self.on_new_files(files)
 
     def on_new_files(self, files: List[Watched]) -> None:
-        """What there is to say about them; the last path of each leads to secrets."""
+        """What follows from them; the last path of each leads to secrets."""
+        if self.tokens:  # whoever has a token is known, also while he is not connected
+            self.names.ids = collections.ChainMap(self.tunnels, self.tokens.value)
         for file in files:
             warn_of_readers(file.paths[-1:])
             if file is self.tls and file.seen and log.hears(INFO):
