@@ -1673,7 +1673,7 @@ HOST = re.compile(r"(\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|%s)(?::(\d{0,5}))?" % LABE
 HOST_LIMIT = 255  # characters (RFC 1035 2.3.4)
 PROTOCOLS = re.compile(r"%s(?:/%s)?(?:[ \t]*,[ \t]*%s(?:/%s)?)*" % (4 * (TOKEN,)))
 ABSOLUTE = re.compile(r"(?i)(https?)://([^/?@]+)([/?].*)?")
-EMPTY_LINES = re.compile(rb"(?:\r\n)*")  # before a request: RFC 9112 2.2
+EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 2.2
 LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
 REPEATABLE = ("GET", "HEAD", "OPTIONS")  # may be sent twice: a kept stream may be dead
@@ -1851,6 +1851,7 @@ class Head:
         return (first + rest).encode("latin-1")
 
 
+@functools.lru_cache(maxsize=RECENT)
 def read_host(host: str) -> str:
     """The name in a Host field: in lower case, without port and dot at the end. Raises
     HTTPError."""
@@ -2221,17 +2222,9 @@ class Router:
     names: Names  # how the server reads hosts; the server sets it
 
     def route(self, request: Request) -> Any:
-        """(id, service), (id, None) for the id's index page, None for a 404."""
-        id = self.find_id(request)
-        return None if id is None else (id, self.find_service(request))
-
-    def find_id(self, request: Request) -> Optional[str]:
-        """Whose request it is."""
-        return self.names.find(request.name)[0]
-
-    def find_service(self, request: Request) -> Optional[str]:
-        """The name of the service it is for, None for the index page."""
-        return self.names.find(request.name)[1]
+        """(id, service), (id, None) for the id's index page, (None, None) or None for a
+        404. By default the host decides."""
+        return self.names.find(request.name)
 
     def authorize(self, request: Request) -> Any:
         """None lets the request pass; (status, fields) answers it, for example
@@ -2610,8 +2603,8 @@ class Visitor:
         """Begin the next request, if the last answer has gone and a head is here."""
         if self.exchange or self.closing or self.connection.backlog:
             return
-        empty = EMPTY_LINES.match(self.buffer)
-        del self.buffer[: empty.end() if empty else 0]
+        if self.buffer.startswith(b"\r\n"):
+            self.buffer = bytearray(EMPTY_LINES.sub(b"", self.buffer, 1))
         end = find_head(self.buffer, self.searched)
         if end:
             head = self.buffer[:end]

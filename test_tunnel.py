@@ -4714,13 +4714,12 @@ class Hooks(TunnelCase):
         self.assertEqual(self.echoed("a.b", "/api/x", conn=conn)["service"], "api")
         self.assertEqual(self.echoed("web.tim.b", "/x", conn=conn)["service"], "web")
 
-    def test_find_id_and_find_service_are_asked_by_default(self):
+    def test_route_may_look_at_host_and_fields(self):
         class Fixed(server_module.Router):
-            def find_id(self, request):
-                return "tim" if request.host == "my.host:81" else None
-
-            def find_service(self, request):
-                return request.headers.get("x-service")
+            def route(self, request):
+                if request.host == "my.host:81":
+                    return "tim", request.headers.get("x-service")
+                return None
 
         self.start_router(Fixed())
         found = self.echoed("my.host:81", headers={"X-Service": "api"})

@@ -44,12 +44,12 @@ class PasswordRouter(Router):
             return None
         return 401, {"WWW-Authenticate": 'Basic realm="tunnel", charset="UTF-8"'}
 
-    def find_service(self, request: Request) -> Optional[str]:
+    def route(self, request: Request) -> Any:
         """id.example.com/api/... is for the service api; all else goes by its name."""
-        named = super().find_service(request)
-        if named is None and request.target.startswith("/api/"):
-            return "api"
-        return named
+        id, service = super().route(request)
+        if service is None and request.target.startswith("/api/"):
+            service = "api"
+        return id, service
 
 
 def find_login(path: Optional[str]) -> str:
