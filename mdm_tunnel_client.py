@@ -758,8 +758,8 @@ class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock tls owner backlog dry eof lost last moved events timer lingering "
-        "closed"
+        "loop sock tls owner backlog dry eof lost last moved events timer shaking "
+        "lingering closed"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
@@ -773,7 +773,7 @@ class Connection:
         self.moved = 0.0  # when the backlog began, or last became shorter
         self.events = 0  # what the selector was told
         self.timer: Optional[Timer] = None  # when it comes to an end
-        self.lingering = False
+        self.shaking = self.lingering = False  # the TLS handshake goes on; it ends
         self.closed = False
         sock.setblocking(False)
         loop.connections.add(self)
@@ -793,20 +793,20 @@ class Connection:
         self.loop.touched.add(self)
         if mask & WRITE and not self.closed:
             self.flush()
-            if not (self.lingering or self.shaking()):
+            if not (self.lingering or self.shaking):
                 self.owner.on_writable()
         if mask & READ and not self.closed:
             self.dry = False
             if self.lingering:
                 self.drop()
             else:
-                self.shake_hands() if self.shaking() else self.owner.on_readable()
+                self.shake_hands() if self.shaking else self.owner.on_readable()
 
     def register(self) -> None:
         """Tell the selector what is waited for now, if that has changed."""
         if self.closed:
             return
-        own = not (self.lingering or self.shaking())
+        own = not (self.lingering or self.shaking)
         events = self.owner.interest() if own else READ
         if events & READ and self.tls and self.tls.more and not self.eof:
             self.loop.soon(self, self.on_events, READ)  # the selector cannot see it
@@ -932,13 +932,10 @@ class Connection:
     ) -> None:
         """From here on all is encrypted: see TLS."""
         self.tls = TLS(context, server, name, pin)
+        self.shaking = True
         self.watch(HANDSHAKE_TIME)
         if not server:
             self.shake_hands()
-
-    def shaking(self) -> bool:
-        """Whether the handshake goes on."""
-        return self.tls is not None and not self.tls.ready
 
     def shake_hands(self) -> None:
         """Go on with the handshake; then the owner's part begins. With too many in one
@@ -952,6 +949,7 @@ class Connection:
                 self.loop.shook += self.loop.clock() - start
                 self.put(tls.outgoing.read())  # also why we do not want to go on
             if done and self.timer:
+                self.shaking = False
                 self.timer.clear()
                 self.flush()
 
@@ -1012,7 +1010,7 @@ class Connection:
         self.timer.set(seconds)
 
     def on_late(self) -> None:
-        if self.shaking():
+        if self.shaking:
             raise OSError("no TLS handshake within %d s" % HANDSHAKE_TIME)
         if self.backlog and self.loop.clock() - self.moved < STALLED:
             self.watch(STALLED)
@@ -1310,11 +1308,12 @@ class Link:
             self.loop.guard(stream, self.owner.on_open, stream, message)
 
     def on_data(self, stream: Stream, payload: memoryview) -> None:
-        stream.allowed -= len(payload)
+        size = len(payload)
+        stream.allowed -= size
         if stream.allowed < 0 or stream.ended_in:
             raise ProtocolError("DATA over the credit or after END")
-        stream.held += len(payload)
-        self.hold(len(payload))
+        stream.held += size
+        self.hold(size)
         self.loop.guard(stream.owner, stream.owner.receive, payload)
         while self.held > HELD_LIMIT:
             self.shed()

@@ -757,8 +757,8 @@ class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock tls owner backlog dry eof lost last moved events timer lingering "
-        "closed"
+        "loop sock tls owner backlog dry eof lost last moved events timer shaking "
+        "lingering closed"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
@@ -772,7 +772,7 @@ class Connection:
         self.moved = 0.0  # when the backlog began, or last became shorter
         self.events = 0  # what the selector was told
         self.timer: Optional[Timer] = None  # when it comes to an end
-        self.lingering = False
+        self.shaking = self.lingering = False  # the TLS handshake goes on; it ends
         self.closed = False
         sock.setblocking(False)
         loop.connections.add(self)
@@ -792,20 +792,20 @@ class Connection:
         self.loop.touched.add(self)
         if mask & WRITE and not self.closed:
             self.flush()
-            if not (self.lingering or self.shaking()):
+            if not (self.lingering or self.shaking):
                 self.owner.on_writable()
         if mask & READ and not self.closed:
             self.dry = False
             if self.lingering:
                 self.drop()
             else:
-                self.shake_hands() if self.shaking() else self.owner.on_readable()
+                self.shake_hands() if self.shaking else self.owner.on_readable()
 
     def register(self) -> None:
         """Tell the selector what is waited for now, if that has changed."""
         if self.closed:
             return
-        own = not (self.lingering or self.shaking())
+        own = not (self.lingering or self.shaking)
         events = self.owner.interest() if own else READ
         if events & READ and self.tls and self.tls.more and not self.eof:
             self.loop.soon(self, self.on_events, READ)  # the selector cannot see it
@@ -931,13 +931,10 @@ class Connection:
     ) -> None:
         """From here on all is encrypted: see TLS."""
         self.tls = TLS(context, server, name, pin)
+        self.shaking = True
         self.watch(HANDSHAKE_TIME)
         if not server:
             self.shake_hands()
-
-    def shaking(self) -> bool:
-        """Whether the handshake goes on."""
-        return self.tls is not None and not self.tls.ready
 
     def shake_hands(self) -> None:
         """Go on with the handshake; then the owner's part begins. With too many in one
@@ -951,6 +948,7 @@ class Connection:
                 self.loop.shook += self.loop.clock() - start
                 self.put(tls.outgoing.read())  # also why we do not want to go on
             if done and self.timer:
+                self.shaking = False
                 self.timer.clear()
                 self.flush()
 
@@ -1011,7 +1009,7 @@ class Connection:
         self.timer.set(seconds)
 
     def on_late(self) -> None:
-        if self.shaking():
+        if self.shaking:
             raise OSError("no TLS handshake within %d s" % HANDSHAKE_TIME)
         if self.backlog and self.loop.clock() - self.moved < STALLED:
             self.watch(STALLED)
@@ -1309,11 +1307,12 @@ class Link:
             self.loop.guard(stream, self.owner.on_open, stream, message)
 
     def on_data(self, stream: Stream, payload: memoryview) -> None:
-        stream.allowed -= len(payload)
+        size = len(payload)
+        stream.allowed -= size
         if stream.allowed < 0 or stream.ended_in:
             raise ProtocolError("DATA over the credit or after END")
-        stream.held += len(payload)
-        self.hold(len(payload))
+        stream.held += size
+        self.hold(size)
         self.loop.guard(stream.owner, stream.owner.receive, payload)
         while self.held > HELD_LIMIT:
             self.shed()
@@ -1878,7 +1877,7 @@ class Request(Head):
         self.minor = int(minor != "0")  # RFC 9110 2.5: 1.7 is 1.1 to us
         self.address, self.scheme = address, scheme
         super().__init__(text, line.end())
-        self.body = self.framing() or Body(0)
+        self.body = self.framing() or NO_BODY
         if self.method == "CONNECT":
             raise HTTPError(501, "connect", "CONNECT is not served here")
         self.host = host = self.named.get("host", "")
@@ -1966,7 +1965,7 @@ class Answer(Head):
         """The body that follows (RFC 9112 6.3)."""
         body = self.framing()
         if method == "HEAD" or self.status in (204, 304) or self.status < 200:
-            return Body(0)
+            return NO_BODY
         return Body(None) if body is None else body
 
     def keeps_alive(self) -> bool:
@@ -1977,9 +1976,10 @@ class Answer(Head):
         """The head as the visitor gets it; `connection` is ours to say. `unwrapped`: of
         a chunked body he gets the content only."""
         first = "HTTP/1.1 %d %s" % (self.status, self.reason)
-        add = functools.partial(self.for_visitor, connection, unwrapped)
-        why = connection, unwrapped, self.status
-        return self.pass_on(first, why, UNWRAPPED if unwrapped else TO_VISITOR, add)
+        why, gone = (connection, unwrapped, self.status), TO_VISITOR
+        if unwrapped:
+            gone = UNWRAPPED
+        return self.pass_on(first, why, gone, lambda: self.for_visitor(*why[:2]))
 
     def for_visitor(self, connection: str, unwrapped: bool) -> List[str]:
         """The lines that are ours to say."""
@@ -2004,14 +2004,11 @@ class Body:
     def __init__(self, left: Optional[int]) -> None:
         self.until_end = left is None
         self.left = sys.maxsize if left is None else left
+        self.done = left == 0
         self.untouched = True
         self.more = False  # feed() was given more lines than it might take
         self.lines = 0  # that it took
         self.spans: List[Tuple[int, int]] = []
-
-    @property
-    def done(self) -> bool:
-        return self.left == 0
 
     @property
     def at_most(self) -> int:
@@ -2027,7 +2024,11 @@ class Body:
             self.untouched = False
         if not self.until_end:
             self.left -= count
+            self.done = self.left == 0
         return count
+
+
+NO_BODY = Body(0)  # of most requests
 
 
 class Chunked(Body):
@@ -2037,17 +2038,14 @@ class Chunked(Body):
 
     def __init__(self) -> None:
         super().__init__(0)
-        self.expect: Optional[Callable[[str], Any]] = self.on_size
+        self.done = False
+        self.expect: Callable[[str], Any] = self.on_size
         self.trailers = 0
-
-    @property
-    def done(self) -> bool:
-        return self.expect is None
 
     def feed(self, data: Any, lines: int = sys.maxsize) -> int:
         at = self.lines = 0
         self.spans = []
-        while at < len(data) and self.expect and self.lines < lines:
+        while at < len(data) and self.lines < lines and not self.done:
             if self.left:
                 end = min(len(data), at + self.left)
                 self.spans.append((at, end))
@@ -2067,7 +2065,7 @@ class Chunked(Body):
             self.expect(start[: end - 1].decode("latin-1"))
             at += end + 1
             self.lines += 1
-        self.more = self.lines == lines and self.expect is not None
+        self.more = self.lines == lines and not self.done
         return at
 
     def on_size(self, line: str) -> None:
@@ -2088,8 +2086,7 @@ class Chunked(Body):
             raise malformed("a trailer breaks the grammar (RFC 9112, 7.1.2)")
         if NO_TRAILER.match(line):
             raise malformed("a field that cannot be a trailer (RFC 9110, 6.5.1)")
-        if not line:
-            self.expect = None
+        self.done = not line
 
 
 def find_head(buffer: bytearray, searched: int) -> int:
@@ -2746,7 +2743,7 @@ class Visitor:
     def fail(self, error: Exception) -> None:
         """What went wrong before an answer began is answered; after that he is cut."""
         if isinstance(error, TLSError) and error.plain:
-            self.connection.tls = None
+            self.connection.tls, self.connection.shaking = None, False
             error = HTTPError(400, "tls", "this port speaks TLS: https, or --tls")
         elif isinstance(error, TLSError):
             log.info("%s: %s", self, error)
@@ -2864,7 +2861,7 @@ class Exchange:
         self.carry = bytearray()  # of the answer: what is not understood yet
         self.searched = 0
         self.answer: Optional[Answer] = None  # its head, when the visitor gets it
-        self.body = Body(0)  # of the answer
+        self.body = NO_BODY  # of the answer
         self.keep = False  # the visitor's connection, after this
         self.reused = False  # the stream carried an earlier request
         self.repeated = False  # it is being asked for the second time
