@@ -1341,7 +1341,7 @@ PEERS = {"server": "client", "client": "server"}
 ON_STREAM = (Kind.OPEN, Kind.DATA, Kind.CREDIT, Kind.END, Kind.RESET)
 SIZES = {  # bytes at least and at most; all other kinds are JSON: 2 to 64 KiB
     Kind.LOGIN: (2, 4 * KIB),
-    Kind.DATA: (1, KIB * KIB),
+    Kind.DATA: (1, 2 * KIB * KIB),
     Kind.CREDIT: (4, 4),
     Kind.END: (0, 0),
     Kind.RESET: (0, 64 * KIB),
@@ -1954,7 +1954,7 @@ class Schedule:
             frame(Kind.DATA, 1),
             frame(Kind.CREDIT, 1, dice.choice((b"123", b"12345"))),
             frame(dice.choice((Kind.PING, Kind.PONG)), 0, b"1234567"),
-            frame(Kind.DATA, 1, length=(1 << 20) + 1),
+            frame(Kind.DATA, 1, length=(2 << 20) + 1),
             frame(dice.choice((Kind.RESET, Kind.OPEN)), 1, length=(64 << 10) + 1),
             frame(Kind.GOODBYE, 0, length=(64 << 10) + 1),
             frame(Kind.DATA, unknown, b"data"),
