@@ -1616,6 +1616,13 @@ def set_up_log(verbose: int) -> None:
         logger.setLevel(INFO if verbose == 1 else DEBUG)
 
 
+def be_deaf() -> None:
+    """To the signals that end us, but while a loop catches them: when that is over we
+    are ending already, and one more is no reason for a traceback."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def die(status: int, cause: Any) -> NoReturn:
     """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
     attempts used up."""
@@ -2602,6 +2609,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         tls=load_context(options),
         pin=options.pin,
     )
+    be_deaf()
     client.loop.catch_signals(client.on_signal)
     try:
         client.run()

@@ -1615,6 +1615,13 @@ def set_up_log(verbose: int) -> None:
         logger.setLevel(INFO if verbose == 1 else DEBUG)
 
 
+def be_deaf() -> None:
+    """To the signals that end us, but while a loop catches them: when that is over we
+    are ending already, and one more is no reason for a traceback."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def die(status: int, cause: Any) -> NoReturn:
     """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
     attempts used up."""
@@ -3671,6 +3678,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             become(user, [path for file in server.files() for path in file.paths])
         except OSError as error:
             die(1, "cannot become %s: %s" % (options.user, error.strerror or error))
+    be_deaf()
     server.loop.catch_signals(server.on_signal)
     server.run()
 

@@ -6307,6 +6307,17 @@ class Processes(TunnelCase):
                 self.assertIn("stopping", err)
                 self.assertNotIn("dialling again", err)
 
+    def test_many_signals_leave_no_traceback(self):
+        if os.name == "nt":
+            self.skipTest("no such signals here")
+        server, client, _ = self.launch_both()
+        for process in (client, server):
+            for _ in range(200):
+                process.send_signal(signal.SIGINT)
+            err = process.communicate(timeout=PATIENCE)[1]
+            self.assertEqual(process.returncode, 0, err)
+            self.assertNotIn("Traceback", err)
+
     def test_sigterm_lets_the_running_request_end(self):
         go, asked = threading.Event(), threading.Event()
 

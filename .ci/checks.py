@@ -539,7 +539,8 @@ def make_secrets() -> Tuple[Path, str]:
     """Certificate and token as README makes them: where they are, the fingerprint."""
     text = (REPOSITORY / "README.md").read_text()
     block = text.partition("## Security")[2].partition("```sh\n")[2].partition("```")[0]
-    lines = [line for line in block.splitlines() if line.find("openssl") >= 0]
+    commands = block.replace("\\\n", " ").splitlines()
+    lines = [line for line in commands if line.find("openssl") >= 0]
     assert len(lines) == 3, block
     folder = TMP / "secrets"
     folder.mkdir()
