@@ -321,9 +321,14 @@ def read_file(path: str) -> bytes:
         return file.read(FILE_LIMIT)
 
 
+def listed(paths: List[str]) -> str:
+    """Their names; a certificate and its key may be the same file."""
+    return " and ".join(dict.fromkeys(paths))
+
+
 def blame(error: Exception, paths: List[str]) -> str:
     """Which file is to blame, if that is known, and for what."""
-    where = getattr(error, "filename", None) or " and ".join(dict.fromkeys(paths))
+    where = getattr(error, "filename", None) or listed(paths)
     return "%s: %s" % (where, getattr(error, "strerror", None) or error)
 
 
@@ -338,7 +343,7 @@ class Watched:
         self.read()
 
     def __str__(self) -> str:
-        return " and ".join(self.paths)
+        return listed(self.paths)
 
     def read(self) -> bool:
         """Look at them; True when there is something new. All of it is compared: the
@@ -504,7 +509,7 @@ class Loop:
             self.soon(self, on_signal, number)
 
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.caught[number] = signal.signal(number, ring)
+            self.caught.setdefault(number, signal.signal(number, ring))
         signal.set_wakeup_fd(self.bell.fileno())
 
     def on_events(self, mask: int) -> None:
@@ -2056,12 +2061,10 @@ LIKELY = {
     502: "a proxy answered that does not reach the server",
     503: "a proxy answered that does not reach the server",
 }
-
-
 ADVICE = (  # for what TLS says
-    ("self", "trust it with --tls-ca, or name it with --fingerprint"),
-    ("issuer", "trust that with --tls-ca, or name the certificate with --fingerprint"),
-    ("no TLS", "has the server --tls-cert, and is this its client port?"),
+    ("signed certificate", "trust it with --tls-ca, or name it with --fingerprint"),
+    ("local issuer", "trust its authority with --tls-ca, or use --fingerprint"),
+    ("speaks no TLS", "has the server --tls-cert, and is this its client port?"),
 )
 
 

@@ -320,9 +320,14 @@ def read_file(path: str) -> bytes:
         return file.read(FILE_LIMIT)
 
 
+def listed(paths: List[str]) -> str:
+    """Their names; a certificate and its key may be the same file."""
+    return " and ".join(dict.fromkeys(paths))
+
+
 def blame(error: Exception, paths: List[str]) -> str:
     """Which file is to blame, if that is known, and for what."""
-    where = getattr(error, "filename", None) or " and ".join(dict.fromkeys(paths))
+    where = getattr(error, "filename", None) or listed(paths)
     return "%s: %s" % (where, getattr(error, "strerror", None) or error)
 
 
@@ -337,7 +342,7 @@ class Watched:
         self.read()
 
     def __str__(self) -> str:
-        return " and ".join(self.paths)
+        return listed(self.paths)
 
     def read(self) -> bool:
         """Look at them; True when there is something new. All of it is compared: the
@@ -503,7 +508,7 @@ class Loop:
             self.soon(self, on_signal, number)
 
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.caught[number] = signal.signal(number, ring)
+            self.caught.setdefault(number, signal.signal(number, ring))
         signal.set_wakeup_fd(self.bell.fileno())
 
     def on_events(self, mask: int) -> None:
@@ -2966,10 +2971,11 @@ class Exchange:
         buffer[:had] = view[good:total]  # a part of a line, or of the next request
         if count == 0 and not good:
             return self.on_visitor_end()
-        more = self.request.body.more
-        if more:
+        self.eager = False
+        if self.request.body.more:
             self.visitor.loop.soon(self.stream, self.stream.wake)
-        self.eager = not more and (bool(buffer) or count == 0 or total == len(view))
+        elif self.uploading():
+            self.eager = bool(buffer) or count == 0 or total == len(view)
         return good or None
 
     def feed(self, body: Body, data: Any) -> int:
