@@ -6067,9 +6067,10 @@ class Encryption(TLSCase):
         hello = ssl.MemoryBIO()
         with contextlib.suppress(ssl.SSLWantReadError):
             self.context.wrap_bio(ssl.MemoryBIO(), hello).do_handshake()
+        begun = hello.read(40)
         conns = [self.connect() for _ in range(20)]
         for conn in conns[:10]:
-            conn.sendall(hello.read(40))
+            conn.sendall(begun)
         self.assertEqual(self.echoed("web.tim.x")["service"], "web")
         for conn in conns:
             self.assertEqual(conn.recv(100), b"")
