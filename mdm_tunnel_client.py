@@ -707,26 +707,22 @@ class TLS:
         """What has come from the network. Raises TLSError when it is of no use."""
         self.incoming.write(data)
         if self.ready:
+            grows = self.fruitless <= FRUITLESS
+            self.size = min(SEALED, 2 * self.size) if grows else FIRST_SEALED
             self.fruitless += len(data)
             if self.fruitless > FRUITLESS + SEALED:
                 raise TLSError(ValueError("much was sent, and nothing was in it"))
-            grows = self.fruitless <= FRUITLESS
-            self.size = min(SEALED, 2 * self.size) if grows else FIRST_SEALED
 
-    def seal(self, data: Any) -> bytes:
-        """What to send for `data`, once the handshake is done."""
-        sealed, view = [], memoryview(data)
-        for at in range(0, len(view), SEALED):
-            part = view[at : at + SEALED]
-            while part:
-                part = part[self.object.write(part) :]
-            sealed.append(self.outgoing.read())
-        return b"".join(sealed)
+    def seal(self, part: Any) -> bytes:
+        """What to send for at most SEALED bytes, once the handshake is done."""
+        while part:
+            part = part[self.object.write(part) :]
+        return self.outgoing.read()
 
     def seal_early(self) -> bytes:
         """The next part of what could not be sent at once."""
-        part = bytes(self.early[:DATA_LIMIT])
-        del self.early[:DATA_LIMIT]
+        part = bytes(self.early[:SEALED])
+        del self.early[:SEALED]
         return self.seal(part)
 
     def say_end(self) -> None:
@@ -860,10 +856,14 @@ class Connection:
     def write(self, data: Any) -> None:
         """Send `data`, now or as soon as the socket takes it."""
         tls = self.tls
-        if tls and (self.backlog or not tls.ready):
-            tls.early += data  # encrypted in small pieces it would be many times that
-        else:
-            self.put(tls.seal(data) if tls else data)
+        if not tls:
+            self.put(data)
+            return
+        rest = memoryview(data)
+        while rest and tls.ready and not self.backlog:
+            self.put(tls.seal(rest[:SEALED]))
+            rest = rest[SEALED:]
+        tls.early += rest  # encrypted in small pieces it would be many times that
 
     def waiting(self) -> int:
         """Bytes that were written and not sent."""
@@ -947,7 +947,7 @@ class Connection:
         turn the selector will say again that there is something to read."""
         tls, start = self.tls, self.loop.clock()
         if tls and self.loop.shook <= SHAKING_A_TURN:
-            self.receive(tls)
+            self.receive(tls, 0)
             try:
                 done = tls.shake_hands()
             finally:
@@ -958,34 +958,33 @@ class Connection:
                 self.timer.clear()
                 self.flush()
 
-    def receive(self, tls: TLS) -> None:
-        """Read what is encrypted. An end without the word for it (RFC 8446 6.1) may be
-        a cut that somebody else has made."""
-        view = self.loop.sealed[: tls.size]
-        try:
-            count = self.sock.recv_into(view)
-        except (BlockingIOError, InterruptedError):
-            count = -1
-        if count == 0:
+    def receive(self, tls: TLS, had: int) -> bool:
+        """Read what is encrypted, if there is some. An end without the word for it (RFC
+        8446 6.1) may be a cut that somebody else has made; the `had` bytes before it
+        were none."""
+        view, count = self.loop.sealed[: tls.size], -1
+        if not (self.dry or self.closed):
+            with contextlib.suppress(BlockingIOError, InterruptedError):
+                count = self.sock.recv_into(view)
+        if count == 0 and not had:
             raise OSError("the other side closed the connection, and not by TLS")
-        self.dry = count < len(view)
+        self.dry = count < len(view) and count != 0
         if count > 0:
             tls.feed(view[:count])
+        return count > 0
 
     def open_into(self, view: memoryview, tls: TLS) -> Optional[int]:
-        """read_into(), decrypted: from the socket comes what is left in the buffer,
-        and, but for the first time, nothing."""
-        count, got, dry = 0, tls.read_into(view) if tls.ready else None, self.dry
-        records = 0
-        while got or (got is None and not dry and not self.closed):
+        """read_into(), decrypted: what is left in the buffer, then what the socket has,
+        part by part until there is nothing in one."""
+        count = records = 0
+        fed, got = False, tls.read_into(view) if tls.ready else None
+        while got or (got is None and not fed and self.receive(tls, count)):
+            fed = not got
             if got:
                 count += got
                 records += 1
                 if count == len(view) or records == RECORDS_A_READ:
                     break
-            else:
-                dry = True
-                self.receive(tls)
             got = tls.read_into(view[count:])
         self.eof = got == 0 and count == 0
         tls.more = got is not None and not self.eof

@@ -6108,6 +6108,76 @@ class Encryption(TLSCase):
             connection.write(b"x")
         self.assertEqual((sealed, connection.waiting()), ([], 1005))
 
+    def sealed_pair(self):
+        """A connection of ours, the other end's socket, and what encrypts there."""
+        wire, other = socket.socketpair()
+        self.addCleanup(other.close)
+        loop = fake_loop(server_module)
+        self.addCleanup(loop.close)
+        connection = server_module.Connection(loop, wire, Witness())
+        context = server_module.make_context(self.pem, self.pem)
+        connection.start_tls(context, True)
+        other.setblocking(False)
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        far = self.context.wrap_bio(incoming, outgoing)
+        while connection.shaking:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                far.do_handshake()
+            other.sendall(outgoing.read())
+            connection.on_events(selectors.EVENT_READ)
+            with contextlib.suppress(BlockingIOError):  # TLS 1.3 may have said it all
+                incoming.write(other.recv(65536))
+        far.do_handshake()
+
+        def seal(data):
+            self.assertEqual(far.write(data), len(data))
+            return outgoing.read()
+
+        return connection, other, seal
+
+    def read_again(self, connection):
+        """What it reads when the selector has seen something."""
+        connection.dry = False
+        view = connection.loop.scratch
+        return bytes(view[: connection.read_into(view) or 0])
+
+    def test_much_that_comes_is_read_in_large_parts(self):
+        connection, other, seal = self.sealed_pair()
+        data = os.urandom(4 << 20)
+        sealed, got = memoryview(seal(data)), []
+        while sealed or not got or got[-1]:
+            with contextlib.suppress(BlockingIOError):
+                sealed = sealed[other.send(sealed[: 256 * KIB]) :]
+            got.append(self.read_again(connection))
+        self.assertEqual(b"".join(got), data)
+        self.assertEqual(connection.tls.size, server_module.SEALED)
+        self.assertGreater(max(map(len, got)), server_module.SEALED)
+
+    def test_part_with_nothing_in_it_is_the_last_of_a_turn(self):
+        connection, other, seal = self.sealed_pair()
+        connection.tls.size = server_module.FIRST_SEALED
+        other.sendall(seal(b"x" * 16000))  # one record
+        got = [self.read_again(connection) for _ in range(4)]
+        self.assertEqual(got[0], b"")
+        self.assertEqual(b"".join(got), b"x" * 16000)
+
+    def test_what_came_before_a_cut_is_read_first(self):
+        connection, other, seal = self.sealed_pair()
+        sealed = seal(b"x" * 5000)
+        connection.tls.size = len(sealed)  # it does not come short, so we go on
+        other.sendall(sealed)
+        other.close()
+        self.assertEqual(self.read_again(connection), b"x" * 5000)
+        with self.assertRaisesRegex(OSError, "not by TLS"):
+            self.read_again(connection)
+
+    def test_what_the_kernel_does_not_take_is_not_encrypted_yet(self):
+        connection, *_ = self.sealed_pair()
+        connection.write(bytes(4 << 20))
+        waits = len(connection.tls.early)
+        self.assertGreater(waits, 2 << 20)
+        self.assertLess(connection.waiting(), waits + 2 * server_module.SEALED)
+
     def test_peer_who_sends_much_with_nothing_in_it_is_cut(self):
         self.start()
         context = server_module.make_context(self.pem, self.pem)

@@ -24,6 +24,7 @@ import atexit
 import contextlib
 import ctypes
 import getpass
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -36,6 +37,7 @@ import resource
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -812,19 +814,42 @@ class Ours(System):
     name, title = "ours", "mdm-tunnel"
 
     def launch(self, target: int) -> Address:
+        for_server, for_client = self.secrets()
         python, options = self.options.python, self.options
         host, visitors, clients = self.place.near_host, free_port(), free_port()
         words = ("--bind", host, "-p", str(visitors), "-c", str(clients))
-        server = (python, options.server, *words)
+        server = (python, options.server, *words, *for_server)
         dial = "%s:%d" % (host, self.place.dial(clients))
         service = "web=%s:%d" % (self.place.far_host, target)
-        client = (python, options.client, "-h", dial, "-i", "tim", service)
+        client = (python, options.client, "-h", dial, "-i", "tim", service, *for_client)
         self.start("server", *server)
         self.start("client", *self.place.far, *client)
         return Address(host, visitors, "web.tim.localhost")
 
+    def secrets(self) -> Tuple[Words, Words]:
+        """Options of the server and of the client."""
+        return (), ()
 
-SYSTEMS = [Direct, HAProxy, SSH, Ours]
+
+class Encrypted(Ours):
+    """The same with TLS on the link, which `ssh -R` encrypts too. The visitors' side is
+    as plain as that of all others."""
+
+    name, title = "encrypted", "with TLS"
+    MAKE = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+
+    def secrets(self) -> Tuple[Words, Words]:
+        pem = World.directory / "link.pem"
+        if not pem.exists():
+            where = ["-subj", "/CN=benchmark", "-keyout", str(pem), "-out", str(pem)]
+            make = [find("openssl"), *self.MAKE.split(), *where]
+            subprocess.run(make, check=True, stderr=subprocess.DEVNULL)
+        _, begin, cert = pem.read_text().partition("-----BEGIN CERTIFICATE-----")
+        pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(begin + cert)).hexdigest()
+        return ("--tls-cert", str(pem)), ("--fingerprint", pin)
+
+
+SYSTEMS = [Direct, HAProxy, SSH, Ours, Encrypted]
 
 
 # -----------------------------------------------------------------------------------
@@ -1019,12 +1044,13 @@ class Measure(NamedTuple):
     systems: str = "direct haproxy ssh ours"
 
 
+ALL = "direct haproxy ssh ours encrypted"
 MEASURES = [
-    Measure("one download", one_download),
-    Measure("one upload", one_upload),
-    Measure("eight downloads", eight_downloads),
+    Measure("one download", one_download, systems=ALL),
+    Measure("one upload", one_upload, systems=ALL),
+    Measure("eight downloads", eight_downloads, systems=ALL),
     Measure("requests, 1 kept", requests, {"connections": 1}),
-    Measure("requests, 32 kept", requests, {"connections": 32}),
+    Measure("requests, 32 kept", requests, {"connections": 32}, ALL),
     Measure("requests, 256 kept", requests, {"connections": 256}),
     Measure("requests, 32 fresh", requests, {"connections": 32, "kept": False}),
     Measure("beside four downloads", beside_four_downloads),
@@ -1151,6 +1177,7 @@ HAProxy is one hop as it comes: HTTP mode, a thread for each core.
 CPU and memory are of all processes of a system together, where not said otherwise.
 A kept connection makes many requests, a fresh one makes one; p50 and p99 of kept ones.
 Thin link: two downloads and small requests, 20 Mbit/s from the service to the visitors.
+With TLS: the same with an encrypted link, as that of ssh -R is.
 Long link: one download, 100 ms there and back; steady is after the first seconds.
 Stalled reader: growth of memory, after a first download, when 2 GiB are not read."""
 
