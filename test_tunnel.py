@@ -6077,8 +6077,8 @@ class Encryption(TLSCase):
                 plan(*bad)
 
     def test_silent_handshake_ends_after_its_time_and_holds_up_nobody(self):
-        long = 2 * PATIENCE
-        change(self, server_module, HANDSHAKE_TIME=long, SHAKING_A_TURN=long)
+        change(self, server_module, HANDSHAKE_TIME=PATIENCE, SHAKING_A_TURN=PATIENCE)
+        change(self, server_module, FIRST_BYTE_TIME=3600)
         self.start()
         hello = ssl.MemoryBIO()
         with contextlib.suppress(ssl.SSLWantReadError):
