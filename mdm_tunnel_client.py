@@ -1861,8 +1861,6 @@ class Dial:
             self.note("refused", "%s has no address" % self.target.text)
             self.owner.on_unreachable(*(self.failure or ()))
             return
-        left = max(0.0, self.until - self.loop.clock())
-        self.timer.set(left / len(self.addresses))
         family, address = self.addresses[0]
         try:
             sock = socket.socket(family, socket.SOCK_STREAM)
@@ -1873,6 +1871,9 @@ class Dial:
                 self.retry.set(RETRY_TIME)
             else:
                 self.judge(code)
+            if self.connection:  # not connected at once
+                left = max(0.0, self.until - self.loop.clock())
+                self.timer.set(left / len(self.addresses))
         except OSError as error:
             self.on_failure(error.errno or 0, str(error))
 

@@ -2771,6 +2771,7 @@ class Visitor:
 
     def done(self, keep: bool) -> None:
         """An answer has been given; what comes next?"""
+        silent = self.is_silent()
         self.exchange = self.request = None
         self.server.idle.pop(self, None)
         self.server.idle[self] = None  # at the end
@@ -2779,8 +2780,19 @@ class Visitor:
             self.timer.set(IDLE_TIME)
             if self.buffer or self.connection.eof:
                 self.loop.soon(self, self.next)
+        elif silent:
+            self.forget()
+            self.connection.end(self.connection.close)
         else:
             self.end()
+
+    def is_silent(self) -> bool:
+        """Whether he has said that he sends no more, and all that he sent is read: then
+        a plain close loses nothing, and costs less. With TLS we have a last word."""
+        request = self.request
+        if request is None or request.keeps_alive() or not request.body.done:
+            return False
+        return request.body.untouched and not (self.buffer or self.connection.tls)
 
     def has_sent(self) -> bool:
         """Whether something is here that was not read yet."""

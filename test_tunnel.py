@@ -4071,6 +4071,21 @@ class EndToEnd(TunnelCase):
         self.start(web=target)
         self.assertEqual(self.get("web.tim.x").content, b"unix")
 
+    def test_visitor_who_sends_no_more_is_not_waited_for(self):
+        """A plain close loses nothing then; behind a body some send a line's end."""
+        change(self, server_module, LINGER=PATIENCE)
+        self.start()
+        connections = self.server.loop.connections
+        for body, waits in ((b"", self.scheme == "https"), (b"x", True)):
+            conn = self.visit()
+            line, first = "Content-Length: %d" % len(body), "POST / HTTP/1.1"
+            conn.sendall(self.ask("web.tim.x", line, first=first, body=body))
+            self.assertIn(b"200 OK", self.raw(b"", conn))
+            lingers = self.server.do(lambda: any(c.lingering for c in connections))
+            self.assertEqual(lingers, waits)
+            getattr(conn, "conn", conn).close()
+            self.server.until(lambda: len(connections) == 1)
+
     def test_unix_socket_whose_queue_is_full_is_tried_again(self):
         listener, target = self.full_unix_listener()
         self.start(web=target)
