@@ -616,10 +616,13 @@ SHAKING_A_TURN = 0.01  # seconds of them in a turn of the loop: each computes a 
 SEALED = 64 << 10  # bytes encrypted, or read to be decrypted, at once: OpenSSL keeps so
 # much memory for each connection
 RECORDS_A_READ = 256  # be they ever so small
+WASTE_A_READ = 32 << 10  # bytes that may come in a read beyond its content, before it
+# ends: a record that is not whole has half as much
 FIRST_SEALED = 4 << 10  # bytes read to be decrypted, until there was something in them
 FRUITLESS = 16 << 10  # bytes with nothing in them that may come: to agree on new keys
 # again and again costs us more than the peer
 SEALED_PART = 32  # bytes that may come for each byte of content
+ANSWERS = 16 << 10  # bytes for new keys that may wait for a peer who does not read
 
 
 class TLSError(OSError):
@@ -651,7 +654,8 @@ class TLS:
     server's certificate must be for; `pin` the SHA-256 that it must have."""
 
     __slots__ = (
-        "ssl incoming outgoing object pin ready early more ending size fruitless"
+        "ssl incoming outgoing object pin ready early more ending failed size "
+        "fruitless answers"
     ).split()
 
     def __init__(self, context: Any, server: bool, name: Any, pin: bytes) -> None:
@@ -664,8 +668,10 @@ class TLS:
         self.early = bytearray()  # what was written, and waits to be encrypted
         self.more = False  # something is decrypted, or decryptable, and not yet read
         self.ending = False  # we send no more
+        self.failed: Optional[OSError] = None  # told once what came before is read
         self.size = FIRST_SEALED  # bytes to read at once
         self.fruitless = 0  # bytes read of late in which there was nothing
+        self.answers = 0  # bytes of our own that wait for the peer
 
     def shake_hands(self) -> bool:
         """Go on with the handshake; True when it is done. Raises TLSError."""
@@ -946,7 +952,7 @@ class Connection:
         turn the selector will say again that there is something to read."""
         tls, start = self.tls, self.loop.clock()
         if tls and self.loop.shook <= SHAKING_A_TURN:
-            self.receive(tls, 0)
+            self.receive(tls)
             try:
                 done = tls.shake_hands()
             finally:
@@ -957,40 +963,61 @@ class Connection:
                 self.timer.clear()
                 self.flush()
 
-    def receive(self, tls: TLS, had: int) -> bool:
-        """Read what is encrypted, if there is some. An end without the word for it (RFC
-        8446 6.1) may be a cut that somebody else has made; the `had` bytes before it
-        were none."""
+    def receive(self, tls: TLS) -> int:
+        """How many bytes have come for TLS, which has none left. An end without the
+        word for it (RFC 8446 6.1) may be a cut that somebody else has made."""
+        if tls.ending:
+            self.finish_tls(tls)
         view, count = self.loop.sealed[: tls.size], -1
         if not (self.dry or self.closed):
             with contextlib.suppress(BlockingIOError, InterruptedError):
                 count = self.sock.recv_into(view)
-        if count == 0 and not had:
+        if count == 0:
             raise OSError("the other side closed the connection, and not by TLS")
-        self.dry = count < len(view) and count != 0
+        self.dry = count < len(view)
         if count > 0:
             tls.feed(view[:count])
-        return count > 0
+        return max(0, count)
 
     def open_into(self, view: memoryview, tls: TLS) -> Optional[int]:
-        """read_into(), decrypted: what is left in the buffer, then what the socket has,
-        part by part until there is nothing in one."""
-        count = records = 0
-        fed, got = False, tls.read_into(view) if tls.ready else None
-        while got or (got is None and not fed and self.receive(tls, count)):
-            fed = not got
-            if got:
-                count += got
-                records += 1
-                if count == len(view) or records == RECORDS_A_READ:
-                    break
-            got = tls.read_into(view[count:])
+        """read_into(), decrypted: what TLS has, then what the socket has, part by part.
+        An error waits until what came before it has been read."""
+        if tls.failed:
+            raise tls.failed
+        got: Optional[int] = None
+        count = records = came = 0
+        try:
+            got = tls.read_into(view) if tls.ready else None
+            while got != 0:
+                if got:
+                    count += got
+                    records += 1
+                    if count == len(view) or records == RECORDS_A_READ:
+                        break
+                else:
+                    part = self.receive(tls) if came <= count + WASTE_A_READ else 0
+                    if not part:
+                        break
+                    came += part
+                got = tls.read_into(view[count:])
+            self.answer(tls)
+        except OSError as error:
+            if not count:
+                raise
+            tls.failed, got = error, count
         self.eof = got == 0 and count == 0
         tls.more = got is not None and not self.eof
-        self.put(tls.outgoing.read())  # an update of keys may want an answer
         if tls.ending and not tls.more:
             self.finish_tls(tls)
         return 0 if self.eof else count or None
+
+    def answer(self, tls: TLS) -> None:
+        """Send what TLS itself has to say, when the peer has agreed on new keys."""
+        said = tls.outgoing.read()
+        tls.answers = tls.answers + len(said) if self.backlog else 0
+        if tls.answers > ANSWERS:
+            raise TLSError(ValueError("it asks for new keys, and does not read"))
+        self.put(said)
 
     def end(self, call: Call) -> None:
         """The last thing to do, when everything has been sent. A peer who takes nothing
@@ -2787,12 +2814,14 @@ class Visitor:
             self.end()
 
     def is_silent(self) -> bool:
-        """Whether he has said that he sends no more, and all that he sent is read: then
-        a plain close loses nothing, and costs less. With TLS we have a last word."""
+        """Whether he has said that he sends no more, and nothing of his is here: then a
+        plain close, which is cheaper, loses nothing of ours. Behind a body some send a
+        line's end; with TLS he has a last word, too."""
         request = self.request
-        if request is None or request.keeps_alive() or not request.body.done:
+        if not request or "close" not in request.connection or self.connection.tls:
             return False
-        return request.body.untouched and not (self.buffer or self.connection.tls)
+        read = request.body.done and not (self.buffer or self.has_sent())
+        return read and request.body.untouched
 
     def has_sent(self) -> bool:
         """Whether something is here that was not read yet."""

@@ -4072,14 +4072,21 @@ class EndToEnd(TunnelCase):
         self.assertEqual(self.get("web.tim.x").content, b"unix")
 
     def test_visitor_who_sends_no_more_is_not_waited_for(self):
-        """A plain close loses nothing then; behind a body some send a line's end."""
+        """A plain close loses nothing then. Behind a body some send a line's end, and
+        1.0 has said nothing."""
         change(self, server_module, LINGER=PATIENCE)
         self.start()
         connections = self.server.loop.connections
-        for body, waits in ((b"", self.scheme == "https"), (b"x", True)):
-            conn = self.visit()
-            line, first = "Content-Length: %d" % len(body), "POST / HTTP/1.1"
-            conn.sendall(self.ask("web.tim.x", line, first=first, body=body))
+        close, length = "Connection: close", "Content-Length: 1"
+        for minor, lines, body, waits in (
+            (1, [close], b"", self.scheme == "https"),
+            (1, [close, length], b"x", True),
+            (1, [close], b"\r\n", True),
+            (0, [], b"", True),
+        ):
+            conn, first = self.visit(), "POST / HTTP/1.%d" % minor
+            ask = self.ask("web.tim.x", *lines, first=first, close=False)
+            conn.sendall(ask + body)
             self.assertIn(b"200 OK", self.raw(b"", conn))
             lingers = self.server.do(lambda: any(c.lingering for c in connections))
             self.assertEqual(lingers, waits)
@@ -6188,23 +6195,81 @@ class Encryption(TLSCase):
         self.assertEqual(connection.tls.size, server_module.SEALED)
         self.assertGreater(max(map(len, got)), server_module.SEALED)
 
-    def test_part_with_nothing_in_it_is_the_last_of_a_turn(self):
-        connection, other, seal = self.sealed_pair()
-        connection.tls.size = server_module.FIRST_SEALED
-        other.sendall(seal(b"x" * 16000))  # one record
-        got = [self.read_again(connection) for _ in range(4)]
-        self.assertEqual(got[0], b"")
-        self.assertEqual(b"".join(got), b"x" * 16000)
+    def test_what_came_before_a_fault_is_read_first(self):
+        for fault in ("cut", "reset", "garbage"):
+            connection, other, seal = self.sealed_pair()
+            sealed = seal(b"x" * 50000)
+            connection.tls.size = len(sealed)  # it does not come short, so we go on
+            other.sendall(sealed)
+            if fault == "garbage":
+                other.sendall(b"no TLS" * 100)
+            elif fault == "reset":
+                connection.sock.sendall(b"unread")
+            other.close()
+            got = b""
+            with self.assertRaises(OSError, msg=fault):
+                while True:
+                    got += self.read_again(connection)
+            self.assertEqual(got, b"x" * 50000, fault)
 
-    def test_what_came_before_a_cut_is_read_first(self):
+    def test_end_is_said_though_the_peer_goes_on_and_on(self):
         connection, other, seal = self.sealed_pair()
-        sealed = seal(b"x" * 5000)
-        connection.tls.size = len(sealed)  # it does not come short, so we go on
-        other.sendall(sealed)
-        other.close()
-        self.assertEqual(self.read_again(connection), b"x" * 5000)
-        with self.assertRaisesRegex(OSError, "not by TLS"):
-            self.read_again(connection)
+        data = memoryview(seal(bytes(4 << 20)))
+
+        def read_some():
+            nonlocal data
+            with contextlib.suppress(BlockingIOError):
+                while data:
+                    data = data[other.send(data[: 16 * KIB]) :]
+            connection.dry = False
+            connection.read_into(connection.loop.scratch[:20000])
+
+        for _ in range(20):
+            read_some()
+        connection.finish()
+        self.assertTrue(connection.tls.ending)  # OpenSSL would lose what is not read
+        for _ in range(20):
+            read_some()
+        self.assertFalse(connection.tls.ending)
+        self.assertTrue(data)
+
+    def thrifty(self, content, answer=b""):
+        """The connection of a peer of whose parts little is content."""
+        connection, other, _ = self.sealed_pair()
+
+        class Thrifty(server_module.TLS):
+            came = unread = 0
+
+            def feed(self, data):
+                self.came += len(data)
+                self.unread = content
+                self.outgoing.write(answer)
+
+            def read_into(self, view):
+                count, self.unread = min(self.unread, len(view)), 0
+                return count or None
+
+        context = server_module.make_context(self.pem, self.pem)
+        tls = connection.tls = Thrifty(context, True, None, b"")
+        tls.ready, tls.size = True, server_module.FIRST_SEALED
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other.send(bytes(4 * KIB))
+        return connection, tls
+
+    def test_one_read_takes_little_with_little_in_it(self):
+        connection, tls = self.thrifty(100)
+        self.assertTrue(self.read_again(connection))
+        self.assertLess(tls.came, server_module.WASTE_A_READ + server_module.SEALED)
+
+    def test_peer_who_wants_answers_and_does_not_read_is_cut(self):
+        connection, tls = self.thrifty(100, bytes(1000))
+        connection.backlog += b"waits"
+        with self.assertRaisesRegex(OSError, "does not read"):
+            for _ in range(100):
+                self.read_again(connection)
+        limit = server_module.ANSWERS + 20000
+        self.assertLess(len(connection.backlog), limit)
 
     def test_what_the_kernel_does_not_take_is_not_encrypted_yet(self):
         connection, *_ = self.sealed_pair()
@@ -6748,7 +6813,7 @@ class Watch(unittest.TextTestResult):
 
 
 class Runner(unittest.TextTestRunner):
-    resultclass = Watch
+    resultclass = Watch  # type: ignore[assignment]
 
 
 if __name__ == "__main__":
