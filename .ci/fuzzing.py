@@ -589,13 +589,13 @@ def requests_in(data: bytes, how: Reading) -> Tuple[List[Message], bool]:
 
 def fewest(data: bytes, first: bytes) -> int:
     """So many requests that begin with `first` see those readers who see fewest. Who
-    would refuse any of it does not count."""
-    counts = []
-    for how in READINGS:
-        found, refused = requests_in(data, how)
-        if not refused:
-            counts.append(sum(one.first.startswith(first) for one in found))
-    return min(counts, default=0)
+    would refuse any of it counts only where all do, with what he saw before."""
+    read = [requests_in(data, how) for how in READINGS]
+    whole = [found for found, refused in read if not refused]
+    return min(
+        sum(one.first.startswith(first) for one in found)
+        for found in whole or [found for found, _ in read]
+    )
 
 
 def answers_in(data: bytes, methods: Pieces, how: Reading) -> List[Message]:
