@@ -6130,11 +6130,7 @@ class Encryption(TLSCase):
         self.assertIn("no TLS", self.refused(port=port))
 
     def test_small_pieces_to_a_slow_reader_are_encrypted_together(self):
-        wire, other = socket.socketpair()
-        self.addCleanup(other.close)
-        loop = fake_loop(server_module)
-        self.addCleanup(loop.close)
-        connection = server_module.Connection(loop, wire, Witness())
+        connection, *_ = self.sealed_pair()
         context = server_module.make_context(self.pem, self.pem)
         sealed = []
 
