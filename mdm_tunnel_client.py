@@ -40,8 +40,7 @@ import stat
 import struct
 import sys
 import time
-from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional
-from typing import Set, Tuple
+from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Set, Tuple
 
 VERSION = "1.0.0"
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -84,7 +83,7 @@ PROTOCOL = "mdm-tunnel/1"
 LINK_PATH = "/.well-known/mdm-tunnel"  # what the client asks for (RFC 8615)
 HEADER = struct.Struct("!II")  # kind and length in one word, then the stream
 NUMBER = struct.Struct("!I")  # the payload of CREDIT
-STAMP = struct.Struct("!d")  # the payload of PING and PONG: the asker's clock
+PING_CLOCK = struct.Struct("!d")  # the payload of PING and PONG: the asker's clock
 DATA_LIMIT = 2 << 20  # bytes: one frame never holds the link for longer than that
 TEXT_LIMIT = 64 << 10  # bytes of any other payload: it is kept until it is whole
 TOLD_LIMIT = 500  # characters of a peer's text that people get to read
@@ -107,8 +106,8 @@ RULES: Dict[int, Tuple[str, bool, int, int]] = {
     Kind.CREDIT: ("both", True, NUMBER.size, NUMBER.size),  # u32
     Kind.END: ("both", True, 0, 0),
     Kind.RESET: ("both", True, 0, TEXT_LIMIT),  # text: code, a space, cause
-    Kind.PING: ("both", False, STAMP.size, STAMP.size),
-    Kind.PONG: ("both", False, STAMP.size, STAMP.size),  # what the PING held
+    Kind.PING: ("both", False, PING_CLOCK.size, PING_CLOCK.size),
+    Kind.PONG: ("both", False, PING_CLOCK.size, PING_CLOCK.size),  # what the PING held
     Kind.GOODBYE: ("both", False, 2, TEXT_LIMIT),  # JSON: code, reason
 }
 HANDSHAKE = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
@@ -136,36 +135,53 @@ class FrameReader:
         self.peer = peer
         self.rules = {k: r[1:] for k, r in RULES.items() if r[0] in ("both", peer)}
         self.held = b""  # the beginning of a header or of a small frame
+        self.data = memoryview(b"")  # what was pushed; from `at` on nobody has seen it
+        self.at = 0
         self.kind = self.stream = 0
         self.left = 0  # bytes of the current DATA still to come
-        self.paused = False  # feed() is to keep what follows for later
 
-    def feed(self, data: memoryview) -> Iterator[Tuple[int, int, memoryview]]:
-        """Yield (kind, stream, payload) as far as `data` goes. Raises ProtocolError."""
+    def push(self, data: memoryview) -> None:
+        """More bytes have come. next() has said None to those before."""
         if self.held:
             data, self.held = memoryview(self.held + data), b""
-        at, end = 0, len(data)
-        while at < end and not self.paused:
-            start = at + HEADER.size
-            if self.left:
-                start, at = at, min(end, at + self.left)
-                self.left -= at - start
-                yield DATA, self.stream, data[start:at]
-                continue
-            if start <= end:
-                length = self.open_frame(data, at)
-                if self.kind == DATA:
-                    self.left, at = length, start
-                    continue
-                if start + length <= end:
-                    at = start + length
-                    yield self.kind, self.stream, data[start:at]
-                    continue
-            break
-        self.held = bytes(data[at:])
+        self.data, self.at = data, 0
+
+    def next(self) -> Optional[Tuple[int, int, memoryview]]:
+        """The next (kind, stream, payload), or None: more bytes must come first.
+        Raises ProtocolError."""
+        data, start = self.data, self.at
+        if not self.left:
+            start += HEADER.size
+            if start > len(data):
+                self.hold()
+                return None
+            length = self.open_frame(data, self.at)
+            if self.kind != DATA:
+                end = start + length
+                if end > len(data):
+                    self.hold()
+                    return None
+                self.at = end
+                return self.kind, self.stream, data[start:end]
+            self.left, self.at = length, start
+        if start == len(data):
+            self.hold()
+            return None
+        end = self.at = min(len(data), start + self.left)
+        self.left -= end - start
+        return DATA, self.stream, data[start:end]
+
+    def hold(self) -> None:
+        """What is left is the beginning of a frame."""
+        self.held = bytes(self.data[self.at :])
+        self.data, self.at = memoryview(b""), 0
+
+    def keep(self) -> None:
+        """Whoever reads stops here for now, and the buffer of `data` is not theirs."""
+        self.data, self.at = memoryview(bytes(self.data[self.at :])), 0
 
     def open_frame(self, data: memoryview, at: int) -> int:
-        """A header is whole: check it; return how much is to follow."""
+        """A header is whole: check it; return the length of the payload."""
         word: int
         word, self.stream = HEADER.unpack_from(data, at)
         self.kind, length = word >> 24, word & 0xFFFFFF
@@ -201,7 +217,7 @@ def unpack_json(payload: Any) -> Dict[str, Any]:
     return message
 
 
-def text_of(value: Any) -> str:
+def peer_text(value: Any) -> str:
     """What a peer says for people to read: of any other type it is nothing."""
     return value[:TOLD_LIMIT] if isinstance(value, str) else ""
 
@@ -400,7 +416,7 @@ def forbid_core_dumps() -> None:
 # process that was frozen does not take its healthy peers for dead.
 # -----------------------------------------------------------------------------------
 SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolver
-WORK_A_TURN = 1000  # frames and lines looked at in a turn: some milliseconds
+TURN_BUDGET = 0.01  # seconds of a turn that peers may fill: then the others have theirs
 PART = 16  # events of a turn after which the links send in between
 POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
 
@@ -453,25 +469,25 @@ class Loop:
         self.timers: List[Tuple[float, int, Timer]] = []
         self.crowded = 1000  # timers that make it worth looking for cleared ones
         self.calls: Deque[Tuple[Any, Call, tuple]] = collections.deque()
-        self.unsent: Dict[Any, None] = {}  # links with something to send
-        self.touched: Set[Connection] = set()
+        self.ready_links: Dict[Any, None] = {}  # with something to send
+        self.dirty: Set[Connection] = set()  # may wait for something else now
         self.connections: Set[Connection] = set()
         self.links: Set[Any] = set()
-        self.held = 0  # bytes that they hold
-        # What is being read, and what is being sent: pages that nobody has touched yet
+        self.unread = 0  # bytes that they hold
+        # What is being read, and what is being sent: pages that nobody has dirty yet
         # take no memory, as those of a bytearray would.
         self.scratch = memoryview(mmap.mmap(-1, DATA_LIMIT))
         self.frames = memoryview(mmap.mmap(-1, DATA_LIMIT + 4 * TEXT_LIMIT))
         self.sealed = memoryview(mmap.mmap(-1, SEALED))  # what TLS is to open
         self.capacity = file_limit(self.selector) - SPARE_FILES
-        self.work = 0  # frames and lines looked at in this turn
+        self.turn_started = clock()
         self.shook = 0.0  # seconds of TLS handshakes in this turn
         self.running = True
         self.caught: Dict[int, Any] = {}  # signals, and what they did before
-        self.alarm, self.bell = socket.socketpair()
-        self.alarm.setblocking(False)
-        self.bell.setblocking(False)
-        self.selector.register(self.alarm, READ, self)
+        self.wake_receiver, self.wake_sender = socket.socketpair()
+        self.wake_receiver.setblocking(False)
+        self.wake_sender.setblocking(False)
+        self.selector.register(self.wake_receiver, READ, self)
 
     def __str__(self) -> str:
         return "loop"
@@ -489,7 +505,7 @@ class Loop:
             signal.signal(number, signal.SIG_DFL if before is None else before)
         for connection in list(self.connections):
             connection.abort() if connection.backlog else connection.close()
-        for part in (self.selector, self.alarm, self.bell):
+        for part in (self.selector, self.wake_receiver, self.wake_sender):
             part.close()  # type: ignore[attr-defined]
 
     def soon(self, owner: Any, call: Call, *args: Any) -> None:
@@ -499,29 +515,34 @@ class Loop:
     def from_thread(self, owner: Any, call: Call, *args: Any) -> None:
         """Like soon(), from any thread."""
         self.soon(owner, call, *args)
-        with contextlib.suppress(OSError):  # full: it rings already
-            self.bell.send(b"\0")
+        with contextlib.suppress(OSError):  # full: it wakes already
+            self.wake_sender.send(b"\0")
 
     def catch_signals(self, on_signal: Callable[[int], Any]) -> None:
-        """Until close() SIGTERM and SIGINT ring the bell, and are told here."""
+        """Until close() SIGTERM and SIGINT wake the loop, which calls `on_signal`."""
 
         def ring(number: int, frame: Any) -> None:
             self.soon(self, on_signal, number)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             self.caught.setdefault(number, signal.signal(number, ring))
-        signal.set_wakeup_fd(self.bell.fileno())
+        signal.set_wakeup_fd(self.wake_sender.fileno())
 
     def on_events(self, mask: int) -> None:
-        """The bell rang: something is in `calls`."""
-        self.alarm.recv(4096)
+        """Woken: something is in `calls`."""
+        self.wake_receiver.recv(4096)
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
-        self.work, self.shook = 0, 0.0
-        for number, (key, mask) in enumerate(self.selector.select(self.patience())):
-            self.guard(key.data, key.data.on_events, mask)
-            if number % PART == PART - 1:
+        self.shook = 0.0
+        events = self.selector.select(self.select_timeout())
+        self.turn_started = self.clock()
+        for number, (key, mask) in enumerate(events, 1):
+            try:
+                key.data.on_events(mask)
+            except Exception as error:
+                self.failed(key.data, error)
+            if not number % PART:
                 self.send()
         for _ in range(len(self.calls)):
             owner, call, args = self.calls.popleft()
@@ -531,19 +552,30 @@ class Loop:
             when, _, timer = heapq.heappop(self.timers)
             timer.ring(when, now)
         self.send()
-        while self.touched:
-            connection = self.touched.pop()
-            self.guard(connection, connection.register)
+        while self.dirty:
+            connection = self.dirty.pop()
+            try:
+                connection.register()
+            except Exception as error:
+                self.failed(connection, error)
 
     def send(self) -> None:
         """What the links owe, and what quiet streams have."""
-        while self.unsent:
-            link = self.unsent.popitem()[0]
-            self.guard(link, link.flush)
+        while self.ready_links:
+            link = self.ready_links.popitem()[0]
+            try:
+                link.flush()
+            except Exception as error:
+                self.failed(link, error)
 
-    def patience(self) -> Optional[float]:
+    def tired(self) -> bool:
+        """Whether this turn has lasted long enough. Whoever may have much to do looks
+        here after every few items, and goes on in the next turn: soon()."""
+        return self.clock() - self.turn_started > TURN_BUDGET
+
+    def select_timeout(self) -> Optional[float]:
         """Seconds that the selector may wait; None is for ever."""
-        if self.calls or self.touched or self.unsent:
+        if self.calls or self.dirty or self.ready_links:
             return 0
         if not self.timers:
             return POLL
@@ -562,33 +594,33 @@ class Loop:
             heapq.heapify(self.timers)
             self.crowded = 2 * len(self.timers) + 1000
 
-    def allowance(self) -> int:
-        """How many frames or lines may be looked at now; who comes late in a turn gets
-        little of it, but something."""
-        return max(1, WORK_A_TURN // 20, WORK_A_TURN - self.work)
-
     def full(self) -> bool:
         """Whether no descriptors are left for another connection."""
         return len(self.connections) >= self.capacity
 
     def guard(self, owner: Any, call: Call, *args: Any) -> Any:
-        """The one catcher: what `call` raises ends `owner`, and nothing else."""
+        """What `call` raises ends `owner`, and nothing else. (Where every call counts,
+        the same `try` stands in place of this.)"""
         try:
             return call(*args)
-        except Exception as caught:
-            error: Exception = caught
-            if isinstance(error, MemoryError):
-                error = OSError(errno.ENOMEM, "no memory left")
-            try:
-                if not isinstance(error, (OSError, ProtocolError)):
-                    log.error("%s: %s", owner, error, trace=error)
-                owner.fail(error)
-            except Exception as worse:
-                log.error("%s: %s", owner, worse, trace=worse)
-        return None
+        except Exception as error:
+            self.failed(owner, error)
+            return None
+
+    def failed(self, owner: Any, error: Exception) -> None:
+        """The one catcher: serving `owner` raised `error`. A peer's fault is told to
+        the owner only; a bug of ours is logged with its traceback as well."""
+        if isinstance(error, MemoryError):
+            error = OSError(errno.ENOMEM, "no memory left")
+        try:
+            if not isinstance(error, (OSError, ProtocolError)):
+                log.error("%s: %s", owner, error, trace=error)
+            owner.fail(error)
+        except Exception as worse:
+            log.error("%s: %s", owner, worse, trace=worse)
 
     def fail(self, error: Exception) -> None:
-        """The bell is broken: nothing here can mend that, the timers go on."""
+        """The wake-up socket is broken. Nothing can mend that; timers go on."""
         log.error("loop: %s", error)
 
 
@@ -784,7 +816,7 @@ class Connection:
         self.closed = False
         sock.setblocking(False)
         loop.connections.add(self)
-        loop.touched.add(self)
+        loop.dirty.add(self)
         with contextlib.suppress(OSError):  # a unix socket has none of them
             for level, option, value in SOCKET_OPTIONS:
                 sock.setsockopt(level, option, value)
@@ -797,7 +829,7 @@ class Connection:
 
     def on_events(self, mask: int) -> None:
         """The selector says that the socket is ready."""
-        self.loop.touched.add(self)
+        self.loop.dirty.add(self)
         if mask & WRITE and not self.closed:
             self.flush()
             if not (self.lingering or self.shaking):
@@ -838,7 +870,7 @@ class Connection:
 
     def read_into(self, view: memoryview) -> Optional[int]:
         """Bytes read, 0 at the end, None when there are none now. Raises OSError."""
-        self.loop.touched.add(self)
+        self.loop.dirty.add(self)
         if self.eof:
             return 0
         if not len(view):
@@ -881,7 +913,7 @@ class Connection:
         if data:
             if not self.backlog:
                 self.moved = self.loop.clock()
-                self.loop.touched.add(self)
+                self.loop.dirty.add(self)
             self.backlog += data
 
     def send(self, data: Any) -> int:
@@ -912,7 +944,7 @@ class Connection:
     def after_backlog(self, call: Call) -> None:
         """Do `call` when everything written so far has been sent."""
         self.last = call
-        self.loop.touched.add(self)
+        self.loop.dirty.add(self)
         self.flush()
 
     def finish(self) -> None:
@@ -1076,140 +1108,219 @@ class Connection:
 
 
 # -----------------------------------------------------------------------------------
-# Link and Stream: the multiplexer. Nothing is pushed into the link: a stream that may
-# have something stands in a ring, and when its turn comes its owner's pull(view) reads
-# straight into the frame. So what waits, waits in the kernel of whoever sends, and a
-# stream that nobody reads stops itself and no other.
+# Stream and Link: the multiplexer. Nothing is pushed into the link. A stream that may
+# have something to send stands in a ring, and when its turn comes, its owner's
+# pull(view) reads straight into the frame. So bytes wait in the kernel of the program
+# that sends them, and a stream that nobody reads stops itself and no other.
 #
-# Two rings: *quiet* streams, which sent little of late, go first and leave together
-# in one system call at the end of each turn of the loop; *busy* ones get one frame
-# each time the selector finds the link writable, so that none starves. The *quantum*,
-# a busy turn, is what the link delivers in 10 ms, and the kernel is asked to hold no
-# more than that unsent: so what is small waits for some 20 ms of other bytes at most,
-# on a thin link as on a fast one (but where LEAST_TURN takes longer than that).
+# Fair turns. *Quiet* streams, which sent little of late, go first, and leave together
+# in one system call at the end of each turn of the loop. *Busy* ones get one frame
+# each time the selector finds the link writable. (RFC 8290 calls the two sparse and
+# bulk flows.) A busy frame is at most a *quantum*: what the link delivers in 10 ms. The
+# kernel is asked to hold no more than that unsent. So a small answer waits for some
+# 20 ms of other bytes at most, on a thin link as on a fast one.
 #
-# A *window* is how much of a stream may be under way. It begins small, and doubles
-# while a half of it is spent in less than a round trip: so who reads fills a long link,
-# and a reader who stalls costs little.
+# Credit. A *window* is how much of a stream may be under way. It begins small, and
+# doubles while half of it is spent in less than a round trip: a fast reader gets a
+# window that fills a long link; a stalled one pins only the first 256 KiB.
 #
-# Control is owed, not queued: a stream remembers its credit or its reset, the link one
-# frame of each kind, and they become bytes when the link can send. A peer that floods
-# and never reads costs nothing more.
+# Control is owed, not queued. A stream remembers its OPEN, its credit or its RESET, the
+# link one frame of each kind, and they become bytes when the link can send. A peer that
+# floods and never reads costs nothing more.
 # -----------------------------------------------------------------------------------
 WINDOW = 256 << 10  # bytes that may be sent on a stream before it needs CREDIT
 LARGEST_WINDOW = 8 << 20  # bytes: 80 MB/s over a round trip of 100 ms
 SPARE_WINDOWS = 64 << 20  # bytes that a link may promise over all streams' WINDOW
-WIDEN_AFTER = 0.05  # seconds until a window grows again: the last has to show first
+WIDEN_AFTER = 0.05  # seconds until a window may grow again: wait until the last growth
+# shows in the measurements
 ASK_AFTER = 1.0  # seconds between looks at the round trip, while credit is given
-HELD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
-ALL_HELD = 256 << 20  # bytes that all links may hold: then it is the largest's turn
-TEXT_WORK = 64  # bytes of JSON that are as much work as a frame
+UNREAD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
+ALL_UNREAD = 256 << 20  # bytes that all links may hold: then it is the largest's turn
+LOOK_EVERY = 16  # frames after which a link looks at the clock
 MAX_STREAMS = 16384  # open at once on a link: more is an attack or a loop
 LAST_ID = (1 << 32) - 1  # stream ids are u32; past it the client dials anew
-TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy turn last
+TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy frame last
 SHARES = 4  # busy streams among which a turn is divided: small frames cost time too
-FIRST_QUANTUM = 16 << 10  # bytes of a busy turn, until the link has been measured
+FIRST_QUANTUM = 16 << 10  # bytes of a busy frame, until the link has been measured
 LEAST_TURN = 4 << 10  # bytes: less credit than this counts as none (no tiny frames)
-QUIET = 16 << 10  # bytes a stream may send in QUIET_TIME and still go first; half of
-# the quantum where that is less: on a thin link even a download sends little
+QUIET = 16 << 10  # bytes that a stream may send in QUIET_TIME and still go first;
+# capped at half a quantum: on a slow link even a bulk download sends less than 16 KiB
 QUIET_TIME = 0.1  # seconds
 COLLECT = 64 << 10  # bytes of small frames that leave in one system call
 PING_AFTER = 10.0  # seconds of silence until we ask whether the other side lives
-PONG_WITHIN = 10.0  # seconds it then has, for any byte at all
-STUCK_AFTER = 20.0  # seconds in which bytes we have to send did not move
+PONG_WITHIN = 10.0  # seconds that it then has, for any byte at all
+STUCK_AFTER = 20.0  # seconds in which bytes that we have to send did not move
 
 
 class Stream:
-    """One visitor's bytes in a link. Its owner has pull(view), which gives the bytes
-    written, None for nothing yet or 0 for the end; `eager`, whether it has more that no
-    socket tells of; and receive(view), on_end(), on_reset(code, cause), fail(error)."""
+    """One visitor's bytes in a link. Its owner has pull(view), which returns the number
+    of bytes that it wrote, None for nothing yet, or 0 for the end; receive(view),
+    on_end(), on_reset(code, cause) and fail(error). A stream never calls its link: it
+    notes what the link has to do, and flush() does it."""
 
     __slots__ = (
-        "link id owner credit window allowed granted widened held taken sent last "
-        "since ready owing open ended_out ended_in opening farewell"
+        "link id owner credit window receive_window granted widened unread uncredited "
+        "sent last_turn since queued owing open ended_out ended_in open_frame "
+        "reset_frame"
     ).split()
 
     def __init__(self, link: "Link", number: int, owner: Any) -> None:
         self.link, self.id, self.owner = link, number, owner
         self.credit = WINDOW  # bytes that we may still send
         self.window = WINDOW  # bytes that the peer may have under way
-        self.allowed = WINDOW  # bytes that the peer may still send
+        self.receive_window = WINDOW  # bytes that the peer may still send
         self.granted = self.widened = link.loop.clock()  # last CREDIT, last growth
-        self.held = 0  # bytes received that nobody has taken
-        self.taken = 0  # bytes taken, the credit not yet given back
-        self.sent = 0  # bytes sent since `since`: what makes a stream quiet or busy
-        self.last = 0  # bytes of the last turn: whose answers are small is never busy
+        self.unread = 0  # bytes received that no local socket has taken
+        self.uncredited = 0  # bytes taken for which the peer has no credit yet
+        self.sent = 0  # bytes sent since `since`
+        self.last_turn = 0  # bytes sent in the last turn
         self.since = 0.0
-        self.ready = False  # stands in a ring
-        self.owing = False  # stands among those that owe control
+        self.queued = False  # stands in a ring
+        self.owing = False  # stands among the streams that owe control
         self.open = True
         self.ended_out = self.ended_in = False  # END was sent, END was received
-        self.opening: Optional[bytes] = None  # the OPEN to send
-        self.farewell: Optional[bytes] = None  # the RESET to send
+        self.open_frame: Optional[bytes] = None  # the OPEN to send
+        self.reset_frame: Optional[bytes] = None  # the RESET to send
+
+    # For its owner.
 
     def wake(self) -> None:
-        """The source may have something: it gets a turn when the link can send."""
-        if self.open and self.wants_read():
-            self.link.line_up(self)
+        """The owner may have something: it is pulled when the link can send."""
+        if self.queued or self.credit < LEAST_TURN or self.ended_out or not self.open:
+            return
+        self.queued = True
+        link = self.link
+        if self.last_turn >= LEAST_TURN and self.is_busy():
+            link.busy.append(self)
+            link.loop.dirty.add(link.connection)
+        else:
+            link.quiet.append(self)
+            link.loop.ready_links[link] = None
 
     def wants_read(self) -> bool:
-        """Whether the source is worth watching: nothing else will wake it."""
-        return not self.ready and self.credit >= LEAST_TURN and not self.ended_out
+        """Whether the owner's source is worth watching: nothing else will wake it."""
+        if self.queued or self.credit < LEAST_TURN or self.ended_out:
+            return False
+        return self.open
 
-    def settle(self, waiting: int) -> None:
-        """Of the bytes received at most `waiting` still wait; credit for the others is
-        given back, a quarter of the window at a time: with halves the window would have
-        to be half as large again to keep a long link full."""
-        taken = self.held - waiting
+    def acknowledge(self, still_waiting: int) -> None:
+        """Of the bytes received, `still_waiting` still wait for a local socket. Credit
+        for the others is given back a quarter of the window at a time: with halves the
+        window would have to be half as large again to keep a long link full."""
+        taken = self.unread - still_waiting
         if taken > 0:
-            self.held = waiting
-            self.link.hold(-taken)
-            self.taken += taken
-            if self.taken >= self.window // 4 and not self.ended_in:
-                self.link.owe(self)
+            self.unread = still_waiting
+            self.link.unread -= taken
+            self.link.loop.unread -= taken
+            self.uncredited += taken
+            if self.uncredited >= self.window // 4 and not self.ended_in:
+                self.owe()
 
     def reset(self, code: str, cause: str = "") -> None:
         """End both ways at once; the peer is told why. The owner is not."""
         if self.open:
             self.link.resets += code != "done"
-            self.farewell = ("%s %s" % (code, cause)).encode()[:TEXT_LIMIT]
-            self.link.owe(self)
-            self.link.forget(self)
+            self.reset_frame = ("%s %s" % (code, cause)).encode()[:TEXT_LIMIT]
+            self.owe()
+            self.detach()
 
     def fail(self, error: Exception) -> None:
         """It could not be given an owner."""
         self.reset("error", str(error))
 
-    def control(self) -> Iterator[Tuple[int, bytes]]:
-        """The frames that it owes; with this they are paid."""
-        self.owing = False
-        if self.opening is not None:
-            yield Kind.OPEN, self.opening
-            self.opening = None
-        if self.farewell is not None:
-            yield Kind.RESET, self.farewell
-        elif self.open and self.taken >= self.window // 4:
-            credit = self.taken + self.widen()
-            self.taken = 0
-            self.allowed += credit
-            yield Kind.CREDIT, NUMBER.pack(credit)
+    # For its link.
 
-    def widen(self) -> int:
+    def is_busy(self) -> bool:
+        """A stream that sends much. Not one that sent little in a while, nor one whose
+        last turn was tiny: small answers stay quiet, however many there are."""
+        if self.sent < min(QUIET, self.link.pacer.quantum // 2):
+            return False
+        return self.link.loop.clock() - self.since < QUIET_TIME
+
+    def note_sent(self, count: int, now: float) -> None:
+        """`count` bytes have gone in one turn."""
+        self.credit -= count
+        if now - self.since >= QUIET_TIME:
+            self.since, self.sent = now, 0
+        self.sent += count
+        self.last_turn = count
+
+    def owe(self) -> None:
+        """The link has a frame of control to write for this stream."""
+        if not self.owing:
+            self.owing = True
+            self.link.owing.append(self)
+        self.link.loop.ready_links[self.link] = None
+
+    def detach(self) -> None:
+        """The stream is over: what still comes for it is late."""
+        link = self.link
+        if link.streams.pop(self.id, None):
+            self.open = False
+            link.unread -= self.unread
+            link.loop.unread -= self.unread
+            self.unread = 0
+            link.spare += self.window - WINDOW
+            link.loop.ready_links[link] = None  # it may have waited for the last stream
+
+    def take_credit(self, now: float, round_trip: float) -> int:
+        """The credit that the peer gets now, growth of the window included; 0: none."""
+        if not self.open or self.uncredited < self.window // 4:
+            return 0
+        credit = self.uncredited + self.widen(now, round_trip)
+        self.uncredited = 0
+        self.receive_window += credit
+        return credit
+
+    def widen(self, now: float, round_trip: float) -> int:
         """Is half a window spent in less than a round trip, with nothing waiting here
         for a slow reader? Then it doubles; return by how much it grew."""
-        now, more, link = self.link.loop.clock(), self.window, self.link
         took, self.granted = now - self.granted, now
-        if not link.stamp and now - link.pinged >= ASK_AFTER:
-            link.ping()
-        fast = self.taken * link.round_trip > took * more / 2 and not self.held
+        growth = self.window
+        fast = self.uncredited * round_trip > took * growth / 2 and not self.unread
         if not fast or now - self.widened < WIDEN_AFTER:
             return 0
-        if 2 * more > LARGEST_WINDOW or more > link.spare:
+        if 2 * growth > LARGEST_WINDOW or growth > self.link.spare:
             return 0
         self.widened = now
-        self.window += more
-        link.spare -= more
-        return more
+        self.window += growth
+        self.link.spare -= growth
+        return growth
+
+
+class Pacer:
+    """Finds the quantum: what a link delivers in TURN_TIME. It is measured from one
+    moment when the kernel had taken everything to the next. An empty buffer swallows a
+    megabyte at once and says nothing about the link, so the quantum at most doubles at
+    a time. The kernel is asked to hold no more than a quantum that is not under way
+    (TCP_NOTSENT_LOWAT): what it holds, nothing can overtake."""
+
+    def __init__(self, loop: "Loop", connection: Connection) -> None:
+        self.loop, self.connection = loop, connection
+        self.quantum = FIRST_QUANTUM
+        self.notsent_lowat = FIRST_QUANTUM  # what the kernel was told
+        self.sent_since = 0  # bytes sent from `measured` on
+        self.measured = loop.clock()
+        self.was_idle = True  # since `measured` there was a moment with nothing to send
+        connection.limit_queue(self.quantum)
+
+    def note_sent(self, count: int) -> None:
+        """The kernel has taken all before; `count` bytes more are about to be sent."""
+        now = self.loop.clock()
+        if now - self.measured >= TURN_TIME:
+            self.measure(now)
+        self.sent_since += count
+
+    def measure(self, now: float) -> None:
+        """With nothing to send for a moment, the link delivered at least so much."""
+        delivered = int(self.sent_since * TURN_TIME / (now - self.measured))
+        if delivered > self.quantum or not self.was_idle:
+            most = min(2 * self.quantum, DATA_LIMIT)
+            self.quantum = max(LEAST_TURN, min(delivered, most))
+        self.sent_since, self.measured, self.was_idle = 0, now, False
+        if not self.notsent_lowat < 2 * self.quantum < 4 * self.notsent_lowat:
+            self.notsent_lowat = self.quantum
+            self.connection.limit_queue(self.quantum)
 
 
 class Link:
@@ -1221,25 +1332,22 @@ class Link:
     ) -> None:
         self.loop, self.connection, self.owner = loop, connection, owner
         self.reader = FrameReader("client" if role == "server" else "server")
+        self.pacer = Pacer(loop, connection)
         self.step = 0  # how much of the handshake is done
         self.streams: Dict[int, Stream] = {}
         self.last_id = 0  # the newest stream's
-        self.held = 0  # bytes received on all streams that nobody has taken
+        self.unread = 0  # bytes received on all streams that no local socket has taken
         self.spare = SPARE_WINDOWS  # bytes that windows may still grow by
         self.round_trip = 0.0  # seconds, under load; 0: not known yet
-        self.stamp = b""  # of the PING that is under way
-        self.quantum = self.low_water = FIRST_QUANTUM
-        self.carried = 0  # bytes sent from `measured` on
-        self.measured = loop.clock()
-        self.idled = True  # since `measured` there was a moment with nothing to send
+        self.ping_payload = b""  # of the PING that is under way
         self.quiet: Deque[Stream] = collections.deque()
         self.busy: Deque[Stream] = collections.deque()
         self.owing: Deque[Stream] = collections.deque()
         self.owed: Dict[int, bytes] = {}  # the link's own frames, one of a kind
         self.heard = loop.clock()  # when the last byte came
         self.pinged = 0.0  # when the last PING went out
-        self.leaving = False  # GOODBYE was said or heard: no new streams
-        self.parted = False  # it was heard
+        self.draining = False  # GOODBYE was said or heard: no new streams
+        self.goodbye_received = False
         self.closed = False
         self.tracing = log.hears(DEBUG)  # -vv
         self.resets = 0  # streams that did not end as they should
@@ -1247,8 +1355,7 @@ class Link:
         self.timer.set(1.0)
         connection.owner = self
         loop.links.add(self)
-        loop.touched.add(connection)
-        connection.limit_queue(self.quantum)
+        loop.dirty.add(connection)
 
     def __str__(self) -> str:
         return str(self.owner)
@@ -1256,48 +1363,57 @@ class Link:
     # What comes in.
 
     def interest(self) -> int:
-        return (0 if self.reader.paused else READ) | (WRITE if self.busy else 0)
+        return (0 if self.reader.data else READ) | (WRITE if self.busy else 0)
 
     def on_readable(self) -> None:
         """Read once; what is left keeps the socket readable."""
-        if self.reader.paused:
+        if self.reader.data:
             return
         count = self.connection.read_into(self.loop.scratch)
         if count == 0:
             raise OSError("the other side closed the connection")
         if count:
-            self.take(self.loop.scratch[:count])
+            self.receive(self.loop.scratch[:count])
 
-    def take(self, data: memoryview) -> None:
-        """Act on what was read."""
-        if self.closed:
-            return
+    def receive(self, data: memoryview) -> None:
+        """Act on what was read. `data` is not ours: the next read overwrites it."""
         self.heard = self.loop.clock()
-        self.loop.touched.add(self.connection)  # it may be read again
-        self.reader.paused, left = False, self.loop.allowance()
-        for kind, number, payload in self.reader.feed(data):
-            work = 1 if kind == DATA else 1 + len(payload) // TEXT_WORK
-            self.loop.work += work
-            left -= work
-            self.reader.paused = left <= 0
-            if self.tracing:
-                self.show("<", kind, number, payload)
-            if kind < OPEN or self.step < len(HANDSHAKE):
-                self.in_order(kind)
-            if number == 0:
-                LINK_FRAMES.get(kind, Link.on_text)(self, kind, payload)
-            elif kind == OPEN:
-                self.on_open(number, payload)
-            elif number in self.streams:
-                STREAM_FRAMES[kind](self, self.streams[number], payload)
-            elif number > self.last_id:
-                raise ProtocolError("%s on no stream %d" % (Kind(kind).name, number))
-            if self.closed:
-                return
-        if self.reader.paused:
-            self.loop.soon(self, self.take, memoryview(b""))
+        self.reader.push(data)
+        self.read_frames()
 
-    def in_order(self, kind: int) -> None:
+    def read_frames(self) -> None:
+        """Frame by frame; with too many for one turn of the loop go on in the next."""
+        reader, count = self.reader, 0
+        while not self.closed:
+            frame = reader.next()
+            if frame is None:
+                break
+            self.on_frame(*frame)
+            count += 1
+            # a frame of JSON takes as long as many others
+            if count % LOOK_EVERY and frame[0] in STREAM_FRAMES:
+                continue
+            if self.loop.tired():
+                reader.keep()
+                self.loop.soon(self, self.read_frames)
+                break
+        self.loop.dirty.add(self.connection)  # it may be read again
+
+    def on_frame(self, kind: int, number: int, payload: memoryview) -> None:
+        if self.tracing:
+            self.trace("<", kind, number, payload)
+        if self.step < len(HANDSHAKE) or kind in HANDSHAKE:
+            self.check_order(kind)
+        if number == 0:
+            LINK_FRAMES.get(kind, Link.on_text)(self, kind, payload)
+        elif number in self.streams and kind != OPEN:
+            STREAM_FRAMES[kind](self, self.streams[number], payload)
+        elif kind == OPEN:
+            self.on_open(number, payload)
+        elif number > self.last_id:
+            raise ProtocolError("%s on no stream %d" % (Kind(kind).name, number))
+
+    def check_order(self, kind: int) -> None:
         """The frames of the handshake come in their order, and all else after them."""
         if self.step < len(HANDSHAKE):
             if kind == HANDSHAKE[self.step]:
@@ -1315,50 +1431,54 @@ class Link:
 
     def on_pong(self, kind: int, payload: memoryview) -> None:
         """How long it took, behind all that was under way."""
-        if payload == self.stamp:
+        if payload == self.ping_payload:
             self.round_trip = self.loop.clock() - self.pinged
-            self.stamp = b""
+            self.ping_payload = b""
 
     def on_goodbye(self, kind: int, payload: memoryview) -> None:
         message = unpack_json(payload)
-        self.leaving = True
-        if not self.parted:  # once is enough
-            self.parted = True
-            self.loop.unsent[self] = None
+        self.draining = True
+        if not self.goodbye_received:  # once is enough
+            self.goodbye_received = True
+            self.loop.ready_links[self] = None
             self.owner.on_message(kind, message)
 
     def on_open(self, number: int, payload: memoryview) -> None:
         if number != self.last_id + 1:
             raise ProtocolError("OPEN of stream %d" % number)
         message, stream = unpack_json(payload), self.add(None)
-        if self.leaving:
+        if self.draining:
             stream.reset("gone", "the client is leaving")
-        elif len(self.streams) > MAX_STREAMS or self.held > HELD_LIMIT:
+        elif len(self.streams) > MAX_STREAMS or self.unread > UNREAD_LIMIT:
             stream.reset("overload", "the client has too much to do")
         else:
             self.loop.guard(stream, self.owner.on_open, stream, message)
 
     def on_data(self, stream: Stream, payload: memoryview) -> None:
         size = len(payload)
-        stream.allowed -= size
-        if stream.allowed < 0 or stream.ended_in:
+        stream.receive_window -= size
+        if stream.receive_window < 0 or stream.ended_in:
             raise ProtocolError("DATA over the credit or after END")
-        stream.held += size
-        self.hold(size)
-        self.loop.guard(stream.owner, stream.owner.receive, payload)
-        while self.held > HELD_LIMIT:
+        stream.unread += size
+        self.unread += size
+        self.loop.unread += size
+        try:
+            stream.owner.receive(payload)
+        except Exception as error:
+            self.loop.failed(stream.owner, error)
+        if self.unread > UNREAD_LIMIT or self.loop.unread > ALL_UNREAD:
             self.shed()
-        while self.loop.held > ALL_HELD:
-            max(self.loop.links, key=lambda link: link.held).shed()
-
-    def hold(self, count: int) -> None:
-        """So many bytes more, or less, wait here to be taken."""
-        self.held += count
-        self.loop.held += count
 
     def shed(self) -> None:
-        """Reset the stream that holds most."""
-        worst = max(self.streams.values(), key=lambda other: other.held)
+        """Reset the streams that hold most, here or on the largest link, until what is
+        held is under the limits."""
+        while self.unread > UNREAD_LIMIT:
+            self.shed_largest()
+        while self.loop.unread > ALL_UNREAD:
+            max(self.loop.links, key=lambda link: link.unread).shed_largest()
+
+    def shed_largest(self) -> None:
+        worst = max(self.streams.values(), key=lambda other: other.unread)
         owner, cause = worst.owner, "the link holds too much"
         worst.reset("overload", cause)
         self.loop.guard(owner, owner.on_reset, "overload", cause)
@@ -1375,16 +1495,17 @@ class Link:
             raise ProtocolError("END after END")
         stream.ended_in = True
         self.loop.guard(stream.owner, stream.owner.on_end)
-        self.maybe_forget(stream)
+        if stream.ended_out:
+            stream.detach()
 
     def on_reset(self, stream: Stream, payload: memoryview) -> None:
         code, _, cause = bytes(payload).decode("utf-8", "replace").partition(" ")
-        cause = cause[:TOLD_LIMIT]
         self.resets += code != "done"
-        self.forget(stream)
+        stream.detach()
+        cause = cause[:TOLD_LIMIT]
         self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
 
-    # Streams.
+    # What goes out.
 
     def add(self, owner: Any) -> Stream:
         self.last_id += 1
@@ -1394,53 +1515,21 @@ class Link:
     def open(self, owner: Any, message: Dict[str, Any]) -> Stream:
         """Open a stream, as only the server does."""
         stream = self.add(owner)
-        stream.opening = pack_json(message)
-        self.owe(stream)
+        stream.open_frame = pack_json(message)
+        stream.owe()
         if self.last_id == LAST_ID:
             self.goodbye("stopping", "all stream ids are used up")
         return stream
-
-    def maybe_forget(self, stream: Stream) -> None:
-        if stream.ended_in and stream.ended_out:
-            self.forget(stream)
-
-    def forget(self, stream: Stream) -> None:
-        """The stream is over: what still comes for it is late."""
-        if self.streams.pop(stream.id, None):
-            stream.open = False
-            self.hold(-stream.held)
-            stream.held = 0
-            self.spare += stream.window - WINDOW
-            self.loop.unsent[self] = None
-
-    # What goes out.
 
     def send(self, kind: int, message: Dict[str, Any]) -> None:
         self.post(kind, pack_json(message))
 
     def post(self, kind: int, payload: bytes) -> None:
         """Owe a frame of the link's own; a newer one of its kind takes its place."""
-        self.in_order(kind)
+        if self.step < len(HANDSHAKE) or kind in HANDSHAKE:
+            self.check_order(kind)
         self.owed[kind] = payload
-        self.loop.unsent[self] = None
-
-    def owe(self, stream: Stream) -> None:
-        if not stream.owing:
-            stream.owing = True
-            self.owing.append(stream)
-            self.loop.unsent[self] = None
-
-    def line_up(self, stream: Stream) -> None:
-        """Into the ring where it belongs."""
-        stream.ready = True
-        much = stream.sent >= min(QUIET, self.quantum // 2)
-        much = much and stream.last >= LEAST_TURN
-        if much and self.loop.clock() - stream.since < QUIET_TIME:
-            self.busy.append(stream)
-            self.loop.touched.add(self.connection)
-        else:
-            self.quiet.append(stream)
-            self.loop.unsent[self] = None
+        self.loop.ready_links[self] = None
 
     def on_writable(self) -> None:
         """The kernel has room: control and quiet streams, then one busy frame."""
@@ -1450,38 +1539,30 @@ class Link:
     def flush(self, busy: int = 0) -> None:
         """Send what is owed, what quiet streams have, and `busy` busy frames, as long
         as the kernel takes all of it."""
-        while not self.connection.backlog and not self.closed:
-            fill = self.put_quiet(self.put_control(0))
+        connection = self.connection
+        while not (self.closed or connection.waiting()):
+            fill = self.put_control(0) if self.owed or self.owing else 0
+            if self.quiet:
+                fill = self.put_quiet(fill)
             if busy and self.busy:
                 busy = 0
-                share = max(LEAST_TURN, self.quantum // min(SHARES, len(self.busy)))
-                fill = self.put_turn(self.busy.popleft(), fill, share)
+                size = self.pacer.quantum // min(SHARES, len(self.busy))
+                size = max(LEAST_TURN, size)
+                fill = self.put_turn(self.busy.popleft(), fill, size)
             if not fill:
                 break
-            self.measure()
-            self.connection.write(self.loop.frames[:fill])
-            self.carried += fill
-        self.idled = self.idled or not (self.busy or self.connection.backlog)
-        self.loop.touched.add(self.connection)
-        waiting = self.streams or self.owed or self.owing or self.connection.backlog
-        if self.leaving and not waiting:
-            self.close("goodbye")
+            self.pacer.note_sent(fill)
+            connection.write(self.loop.frames[:fill])
+        self.pacer.was_idle |= not (self.busy or connection.backlog)
+        self.loop.dirty.add(connection)
+        if self.draining:
+            self.close_when_done()
 
-    def measure(self) -> None:
-        """All that was sent so far has gone: how many bytes does the link deliver in
-        TURN_TIME? With nothing to send for a moment it was at least so many. An empty
-        buffer swallows more than the link delivers, so the quantum may but double each
-        time."""
-        now = self.loop.clock()
-        if now - self.measured >= TURN_TIME:
-            delivered = int(self.carried * TURN_TIME / (now - self.measured))
-            if delivered > self.quantum or not self.idled:
-                most = min(2 * self.quantum, DATA_LIMIT)
-                self.quantum = max(LEAST_TURN, min(delivered, most))
-            self.carried, self.measured, self.idled = 0, now, False
-            if not self.low_water < 2 * self.quantum < 4 * self.low_water:
-                self.low_water = self.quantum
-                self.connection.limit_queue(self.quantum)
+    def close_when_done(self) -> None:
+        """After GOODBYE: is there anything left that the link is needed for?"""
+        waiting = self.streams or self.owed or self.owing or self.connection.waiting()
+        if not waiting:
+            self.close("goodbye")
 
     def put_control(self, fill: int) -> int:
         """Write the frames that are owed from `fill` on; return where they end."""
@@ -1491,39 +1572,53 @@ class Link:
             if kind == Kind.PING:
                 self.pinged = self.loop.clock()
         while self.owing and fill < COLLECT:
-            stream = self.owing.popleft()
-            for kind, payload in stream.control():
-                fill = self.put(kind, stream.id, payload, fill)
+            fill = self.put_owed(self.owing.popleft(), fill)
+        return fill
+
+    def put_owed(self, stream: Stream, fill: int) -> int:
+        """The frames of control that a stream owes; with this they are paid."""
+        stream.owing = False
+        if stream.open_frame is not None:
+            fill = self.put(Kind.OPEN, stream.id, stream.open_frame, fill)
+            stream.open_frame = None
+        if stream.reset_frame is not None:
+            return self.put(Kind.RESET, stream.id, stream.reset_frame, fill)
+        now = self.loop.clock()
+        credit = stream.take_credit(now, self.round_trip)
+        if credit:
+            fill = self.put(Kind.CREDIT, stream.id, NUMBER.pack(credit), fill)
+            if not self.ping_payload and now - self.pinged >= ASK_AFTER:
+                self.ping()  # the round trip under load is what windows must cover
         return fill
 
     def put_quiet(self, fill: int) -> int:
         """Turns of quiet streams, until they are worth a system call."""
-        limit = min(QUIET, self.quantum)
+        limit = min(QUIET, self.pacer.quantum)
         while self.quiet and fill < COLLECT:
             fill = self.put_turn(self.quiet.popleft(), fill, limit)
         return fill
 
     def put_turn(self, stream: Stream, fill: int, limit: int) -> int:
-        """One turn: the source writes right behind the header."""
-        stream.ready = False
-        if not (stream.open and stream.credit):
+        """One turn of a stream: the owner writes right behind the header."""
+        stream.queued = False
+        if stream.ended_out or stream.credit < LEAST_TURN or not stream.open:
             return fill  # with no room in its view a source would seem to be at its end
         start, size = fill + HEADER.size, min(limit, stream.credit)
         view = self.loop.frames[start : start + size]
-        count = self.loop.guard(stream.owner, stream.owner.pull, view)
+        try:
+            count = stream.owner.pull(view)
+        except Exception as error:
+            self.loop.failed(stream.owner, error)
+            return fill
         if count is None or not stream.open:
             return fill
         if count == 0:
             stream.ended_out = True
-            self.maybe_forget(stream)
+            if stream.ended_in:
+                stream.detach()
             return self.put(Kind.END, stream.id, b"", fill)
-        stream.credit -= count
-        now = self.loop.clock()
-        if now - stream.since >= QUIET_TIME:
-            stream.since, stream.sent = now, 0
-        stream.sent += count
-        stream.last = count
-        if count == len(view) or stream.owner.eager:
+        stream.note_sent(count, self.loop.clock())
+        if count == size:
             stream.wake()  # a source that came short is watched instead
         return self.put(DATA, stream.id, view[:count], fill)
 
@@ -1534,7 +1629,7 @@ class Link:
         if kind != DATA:
             self.loop.frames[start:end] = payload
         if self.tracing:
-            self.show(">", kind, number, payload)
+            self.trace(">", kind, number, payload)
         return end
 
     # How it ends.
@@ -1553,45 +1648,52 @@ class Link:
     def ping(self) -> None:
         """Ask for a sign of life."""
         if self.step == len(HANDSHAKE):
-            self.stamp = STAMP.pack(self.loop.clock())
-            self.post(Kind.PING, self.stamp)
+            self.ping_payload = PING_CLOCK.pack(self.loop.clock())
+            self.post(Kind.PING, self.ping_payload)
 
     def goodbye(self, code: str, reason: str) -> None:
         """Take no new streams; flush() closes the link after the last."""
-        if not self.leaving:
-            self.leaving = True
+        if not self.draining:
+            self.draining = True
             self.send(Kind.GOODBYE, {"code": code, "reason": reason})
 
     def fail(self, error: Exception) -> None:
         """The connection is broken, or the peer's frames are."""
         if isinstance(error, OSError):
             self.connection.lost = self.connection.lost or error
-        elif not self.connection.backlog:
+        else:
             code = "protocol" if isinstance(error, ProtocolError) else "error"
-            self.leaving = Kind.GOODBYE in self.owed  # then we have a reason already
-            self.goodbye(code, str(error))
-            self.owing.clear()
-            self.connection.write(self.loop.frames[: self.put_control(0)])
+            self.say_last_word(code, str(error))
         self.close(str(error))
 
+    def say_last_word(self, code: str, reason: str) -> None:
+        """A GOODBYE that goes out before the link closes, unless another waits, or
+        bytes before it do: those would delay it, perhaps for ever."""
+        if not self.connection.waiting():
+            message = pack_json({"code": code, "reason": reason})
+            self.owed.setdefault(Kind.GOODBYE, message)
+            self.owing.clear()
+            self.connection.write(self.loop.frames[: self.put_control(0)])
+
     def close(self, cause: str, code: str = "link-lost") -> None:
-        """Over, with all its streams; what was said last still arrives."""
+        """Over, with all its streams. What was said last still arrives, but not where
+        other bytes wait before it."""
         if not self.closed:
             self.closed = True
             self.timer.clear()
             self.loop.links.discard(self)
-            self.hold(-self.held)
+            self.loop.unread -= self.unread
             self.owner.on_closed(cause)
             streams, self.streams = self.streams, {}
             for stream in streams.values():
-                stream.open, stream.held = False, 0
+                stream.open, stream.unread = False, 0
                 self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
             if self.connection.lost or self.connection.backlog:
                 self.connection.close()
             else:
                 self.connection.linger()
 
-    def show(self, way: str, kind: int, number: int, payload: Any) -> None:
+    def trace(self, way: str, kind: int, number: int, payload: Any) -> None:
         """The line that -vv gives for each frame."""
         name, start = Kind(kind).name, bytes(payload[:24])
         if kind == Kind.LOGIN:
@@ -1982,8 +2084,6 @@ DIALS = 128  # at once to a target: one that hangs holds up its own visitors onl
 class Bridge:
     """One stream and its local connection."""
 
-    eager = False
-
     def __init__(
         self, tunnel: "Tunnel", stream: Stream, service: str, target: Target
     ) -> None:
@@ -2034,7 +2134,7 @@ class Bridge:
 
     def settle(self) -> None:
         if self.connection:
-            self.stream.settle(self.connection.waiting())
+            self.stream.acknowledge(self.connection.waiting())
 
     def on_end(self) -> None:
         connection = self.connection
@@ -2169,7 +2269,7 @@ class Tunnel:
             raise Refused(1, "%s answered %d: %s" % (server, status, hint))
         self.link = Link(self.client.loop, self.connection, self, "client")
         if rest:
-            self.link.take(rest)
+            self.link.receive(rest)
 
     def fail(self, error: Exception) -> None:
         """It ends before there is a link."""
@@ -2192,7 +2292,7 @@ class Tunnel:
         elif kind == Kind.URLS:
             self.client.on_urls(message)
         elif kind == Kind.GOODBYE:
-            code, reason = text_of(message.get("code")), text_of(message.get("reason"))
+            code, reason = map(peer_text, (message.get("code"), message.get("reason")))
             self.client.on_goodbye(self, code, reason)
 
     def log_in(self) -> None:
@@ -2221,7 +2321,7 @@ class Tunnel:
 
     def publish(self) -> None:
         """Send the list of services, whole."""
-        if self.logged_in and not self.link.leaving:
+        if self.logged_in and not self.link.draining:
             self.link.send(Kind.SERVICES, offer(self.client.services.all))
 
     def on_open(self, stream: Stream, message: Dict[str, Any]) -> None:
@@ -2395,7 +2495,7 @@ class Client:
     def on_urls(self, message: Dict[str, Any]) -> None:
         """Where the services are reached; -v prints it."""
         names = [name for name in message if name in self.services.all or name == "*"]
-        urls = {name: text_of(message[name]) for name in names}
+        urls = {name: peer_text(message[name]) for name in names}
         if urls != self.urls:
             self.urls = urls
             width = max(map(len, urls), default=0)

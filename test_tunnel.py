@@ -164,7 +164,8 @@ def read_frames(data, step=None, peer="server"):
     found = []
     step = step or max(1, len(data))
     for at in range(0, len(data), step):
-        for kind, stream, payload in reader.feed(memoryview(data[at : at + step])):
+        reader.push(memoryview(data[at : at + step]))
+        for kind, stream, payload in iter(reader.next, None):
             if kind == Kind.DATA and found and found[-1][:2] == (kind, stream):
                 found[-1] = (kind, stream, found[-1][2] + bytes(payload))
             else:
@@ -193,7 +194,8 @@ class Frames(unittest.TestCase):
     def test_data_is_handed_on_before_its_frame_is_whole(self):
         reader = server_module.FrameReader("server")
         part = memoryview(frame(Kind.DATA, 1, b"abc", length=1000))
-        self.assertEqual([bytes(p) for _, _, p in reader.feed(part)], [b"abc"])
+        reader.push(part)
+        self.assertEqual([bytes(p) for _, _, p in iter(reader.next, None)], [b"abc"])
 
     def test_every_limit_is_checked_before_the_payload_comes(self):
         for kind, (_, on_stream, least, most) in server_module.RULES.items():
@@ -432,7 +434,7 @@ class Loops(unittest.TestCase):
 
         def on_events(mask):
             story.append("event")
-            self.loop.unsent[link] = None
+            self.loop.ready_links[link] = None
 
         self.owner.on_events = on_events
         key = selectors.SelectorKey(None, 0, 0, self.owner)
@@ -608,6 +610,9 @@ class Wire:
         self.ended = ""
         self.limits = []  # what the kernel was told to hold, from time to time
 
+    def waiting(self):
+        return len(self.backlog)
+
     def limit_queue(self, size):
         self.limits.append(size)
 
@@ -659,16 +664,17 @@ class End:
         view[:count] = b"e" * count if self.endless else self.source[:count]
         del self.source[:count]
         self.pulled += count
-        self.eager = self.finished  # nothing else wakes it for the end
+        if self.finished:
+            self.stream.wake()  # nothing else wakes it for the end
         return count or (0 if self.finished else None)
 
     def receive(self, data):
         self.got += data
         if self.takes:
-            self.stream.settle(0)
+            self.stream.acknowledge(0)
 
     def take_all(self):
-        self.stream.settle(0)
+        self.stream.acknowledge(0)
 
     def on_end(self):
         self.news.append("end")
@@ -752,7 +758,7 @@ class LinkCase(unittest.TestCase):
             data, side.wire.sent = bytes(side.wire.sent), bytearray()
             if data and not other.link.closed:
                 moved = True
-                other.loop.guard(other.link, other.link.take, memoryview(data))
+                other.loop.guard(other.link, other.link.receive, memoryview(data))
         return moved
 
     def pass_time(self, seconds):
@@ -768,7 +774,7 @@ class LinkCase(unittest.TestCase):
         return mine, self.client.ends[-1]
 
     def feed(self, side, *frames):
-        side.loop.guard(side.link, side.link.take, memoryview(b"".join(frames)))
+        side.loop.guard(side.link, side.link.receive, memoryview(b"".join(frames)))
 
 
 class Links(LinkCase):
@@ -813,10 +819,9 @@ class Links(LinkCase):
         rooms = []
 
         class Eager(End):
-            eager = True
-
             def pull(self, view):
                 rooms.append(len(view))
+                self.stream.wake()
                 return min(len(view), 5000)
 
         self.client.next_end = lambda: End(takes=False)
@@ -824,7 +829,7 @@ class Links(LinkCase):
         self.settle()
         self.assertGreater(len(rooms), 10)
         self.assertGreaterEqual(min(rooms), server_module.LEAST_TURN)
-        self.assertFalse(mine.stream.ready)
+        self.assertFalse(mine.stream.queued)
 
     def test_late_frames_are_dropped_in_silence(self):
         mine, theirs = self.pair(b"x")
@@ -835,46 +840,46 @@ class Links(LinkCase):
         self.feed(self.client, *late)
         self.assertIsNone(self.client.closed)
 
+    def tire(self):
+        """From here on every turn of the loop has lasted long enough already."""
+        for side in self.sides:
+            change(self, side.module, TURN_BUDGET=-1)
+
     def test_flood_of_small_frames_takes_many_turns(self):
         mine, theirs = self.pair()
-        credit, most = theirs.stream.credit, server_module.WORK_A_TURN
-        frames = [frame(Kind.CREDIT, theirs.stream.id, b"\0\0\0\1")] * (5 * most // 2)
+        self.tire()
+        credit, part = theirs.stream.credit, server_module.LOOK_EVERY
+        frames = [frame(Kind.CREDIT, theirs.stream.id, b"\0\0\0\1")] * (5 * part // 2)
         taken = []
         self.feed(self.client, *frames)
         for _ in range(3):
             taken.append(theirs.stream.credit - credit)
             self.client.loop.turn()
-        self.assertEqual(taken, [most, 2 * most, 5 * most // 2])
+        self.assertEqual(taken, [part, 2 * part, 5 * part // 2])
+
+    def test_flood_goes_on_while_there_is_time(self):
+        mine, theirs = self.pair()
+        credit, many = theirs.stream.credit, 100 * server_module.LOOK_EVERY
+        self.feed(self.client, *[frame(Kind.CREDIT, 1, b"\0\0\0\1")] * many)
+        self.assertEqual(theirs.stream.credit - credit, many)
 
     def test_nothing_is_read_while_a_flood_waits(self):
-        frames = [frame(Kind.PING, 0, b"12345678")] * (2 * server_module.WORK_A_TURN)
-        self.feed(self.client, *frames)
+        self.tire()
+        self.feed(self.client, *[frame(Kind.PING, 0, b"12345678")] * 9)
         self.assertFalse(self.client.link.interest() & server_module.READ)
         self.settle()
         self.assertTrue(self.client.link.interest() & server_module.READ)
 
     def test_link_is_read_again_when_a_flood_is_over(self):
         """Of frames that are not answered, so that nothing else tells the selector."""
-        flood = [frame(Kind.PONG, 0, b"12345678")] * (3 * server_module.WORK_A_TURN)
-        self.feed(self.client, *flood)
-        self.client.loop.turn()  # here the wire is told that nothing is to be read
-        for _ in range(5):
-            self.client.loop.touched.clear()
-            if self.client.link.reader.paused:
-                self.client.loop.turn()
-        self.client.link.take(memoryview(b""))
-        self.assertIn(self.client.wire, self.client.loop.touched)
-        self.assertTrue(self.client.link.interest() & server_module.READ)
-
-    def test_links_share_the_work_of_a_turn(self):
-        self.client.loop.turn()
-        self.client.loop.work = server_module.WORK_A_TURN
-        mine, theirs = self.pair()
-        credit = theirs.stream.credit
-        self.client.loop.work = server_module.WORK_A_TURN
-        self.feed(self.client, *[frame(Kind.CREDIT, 1, b"\0\0\0\1")] * 999)
-        taken = theirs.stream.credit - credit
-        self.assertEqual(taken, server_module.WORK_A_TURN // 20)
+        self.tire()
+        told = []
+        self.client.wire.register = lambda: told.append(self.client.link.interest())
+        self.feed(self.client, *[frame(Kind.PONG, 0, b"12345678")] * 5)
+        for _ in range(7):
+            self.client.loop.turn()
+        self.assertFalse(told[0] & server_module.READ)
+        self.assertTrue(told[-1] & server_module.READ)
 
     def test_only_the_first_goodbye_is_told(self):
         goodbye = frame(Kind.GOODBYE, 0, b'{"code": "stopping"}')
@@ -888,42 +893,43 @@ class Links(LinkCase):
         services = {name + str(i): {} for i in range(940)}
         data = frame(Kind.SERVICES, 0, server_module.pack_json(services))
         before = len(self.server.messages)
+        self.tire()
         self.feed(self.server, data, data, data)
         for number in (1, 2, 3, 3):
             self.assertEqual(len(self.server.messages), before + number)
             self.server.loop.turn()
 
     def test_links_that_hold_too_much_together_lose_from_the_largest(self):
-        change(self, client_module, ALL_HELD=100 * KIB)
+        change(self, client_module, ALL_UNREAD=100 * KIB)
         mine, theirs = self.pair(b"", takes=False)
         other = self.client.link.loop.links
         shed = []
 
         class Large:
-            held = 90 * KIB
+            unread = 90 * KIB
 
-            def shed(self, loop=self.client.loop):
+            def shed_largest(self, loop=self.client.loop):
                 shed.append(self)
-                loop.held -= self.held
-                self.held = 0
+                loop.unread -= self.unread
+                self.unread = 0
 
         large = Large()
         other.add(large)
-        self.client.loop.held += large.held
+        self.client.loop.unread += large.unread
         mine.send(b"x" * 60 * KIB)
         self.settle()
         other.discard(large)
         self.assertEqual(shed, [large])
         self.assertEqual(theirs.news, [])
-        self.assertEqual(self.client.loop.held, 60 * KIB)
+        self.assertEqual(self.client.loop.unread, 60 * KIB)
         theirs.take_all()
-        self.assertEqual(self.client.loop.held, 0)
+        self.assertEqual(self.client.loop.unread, 0)
 
     def test_what_a_link_held_is_free_when_it_closes(self):
         mine, theirs = self.pair(b"x" * 50 * KIB, takes=False)
-        self.assertEqual(self.client.loop.held, 50 * KIB)
+        self.assertEqual(self.client.loop.unread, 50 * KIB)
         self.client.link.close("for a test")
-        self.assertEqual(self.client.loop.held, 0)
+        self.assertEqual(self.client.loop.unread, 0)
         self.assertNotIn(self.client.link, self.client.loop.links)
 
     def test_stalled_reader_stops_its_sender_at_the_window(self):
@@ -953,12 +959,12 @@ class Links(LinkCase):
         self.server.wire.room = 10000
         for _ in range(20):
             end = self.server.open(End(endless=True))
-            end.stream.sent = end.stream.last = 1 << 20  # busy
+            end.stream.sent = end.stream.last_turn = 1 << 20  # busy
             end.stream.since = self.clock.now
         for _ in range(50):
             self.server.loop.turn()
             self.server.wire.flush(5000)
-            bound = self.server.link.quantum + server_module.COLLECT + 4 * KIB
+            bound = self.server.link.pacer.quantum + server_module.COLLECT + 4 * KIB
             self.assertLessEqual(len(self.server.wire.backlog), bound)
 
     def test_busy_streams_share_a_slow_wire_fairly(self):
@@ -966,7 +972,7 @@ class Links(LinkCase):
             self.server.open(End(endless=True))
         self.settle_slowly(turns=400)
         pulled = [end.pulled for end in self.server.ends]
-        self.assertLess(max(pulled) - min(pulled), 2 * self.server.link.quantum)
+        self.assertLess(max(pulled) - min(pulled), 2 * self.server.link.pacer.quantum)
         self.assertGreater(min(pulled), server_module.WINDOW)
 
     def settle_slowly(self, turns, room=16 * KIB):
@@ -984,7 +990,7 @@ class Links(LinkCase):
         while not small.pulled:
             self.settle_slowly(turns=1)
         passed = sum(end.pulled for end in self.server.ends) - frames_before
-        self.assertLessEqual(passed, self.server.link.quantum // 4)
+        self.assertLessEqual(passed, self.server.link.pacer.quantum // 4)
 
     def test_stream_of_many_small_turns_is_quiet(self):
         small, large = self.server.open(End()), self.server.open(End(endless=True))
@@ -1024,8 +1030,8 @@ class Links(LinkCase):
             self.settle_slowly(turns=600, room=room)
             most, least = server_module.DATA_LIMIT, server_module.LEAST_TURN
             delivered = max(least, min(most, 10 * room))
-            self.assertGreater(self.server.link.quantum, delivered // 2)
-            self.assertLess(self.server.link.quantum, 2 * delivered)
+            self.assertGreater(self.server.link.pacer.quantum, delivered // 2)
+            self.assertLess(self.server.link.pacer.quantum, 2 * delivered)
             self.assertGreater(self.server.wire.limits[-1], delivered // 3)
             self.assertLess(self.server.wire.limits[-1], 3 * delivered)
 
@@ -1037,13 +1043,13 @@ class Links(LinkCase):
     def test_wire_with_little_to_carry_keeps_its_quantum(self):
         self.server.open(End(endless=True))
         self.settle_slowly(turns=400, room=25000)
-        before = self.server.link.quantum
+        before = self.server.link.pacer.quantum
         mine, theirs = self.pair()
         self.server.ends[0].endless = False
         for _ in range(100):
             mine.send(b"now and then")
             self.settle_slowly(turns=20, room=25000)
-        self.assertGreaterEqual(self.server.link.quantum, before // 2)
+        self.assertGreaterEqual(self.server.link.pacer.quantum, before // 2)
 
     def test_quantum_is_divided_among_busy_streams(self):
         self.server.open(End(endless=True))
@@ -1056,7 +1062,7 @@ class Links(LinkCase):
             pull = end.pull
             end.pull = lambda view, pull=pull: (turns.append(len(view)), pull(view))[1]
         self.settle_slowly(turns=40, room=25000)
-        share = self.server.link.quantum // server_module.SHARES
+        share = self.server.link.pacer.quantum // server_module.SHARES
         self.assertLess(max(turns), 2 * share)
 
     def test_source_that_came_short_is_not_asked_again(self):
@@ -1079,14 +1085,16 @@ class Links(LinkCase):
 
     def test_round_trip_is_asked_for_once_until_it_is_known(self):
         mine, theirs = self.pair()
-        theirs.stream.widen()
+        mine.send(b"x" * 100 * KIB)
         self.client.loop.turn()
+        self.settle()
         asked = self.client.link.pinged
         self.assertEqual(asked, self.clock.now)
+        self.client.link.ping_payload = b"not answered"
         for _ in range(9):
             self.clock.now += 1
-            theirs.stream.widen()
-            self.client.loop.turn()
+            mine.send(b"x" * 100 * KIB)
+            self.settle()
         self.assertEqual(self.client.link.pinged, asked)
 
     # Windows, on a wire with a round trip of 100 ms.
@@ -1106,7 +1114,7 @@ class Links(LinkCase):
                     flying.append((self.clock.now + delay, other, data))
             while flying and flying[0][0] <= self.clock.now:
                 _, other, data = flying.pop(0)
-                other.loop.guard(other.link, other.link.take, memoryview(data))
+                other.loop.guard(other.link, other.link.receive, memoryview(data))
 
     def test_window_grows_until_it_covers_the_round_trip(self):
         mine, theirs = self.pair()
@@ -1174,13 +1182,13 @@ class Links(LinkCase):
         self.assertEqual(len(self.client.link.owing), 1)
 
     def test_link_that_holds_too_much_resets_those_who_hold_most(self):
-        limit = server_module.HELD_LIMIT
+        limit = server_module.UNREAD_LIMIT
         for _ in range(limit // server_module.WINDOW + 8):
             self.client.next_end = lambda: End(takes=False)
             self.server.open(End(endless=True))
         small = self.server.open(End(b"small"))
         self.settle()
-        self.assertLessEqual(self.client.link.held, limit)
+        self.assertLessEqual(self.client.link.unread, limit)
         codes = {code for end in self.server.ends for code in end.news}
         self.assertEqual(codes, {"overload"})
         self.assertEqual(small.news, [])
@@ -1638,13 +1646,14 @@ class Told(End):
         if not self.stream.open:
             self.tell("asked, and it is over")
         count = super().pull(view)
-        self.eager = self.eager or self.hasty
+        if self.hasty:
+            self.stream.wake()
         return count
 
     def receive(self, data):
         self.tell(bytes(data))
         if self.takes:
-            self.stream.settle(0)
+            self.stream.acknowledge(0)
         if self.rude:
             self.stream.reset("busy")
 
@@ -1797,11 +1806,11 @@ class Schedule:
         streams, expected = self.link.streams, self.model.open
         demand(set(streams) == set(expected), "open: %s", list(streams))
         for number, stream in expected.items():
-            held = streams[number].held
+            held = streams[number].unread
             demand(held == stream.held, "%d holds %d bytes", number, held)
         if not self.link.closed:
             held = sum(stream.held for stream in expected.values())
-            both = self.link.held, self.side.loop.held
+            both = self.link.unread, self.side.loop.unread
             demand(both == (held, held), "link and loop hold %d and %d bytes", *both)
             grown = sum(stream.window - 256 * KIB for stream in expected.values())
             spare = self.module.SPARE_WINDOWS - grown
@@ -1812,7 +1821,7 @@ class Schedule:
         demand(len(self.side.closings) == 1, "told: %s", self.side.closings)
         demand(not any(end.stream.open for end in self.side.ends), "a stream is open")
         self.flying += frame(Kind.PING, 0, bytes(8)) + frame(Kind.END, 1)
-        self.link.take(memoryview(bytes(self.flying)))
+        self.link.receive(memoryview(bytes(self.flying)))
         for end in self.side.ends:
             end.send(b"too late")
             end.take_all()
@@ -1822,7 +1831,7 @@ class Schedule:
         demand(not self.wire.written, "said after the end")
         demand(not self.side.told and not self.side.messages, "told after the end")
         demand(len(self.side.closings) == 1, "told: %s", self.side.closings)
-        demand(self.side.loop.held == 0, "%d bytes held", self.side.loop.held)
+        demand(self.side.loop.unread == 0, "%d bytes held", self.side.loop.unread)
 
     # The peer: what he says is cut at random, and the rest comes in a later step.
 
@@ -1845,8 +1854,8 @@ class Schedule:
         del self.flying[:size]
         self.heard = self.clock.now
         blocked = bool(self.wire.backlog)
-        self.side.loop.guard(self.link, self.link.take, memoryview(data))
-        while self.link.reader.paused and not self.link.closed:
+        self.side.loop.guard(self.link, self.link.receive, memoryview(data))
+        while len(self.link.reader.data) and not self.link.closed:
             owner, call, values = self.side.loop.calls.popleft()  # as in later turns
             self.side.loop.guard(owner, call, *values)
         try:
@@ -2072,7 +2081,7 @@ class RandomLinks(unittest.TestCase):
     """To repeat a failure: Schedule(module, role, seed).run(step + 1)."""
 
     def run_all(self, module, role):
-        change(self, module, WORK_A_TURN=3)  # a flood of frames begins earlier
+        change(self, module, TURN_BUDGET=-1, LOOK_EVERY=3)  # a flood begins earlier
         for seed in range(5):
             schedule = Schedule(module, role, seed)
             schedule.run(3000)
