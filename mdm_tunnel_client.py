@@ -40,7 +40,8 @@ import stat
 import struct
 import sys
 import time
-from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Set, Tuple
+from typing import Any, Callable, Deque, Dict, FrozenSet, List, NoReturn, Optional
+from typing import Set, Tuple
 
 VERSION = "1.0.0"
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -528,9 +529,10 @@ class Loop:
             self.caught.setdefault(number, signal.signal(number, ring))
         signal.set_wakeup_fd(self.wake_sender.fileno())
 
-    def on_events(self, mask: int) -> None:
+    def on_events(self, mask: int) -> int:
         """Woken: something is in `calls`."""
         self.wake_receiver.recv(4096)
+        return 0
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
@@ -538,10 +540,7 @@ class Loop:
         events = self.selector.select(self.select_timeout())
         self.turn_started = self.clock()
         for number, (key, mask) in enumerate(events, 1):
-            try:
-                key.data.on_events(mask)
-            except Exception as error:
-                self.failed(key.data, error)
+            self.dispatch(key.data, mask)
             if not number % PART:
                 self.send()
         for _ in range(len(self.calls)):
@@ -558,6 +557,21 @@ class Loop:
                 connection.register()
             except Exception as error:
                 self.failed(connection, error)
+
+    def dispatch(self, target: Any, mask: int) -> None:
+        """A socket is ready: first for itself, then for its owner."""
+        try:
+            told = target.on_events(mask)
+            if told & WRITE:
+                target.owner.on_writable()
+            if told & READ and not target.closed:
+                target.owner.on_readable()
+        except Exception as error:
+            self.failed(target, error)
+
+    def again(self, connection: Any) -> None:
+        """It has more to read than the selector can see."""
+        self.soon(self, self.dispatch, connection, READ)
 
     def send(self) -> None:
         """What the links owe, and what quiet streams have."""
@@ -793,12 +807,23 @@ SOCKET_OPTIONS = [
 ]
 
 
+class Ending(enum.IntEnum):
+    CLOSE=1
+    ABORT=2
+    LINGER=3
+
+
+class Phase(enum.IntEnum):
+    OPEN=1
+    LINGERING=2
+
+
 class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock tls owner backlog dry eof lost last moved events timer shaking "
-        "lingering closed"
+        "loop sock tls owner backlog dry eof send_error last progress_at events timer "
+        "shaking lingering closing closed"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
@@ -807,13 +832,13 @@ class Connection:
         self.backlog = bytearray()  # what the kernel has not taken yet
         self.dry = True  # a read would block, until the selector says otherwise
         self.eof = False  # the peer sends no more
-        self.lost: Optional[OSError] = None  # why nothing can be sent
+        self.send_error: Optional[OSError] = None  # why nothing can be sent
         self.last: Optional[Call] = None  # to do when the backlog is gone
-        self.moved = 0.0  # when the backlog began, or last became shorter
+        self.progress_at = 0.0  # when the backlog began, or last became shorter
         self.events = 0  # what the selector was told
         self.timer: Optional[Timer] = None  # when it comes to an end
         self.shaking = self.lingering = False  # the TLS handshake goes on; it ends
-        self.closed = False
+        self.closed = self.closing = False
         sock.setblocking(False)
         loop.connections.add(self)
         loop.dirty.add(self)
@@ -825,30 +850,62 @@ class Connection:
         return str(self.owner)
 
     def fail(self, error: Exception) -> None:
-        self.close() if self.lingering else self.owner.fail(error)
+        self.close() if self.lingering or self.closing else self.owner.fail(error)
 
-    def on_events(self, mask: int) -> None:
+    @property
+    def transport(self):
+        return self
+
+    @property
+    def more_to_say(self):
+        return bool(self.tls)
+
+    @property
+    def phase(self):
+        return Phase.LINGERING if self.lingering else Phase.OPEN
+
+    def has_unread(self):
+        try:
+            return bool(self.sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+    def stop_tls(self):
+        self.tls, self.shaking = None, False
+
+    def shutdown_write(self):
+        self.after_backlog(self.finish)
+
+    def close_when_drained(self, ending):
+        self.closing = True
+        self.end({Ending.CLOSE: self.close, Ending.ABORT: self.abort, Ending.LINGER: self.linger}[ending])
+
+    def on_events(self, mask: int) -> int:
         """The selector says that the socket is ready."""
+        told = 0
         self.loop.dirty.add(self)
         if mask & WRITE and not self.closed:
             self.flush()
-            if not (self.lingering or self.shaking):
-                self.owner.on_writable()
+            if not (self.lingering or self.shaking or self.closing):
+                told |= WRITE
         if mask & READ and not self.closed:
             self.dry = False
             if self.lingering:
                 self.drop()
-            else:
-                self.shake_hands() if self.shaking else self.owner.on_readable()
+            elif self.shaking:
+                self.shake_hands()
+            elif not self.closing:
+                told |= READ
+        return told
 
     def register(self) -> None:
         """Tell the selector what is waited for now, if that has changed."""
         if self.closed:
             return
-        own = not (self.lingering or self.shaking)
-        events = self.owner.interest() if own else READ
+        own = not (self.lingering or self.shaking or self.closing)
+        events = self.owner.interest() if own else READ * (not self.closing)
         if events & READ and self.tls and self.tls.more and not self.eof:
-            self.loop.soon(self, self.on_events, READ)  # the selector cannot see it
+            self.loop.again(self)  # the selector cannot see it
         events = (events & ~READ if self.eof else events) | bool(self.backlog) * WRITE
         if events != self.events:
             if self.events and events:
@@ -887,8 +944,8 @@ class Connection:
         self.dry = count < len(view)  # it came short, so there is no more
         if count == 0:
             self.eof = True
-            if isinstance(self.lost, ConnectionResetError):
-                raise self.lost  # a send has swallowed the news that this is a cut
+            if isinstance(self.send_error, ConnectionResetError):
+                raise self.send_error  # a send has swallowed the news that this is a cut
         return count
 
     def write(self, data: Any) -> None:
@@ -912,19 +969,19 @@ class Connection:
             data = data[self.send(data) :]
         if data:
             if not self.backlog:
-                self.moved = self.loop.clock()
+                self.progress_at = self.loop.clock()
                 self.loop.dirty.add(self)
             self.backlog += data
 
     def send(self, data: Any) -> int:
         """How many bytes the socket took. After a failure all are taken and lost."""
-        if self.lost is None:
+        if self.send_error is None:
             try:
                 return self.sock.send(data)
             except (BlockingIOError, InterruptedError):
                 return 0
             except OSError as error:
-                self.lost = error
+                self.send_error = error
         return len(data)
 
     def flush(self) -> None:
@@ -932,7 +989,7 @@ class Connection:
         if self.backlog:
             count = self.send(self.backlog)
             if count:
-                self.moved = self.loop.clock()
+                self.progress_at = self.loop.clock()
                 del self.backlog[:count]
         if self.tls and self.tls.ready:
             while self.tls.early and not self.backlog:
@@ -966,7 +1023,7 @@ class Connection:
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
-            self.lost = self.lost or error
+            self.send_error = self.send_error or error
 
     # TLS.
 
@@ -1065,7 +1122,7 @@ class Connection:
         self.finish()
         self.lingering = True
         self.watch(LINGER)
-        if self.eof or self.lost:
+        if self.eof or self.send_error:
             self.close()
 
     def watch(self, seconds: float) -> None:
@@ -1075,7 +1132,7 @@ class Connection:
     def on_late(self) -> None:
         if self.shaking:
             raise OSError("no TLS handshake within %d s" % HANDSHAKE_TIME)
-        if self.backlog and self.loop.clock() - self.moved < STALLED:
+        if self.backlog and self.loop.clock() - self.progress_at < STALLED:
             self.watch(STALLED)
         else:
             self.abort() if self.backlog else self.close()
@@ -1637,7 +1694,7 @@ class Link:
     def check(self) -> None:
         """Each second: does the other side live, and do our bytes move?"""
         now = self.loop.clock()
-        if self.connection.backlog and now - self.connection.moved > STUCK_AFTER:
+        if self.connection.backlog and now - self.connection.progress_at > STUCK_AFTER:
             raise OSError("nothing could be sent for %d s" % STUCK_AFTER)
         if self.heard < self.pinged < now - PONG_WITHIN:
             raise OSError("no sign of life for %d s" % (now - self.heard))
@@ -1660,7 +1717,7 @@ class Link:
     def fail(self, error: Exception) -> None:
         """The connection is broken, or the peer's frames are."""
         if isinstance(error, OSError):
-            self.connection.lost = self.connection.lost or error
+            self.connection.send_error = self.connection.send_error or error
         else:
             code = "protocol" if isinstance(error, ProtocolError) else "error"
             self.say_last_word(code, str(error))
@@ -1688,7 +1745,7 @@ class Link:
             for stream in streams.values():
                 stream.open, stream.unread = False, 0
                 self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
-            if self.connection.lost or self.connection.backlog:
+            if self.connection.send_error or self.connection.backlog:
                 self.connection.close()
             else:
                 self.connection.linger()
@@ -1712,6 +1769,98 @@ STREAM_FRAMES: Dict[int, Call] = {
     Kind.END: Link.on_end,
     Kind.RESET: Link.on_reset,
 }
+
+
+# -----------------------------------------------------------------------------------
+# Pipe: joins a stream to a connection, and knows nothing of what passes. Each direction
+# has its own end: END becomes a half-close, a half-close becomes END. A stream that is
+# reset cuts the connection, and a connection that breaks resets the stream.
+# -----------------------------------------------------------------------------------
+class Pipe:
+    """Owns both. `name` is for messages. `code` is what the peer is told when the
+    connection breaks: "left" for a visitor, "reset" for a service. `early` was read
+    from the connection before there was a pipe."""
+
+    __slots__ = ("stream", "connection", "name", "code", "early")
+
+    def __init__(
+        self,
+        stream: Stream,
+        connection: Connection,
+        name: str,
+        code: str,
+        early: bytes = b"",
+    ) -> None:
+        self.stream, self.connection = stream, connection
+        self.name, self.code, self.early = name, code, bytearray(early)
+        stream.owner = connection.owner = self
+        connection.loop.dirty.add(connection)
+        if early:
+            stream.wake()
+
+    def __str__(self) -> str:
+        return self.name
+
+    # From the connection to the stream.
+
+    def interest(self) -> int:
+        return READ if self.stream.wants_read() else 0
+
+    def on_readable(self) -> None:
+        self.stream.wake()
+
+    def pull(self, view: memoryview) -> Optional[int]:
+        """What was read early comes first. At the end of both directions nothing is
+        left to do but to close."""
+        if self.early:
+            size = min(len(view), len(self.early))
+            view[:size] = self.early[:size]
+            del self.early[:size]
+            self.stream.wake()
+            return size
+        count = self.connection.read_into(view)
+        if count == 0 and self.stream.ended_in:
+            self.connection.close_when_drained(Ending.CLOSE)
+        return count
+
+    # From the stream to the connection.
+
+    def receive(self, data: memoryview) -> None:
+        self.connection.write(data)
+        self.on_writable()
+
+    def on_writable(self) -> None:
+        """With both directions broken there is nobody left to serve."""
+        connection = self.connection
+        if connection.send_error and connection.eof:
+            self.stream.reset(self.code)
+            connection.close()
+        else:
+            self.stream.acknowledge(connection.waiting())
+
+    def on_end(self) -> None:
+        if self.stream.ended_out:
+            self.connection.close_when_drained(Ending.CLOSE)
+        else:
+            self.connection.shutdown_write()
+
+    def on_reset(self, code: str, cause: str) -> None:
+        """What came before still arrives, unless nobody waits for it: the visitor has
+        left, or what waits here is what is too much. `done` is no fault."""
+        if code == "done":
+            self.connection.close_when_drained(Ending.CLOSE)
+            return
+        log.info("%s: cut: %s %s", self, code, cause)
+        if code in ("left", "overload"):
+            self.connection.abort()
+        else:
+            self.connection.close_when_drained(Ending.ABORT)
+
+    def fail(self, error: Exception) -> None:
+        """The connection is broken."""
+        said = "reset the connection" if isinstance(error, ConnectionError) else error
+        self.stream.reset(self.code, "%s: %s" % (self.name, said))
+        self.connection.abort()
 
 
 # -----------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ import stat
 import struct
 import sys
 import time
-from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Set, Tuple
+from typing import Any, Callable, Deque, Dict, FrozenSet, List, NoReturn, Optional
+from typing import Set, Tuple
 
 VERSION = "1.0.0"
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -527,9 +528,10 @@ class Loop:
             self.caught.setdefault(number, signal.signal(number, ring))
         signal.set_wakeup_fd(self.wake_sender.fileno())
 
-    def on_events(self, mask: int) -> None:
+    def on_events(self, mask: int) -> int:
         """Woken: something is in `calls`."""
         self.wake_receiver.recv(4096)
+        return 0
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
@@ -537,10 +539,7 @@ class Loop:
         events = self.selector.select(self.select_timeout())
         self.turn_started = self.clock()
         for number, (key, mask) in enumerate(events, 1):
-            try:
-                key.data.on_events(mask)
-            except Exception as error:
-                self.failed(key.data, error)
+            self.dispatch(key.data, mask)
             if not number % PART:
                 self.send()
         for _ in range(len(self.calls)):
@@ -557,6 +556,21 @@ class Loop:
                 connection.register()
             except Exception as error:
                 self.failed(connection, error)
+
+    def dispatch(self, target: Any, mask: int) -> None:
+        """A socket is ready: first for itself, then for its owner."""
+        try:
+            told = target.on_events(mask)
+            if told & WRITE:
+                target.owner.on_writable()
+            if told & READ and not target.closed:
+                target.owner.on_readable()
+        except Exception as error:
+            self.failed(target, error)
+
+    def again(self, connection: Any) -> None:
+        """It has more to read than the selector can see."""
+        self.soon(self, self.dispatch, connection, READ)
 
     def send(self) -> None:
         """What the links owe, and what quiet streams have."""
@@ -792,12 +806,23 @@ SOCKET_OPTIONS = [
 ]
 
 
+class Ending(enum.IntEnum):
+    CLOSE=1
+    ABORT=2
+    LINGER=3
+
+
+class Phase(enum.IntEnum):
+    OPEN=1
+    LINGERING=2
+
+
 class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock tls owner backlog dry eof lost last moved events timer shaking "
-        "lingering closed"
+        "loop sock tls owner backlog dry eof send_error last progress_at events timer "
+        "shaking lingering closing closed"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
@@ -806,13 +831,13 @@ class Connection:
         self.backlog = bytearray()  # what the kernel has not taken yet
         self.dry = True  # a read would block, until the selector says otherwise
         self.eof = False  # the peer sends no more
-        self.lost: Optional[OSError] = None  # why nothing can be sent
+        self.send_error: Optional[OSError] = None  # why nothing can be sent
         self.last: Optional[Call] = None  # to do when the backlog is gone
-        self.moved = 0.0  # when the backlog began, or last became shorter
+        self.progress_at = 0.0  # when the backlog began, or last became shorter
         self.events = 0  # what the selector was told
         self.timer: Optional[Timer] = None  # when it comes to an end
         self.shaking = self.lingering = False  # the TLS handshake goes on; it ends
-        self.closed = False
+        self.closed = self.closing = False
         sock.setblocking(False)
         loop.connections.add(self)
         loop.dirty.add(self)
@@ -824,30 +849,62 @@ class Connection:
         return str(self.owner)
 
     def fail(self, error: Exception) -> None:
-        self.close() if self.lingering else self.owner.fail(error)
+        self.close() if self.lingering or self.closing else self.owner.fail(error)
 
-    def on_events(self, mask: int) -> None:
+    @property
+    def transport(self):
+        return self
+
+    @property
+    def more_to_say(self):
+        return bool(self.tls)
+
+    @property
+    def phase(self):
+        return Phase.LINGERING if self.lingering else Phase.OPEN
+
+    def has_unread(self):
+        try:
+            return bool(self.sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+    def stop_tls(self):
+        self.tls, self.shaking = None, False
+
+    def shutdown_write(self):
+        self.after_backlog(self.finish)
+
+    def close_when_drained(self, ending):
+        self.closing = True
+        self.end({Ending.CLOSE: self.close, Ending.ABORT: self.abort, Ending.LINGER: self.linger}[ending])
+
+    def on_events(self, mask: int) -> int:
         """The selector says that the socket is ready."""
+        told = 0
         self.loop.dirty.add(self)
         if mask & WRITE and not self.closed:
             self.flush()
-            if not (self.lingering or self.shaking):
-                self.owner.on_writable()
+            if not (self.lingering or self.shaking or self.closing):
+                told |= WRITE
         if mask & READ and not self.closed:
             self.dry = False
             if self.lingering:
                 self.drop()
-            else:
-                self.shake_hands() if self.shaking else self.owner.on_readable()
+            elif self.shaking:
+                self.shake_hands()
+            elif not self.closing:
+                told |= READ
+        return told
 
     def register(self) -> None:
         """Tell the selector what is waited for now, if that has changed."""
         if self.closed:
             return
-        own = not (self.lingering or self.shaking)
-        events = self.owner.interest() if own else READ
+        own = not (self.lingering or self.shaking or self.closing)
+        events = self.owner.interest() if own else READ * (not self.closing)
         if events & READ and self.tls and self.tls.more and not self.eof:
-            self.loop.soon(self, self.on_events, READ)  # the selector cannot see it
+            self.loop.again(self)  # the selector cannot see it
         events = (events & ~READ if self.eof else events) | bool(self.backlog) * WRITE
         if events != self.events:
             if self.events and events:
@@ -886,8 +943,8 @@ class Connection:
         self.dry = count < len(view)  # it came short, so there is no more
         if count == 0:
             self.eof = True
-            if isinstance(self.lost, ConnectionResetError):
-                raise self.lost  # a send has swallowed the news that this is a cut
+            if isinstance(self.send_error, ConnectionResetError):
+                raise self.send_error  # a send has swallowed the news that this is a cut
         return count
 
     def write(self, data: Any) -> None:
@@ -911,19 +968,19 @@ class Connection:
             data = data[self.send(data) :]
         if data:
             if not self.backlog:
-                self.moved = self.loop.clock()
+                self.progress_at = self.loop.clock()
                 self.loop.dirty.add(self)
             self.backlog += data
 
     def send(self, data: Any) -> int:
         """How many bytes the socket took. After a failure all are taken and lost."""
-        if self.lost is None:
+        if self.send_error is None:
             try:
                 return self.sock.send(data)
             except (BlockingIOError, InterruptedError):
                 return 0
             except OSError as error:
-                self.lost = error
+                self.send_error = error
         return len(data)
 
     def flush(self) -> None:
@@ -931,7 +988,7 @@ class Connection:
         if self.backlog:
             count = self.send(self.backlog)
             if count:
-                self.moved = self.loop.clock()
+                self.progress_at = self.loop.clock()
                 del self.backlog[:count]
         if self.tls and self.tls.ready:
             while self.tls.early and not self.backlog:
@@ -965,7 +1022,7 @@ class Connection:
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
-            self.lost = self.lost or error
+            self.send_error = self.send_error or error
 
     # TLS.
 
@@ -1064,7 +1121,7 @@ class Connection:
         self.finish()
         self.lingering = True
         self.watch(LINGER)
-        if self.eof or self.lost:
+        if self.eof or self.send_error:
             self.close()
 
     def watch(self, seconds: float) -> None:
@@ -1074,7 +1131,7 @@ class Connection:
     def on_late(self) -> None:
         if self.shaking:
             raise OSError("no TLS handshake within %d s" % HANDSHAKE_TIME)
-        if self.backlog and self.loop.clock() - self.moved < STALLED:
+        if self.backlog and self.loop.clock() - self.progress_at < STALLED:
             self.watch(STALLED)
         else:
             self.abort() if self.backlog else self.close()
@@ -1636,7 +1693,7 @@ class Link:
     def check(self) -> None:
         """Each second: does the other side live, and do our bytes move?"""
         now = self.loop.clock()
-        if self.connection.backlog and now - self.connection.moved > STUCK_AFTER:
+        if self.connection.backlog and now - self.connection.progress_at > STUCK_AFTER:
             raise OSError("nothing could be sent for %d s" % STUCK_AFTER)
         if self.heard < self.pinged < now - PONG_WITHIN:
             raise OSError("no sign of life for %d s" % (now - self.heard))
@@ -1659,7 +1716,7 @@ class Link:
     def fail(self, error: Exception) -> None:
         """The connection is broken, or the peer's frames are."""
         if isinstance(error, OSError):
-            self.connection.lost = self.connection.lost or error
+            self.connection.send_error = self.connection.send_error or error
         else:
             code = "protocol" if isinstance(error, ProtocolError) else "error"
             self.say_last_word(code, str(error))
@@ -1687,7 +1744,7 @@ class Link:
             for stream in streams.values():
                 stream.open, stream.unread = False, 0
                 self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
-            if self.connection.lost or self.connection.backlog:
+            if self.connection.send_error or self.connection.backlog:
                 self.connection.close()
             else:
                 self.connection.linger()
@@ -1711,6 +1768,98 @@ STREAM_FRAMES: Dict[int, Call] = {
     Kind.END: Link.on_end,
     Kind.RESET: Link.on_reset,
 }
+
+
+# -----------------------------------------------------------------------------------
+# Pipe: joins a stream to a connection, and knows nothing of what passes. Each direction
+# has its own end: END becomes a half-close, a half-close becomes END. A stream that is
+# reset cuts the connection, and a connection that breaks resets the stream.
+# -----------------------------------------------------------------------------------
+class Pipe:
+    """Owns both. `name` is for messages. `code` is what the peer is told when the
+    connection breaks: "left" for a visitor, "reset" for a service. `early` was read
+    from the connection before there was a pipe."""
+
+    __slots__ = ("stream", "connection", "name", "code", "early")
+
+    def __init__(
+        self,
+        stream: Stream,
+        connection: Connection,
+        name: str,
+        code: str,
+        early: bytes = b"",
+    ) -> None:
+        self.stream, self.connection = stream, connection
+        self.name, self.code, self.early = name, code, bytearray(early)
+        stream.owner = connection.owner = self
+        connection.loop.dirty.add(connection)
+        if early:
+            stream.wake()
+
+    def __str__(self) -> str:
+        return self.name
+
+    # From the connection to the stream.
+
+    def interest(self) -> int:
+        return READ if self.stream.wants_read() else 0
+
+    def on_readable(self) -> None:
+        self.stream.wake()
+
+    def pull(self, view: memoryview) -> Optional[int]:
+        """What was read early comes first. At the end of both directions nothing is
+        left to do but to close."""
+        if self.early:
+            size = min(len(view), len(self.early))
+            view[:size] = self.early[:size]
+            del self.early[:size]
+            self.stream.wake()
+            return size
+        count = self.connection.read_into(view)
+        if count == 0 and self.stream.ended_in:
+            self.connection.close_when_drained(Ending.CLOSE)
+        return count
+
+    # From the stream to the connection.
+
+    def receive(self, data: memoryview) -> None:
+        self.connection.write(data)
+        self.on_writable()
+
+    def on_writable(self) -> None:
+        """With both directions broken there is nobody left to serve."""
+        connection = self.connection
+        if connection.send_error and connection.eof:
+            self.stream.reset(self.code)
+            connection.close()
+        else:
+            self.stream.acknowledge(connection.waiting())
+
+    def on_end(self) -> None:
+        if self.stream.ended_out:
+            self.connection.close_when_drained(Ending.CLOSE)
+        else:
+            self.connection.shutdown_write()
+
+    def on_reset(self, code: str, cause: str) -> None:
+        """What came before still arrives, unless nobody waits for it: the visitor has
+        left, or what waits here is what is too much. `done` is no fault."""
+        if code == "done":
+            self.connection.close_when_drained(Ending.CLOSE)
+            return
+        log.info("%s: cut: %s %s", self, code, cause)
+        if code in ("left", "overload"):
+            self.connection.abort()
+        else:
+            self.connection.close_when_drained(Ending.ABORT)
+
+    def fail(self, error: Exception) -> None:
+        """The connection is broken."""
+        said = "reset the connection" if isinstance(error, ConnectionError) else error
+        self.stream.reset(self.code, "%s: %s" % (self.name, said))
+        self.connection.abort()
 
 
 # -----------------------------------------------------------------------------------
@@ -1781,32 +1930,57 @@ class Parser(argparse.ArgumentParser):
 
 
 # -----------------------------------------------------------------------------------
-# HTTP/1.1: heads and body framing, without any I/O (RFC 9112; fields: RFC 9110). Heads
-# are parsed strictly: what two parsers could read in two ways is refused. Bodies are
-# copied as they are, as far as their framing has been understood.
+# HTTP/1.1: heads and body framing, without any I/O (RFC 9112; fields: RFC 9110).
+# We are strict to visitors: a visitor chooses what it sends, and a request that two
+# parsers read in two ways is an attack. We are tolerant to services: nobody can change
+# the answers of a router or a camera, so they are read as nginx or HAProxy would. An
+# answer is refused only where two readers would differ in what the visitor gets. What
+# goes on, either way, is our own text by the strict grammar.
 # -----------------------------------------------------------------------------------
 HEAD_LIMIT = 64 << 10  # bytes of a head: far more than cookies need
 LINE_LIMIT = 16 << 10  # bytes of a request line
 FIELD_LIMIT = 200  # fields of a head, and of a trailer section
-WORDS_LIMIT = 32  # options in a Connection field
+MEMBERS_LIMIT = 32  # options in a Connection field
 INTERIM_LIMIT = 100  # 1xx answers to one request
-CHUNK_LINE_LIMIT = 2 << 10  # bytes of a chunk or trailer line: fits the least turn
-CHUNKS_A_TURN = 64 << 10  # bytes of it read at once: what is not understood waits here
-RECENT = 256  # sections of fields that are remembered: they mostly come again
+# CHUNK_LINE_LIMIT < LEAST_TURN: a chunk line goes on when it is whole. A stream may get
+# no more than LEAST_TURN bytes to fill, and a line that does not fit would never go on.
+CHUNK_LINE_LIMIT = 2 << 10  # bytes of a chunk line, or of a trailer
+CHUNKS_A_TURN = 64 << 10  # bytes of chunks read at once: the rest of a line waits here
+FEED_LINES = 16  # chunk lines looked at in one call of feed()
+RECENT = 512  # field sections that are remembered: they mostly come again
 RECENT_SIZE = 4 << 10  # bytes: longer ones would cost more memory than they save time
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
 TEXT = r"[\t\x20-\x7e\x80-\xff]"
 QUOTED = r'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\%s)*"' % TEXT
+FOLDED = r"%s*(?:\r?\n[ \t]%s*)*" % (TEXT, TEXT)  # a value, perhaps over many lines
+BARE_CR = re.compile(r"\r(?!\n)")
 BARE_LF = re.compile(rb"(?<!\r)\n")
-REQUEST_LINE = re.compile(r"(%s) ([\x21\x22\x24-\x7e]+) HTTP/(\d)\.(\d)\r\n" % TOKEN)
-STATUS_LINE = re.compile(r"HTTP/1\.(\d) ([1-5]\d\d)(?: (%s*))?\r\n" % TEXT)
-FIELDS = re.compile(r"(?:%s:%s*\r\n)*\r\n" % (TOKEN, TEXT))
-TRAILER = re.compile(r"(?:%s:%s*)?" % (TOKEN, TEXT))
+REQUEST_LINE = re.compile(
+    r"(%s) ([\x21\x22\x24-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)\r\n" % TOKEN
+)
+# Some services say HTTP/2.0 here, which all browsers take for 1.1. A reason is cut
+# where it is no longer text: no program reads it (RFC 9112 4).
+STATUS_LINE = re.compile(
+    r"(?:\r?\n)?HTTP/([1-9]\.\d) +([1-9]\d\d)(?:[ \t](%s*)[^\0\r\n]*)?\r?\n" % TEXT
+)
+FIELDS = re.compile(r"(?:\r\n%s:%s*)*\r\n\r\n" % (TOKEN, TEXT))
+LINES = re.compile(r"(?!\r?\n)[^\n]+\n(?:[ \t][^\n]*\n)*")  # each with its folds
+ODD_FIELD = re.compile(r"(%s)[ \t]*:(%s)\r?\n" % (TOKEN, FOLDED))
+# Browsers skip these lines, and nginx lets them pass, so they are dropped: names that
+# are no tokens, words without a colon, a second status line.
+NO_FIELD = re.compile(
+    r"(?:[\x21-\x39\x3b-\x7e\x80-\xff]+(?::%s)?|HTTP/%s*)\r?\n" % (FOLDED, TEXT)
+)
+FOLD = re.compile(r"\r?\n[ \t]+")
+TRAILER = re.compile(r"(?:%s:%s*)?\r\n" % (TOKEN, TEXT))
+TRAILER_LINE = re.compile(rb"\r?\n|[^\n]+\n(?:[ \t][^\n]*\n)*(?=[^ \t])")
 CHUNK = re.compile(
-    r"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*"
+    r"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*\r\n"
     % (TOKEN, TOKEN, QUOTED)
 )
+ODD_CHUNK = re.compile(r"0*([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
+NEXT_CHUNK = re.compile(rb"\r\n([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")  # ends one, too
 LABELS = r"(?:[0-9A-Za-z_-]+\.)*[0-9A-Za-z_-]+\.?"  # of any length, but none empty
 HOST = re.compile(r"(\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|%s)(?::(\d{0,5}))?" % LABELS)
 HOST_LIMIT = 255  # characters (RFC 1035 2.3.4)
@@ -1815,8 +1989,9 @@ ABSOLUTE = re.compile(r"(?i)(https?)://([^/?@]+)([/?].*)?")
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 2.2
 LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
-REPEATABLE = ("GET", "HEAD", "OPTIONS")  # may be sent twice: a kept stream may be dead
-NOTHING: Set[str] = set()
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110 9.2.1
+NO_MEMBERS: FrozenSet[str] = frozenset()
+OF_OUR_HOP = frozenset(["close", "keep-alive", "te", "upgrade"])  # dropped anyway
 
 
 def field_lines(names: str) -> Pattern[str]:
@@ -1829,10 +2004,18 @@ LOOKALIKES = "content_length|transfer_encoding"  # the same to some services
 HOP_BY_HOP = FRAMING + "connection|keep-alive|proxy-connection|te|upgrade"
 FORWARDED = "x[-_]forwarded[-_][^:]*|x[-_]real[-_]ip|forwarded"  # ours to say
 NOTED = field_lines(FRAMING + LOOKALIKES + "|host|connection|upgrade|te|accept")
+NOTED_OF_ANSWER = field_lines(FRAMING + "connection|upgrade")
 NO_TRAILER = re.compile("(?ai)(?:%s|%s|host):" % (HOP_BY_HOP, FORWARDED))
 TO_SERVICE = field_lines(HOP_BY_HOP + "|host|" + FORWARDED)  # what is not passed on
 TO_VISITOR = field_lines(HOP_BY_HOP)
-UNWRAPPED = field_lines(HOP_BY_HOP + "|trailer")  # the same, of a body without chunks
+WRAPPING = field_lines("transfer-encoding|trailer")
+OURS_TO_SERVICE = (
+    "\r\nX-Forwarded-For: %s\r\nX-Forwarded-Proto: %s\r\nX-Forwarded-Host: %s%s\r\n\r\n"
+)
+SECRET = re.compile(  # not remembered beyond their connection
+    "(?ai)\n(?:cookie|set-cookie|auth|proxy-auth|location|referer|api"
+    "|x-(?:access|amz|api|auth|csrf|session|token|xsrf))"
+)
 
 
 class HTTPError(ProtocolError):
@@ -1846,6 +2029,9 @@ class HTTPError(ProtocolError):
 
 def malformed(cause: str) -> HTTPError:
     return HTTPError(400, "malformed", cause)
+
+
+# Field sections.
 
 
 class Fields(Dict[str, str]):
@@ -1867,127 +2053,114 @@ class Fields(Dict[str, str]):
         return super().get(name.lower(), default)
 
 
-class Section:
-    """The fields of a head. They stay the text they are; only what matters here is
-    looked at, or cut out. Never changed, so it can stand for all heads with the same
-    fields: most requests of a visitor differ in their first line only."""
+class Section(NamedTuple):
+    """A field section, read and rewritten. It never changes, so it can stand for every
+    head with the same fields: most requests of a visitor differ in their first line
+    only."""
 
-    __slots__ = ("text", "named", "connection", "upgrade", "passed")
-
-    def __init__(self, raw: str) -> None:
-        if not FIELDS.fullmatch(raw, 2):
-            raise malformed("a field breaks the grammar (RFC 9112, 5)")
-        if raw.count("\r\n") > FIELD_LIMIT + 2:
-            raise HTTPError(431, "too-long", "more than %d fields" % FIELD_LIMIT)
-        self.text = raw[:-4]  # a CRLF before each field, none behind
-        self.passed: Tuple[Any, bytes] = (None, b"")  # how it went on last, and why so
-        self.named: Dict[str, str] = {}  # those noted, repeated ones as one list
-        for name, value in NOTED.findall(self.text):
-            name, value = name.lower(), value.strip(" \t")
-            if name in self.named:  # RFC 9110 5.3
-                value = self.named[name] + ", " + value
-            self.named[name] = value
-        if "content_length" in self.named or "transfer_encoding" in self.named:
-            raise malformed("a field looks like one that frames the body")
-        self.connection = self.words("connection")
-        self.upgrade = ""
-        if self.connection:
-            if "upgrade" in self.connection:
-                self.upgrade = self.named.get("upgrade", "")
-                if self.upgrade and not PROTOCOLS.fullmatch(self.upgrade):
-                    raise malformed("Upgrade names no protocol (RFC 9110, 7.8)")
-            if len(self.connection) > WORDS_LIMIT:
-                raise malformed("Connection has more than %d words" % WORDS_LIMIT)
-            if self.connection & {"host", "content-length", "transfer-encoding"}:
-                raise malformed("Connection names a field that must arrive")
-
-    def words(self, wanted: str) -> Set[str]:
-        """The members of a list of words, in lower case."""
-        value = self.named.get(wanted)
-        if not value:
-            return NOTHING
-        if "," not in value:
-            return {value.lower()}
-        return {word.strip(" \t") for word in value.lower().split(",")} - {""}
-
-    def cut(self, text: str, gone: Pattern[str]) -> str:
-        """`text`, which is ours or what a hook made of it, without the fields that
-        concern only this hop."""
-        text = gone.sub("", text)
-        if self.connection - {"close", "keep-alive", "te", "upgrade"}:
-            lines, named = text.split("\r\n"), self.connection
-            lines = [x for x in lines if x.partition(":")[0].lower() not in named]
-            text = "\r\n".join(lines)
-        return text
+    raw: str
+    hop: Any  # everything else that `rewritten` depends on
+    noted: Dict[str, str]  # the fields that matter here, repeated ones as one list
+    connection: FrozenSet[str]  # the members of Connection
+    upgrade: str  # protocols
+    chunked: bool
+    length: Optional[int]
+    ours: str  # the lines that are ours to say
+    rewritten: bytes  # as it goes on
+    host: str = ""
+    name: str = ""
 
 
-recent_section = functools.lru_cache(maxsize=RECENT)(Section)
+NO_SECTION = Section("", None, {}, NO_MEMBERS, "", False, None, "", b"")
+ReadSection = Callable[[str, Any], Section]
 
 
-class Head:
-    """What requests and answers have in common: their fields, in their order."""
+class Recent:
+    """What a connection remembers: the field sections of its last request and its last
+    answer. They may hold cookies and passwords, so they end with the connection."""
 
-    minor = 1  # of the version HTTP/1.x
+    __slots__ = ("request", "answer")
 
-    def __init__(self, text: str, start: int) -> None:
-        """The fields begin at `start`."""
-        raw = text[start - 2 :]
-        self.section = (recent_section if len(raw) <= RECENT_SIZE else Section)(raw)
-        self.named = self.section.named
-        self.connection = self.section.connection
-        self.upgrade = self.section.upgrade
-        self.pairs: Optional[List[Tuple[str, str]]] = None  # the fields, if asked for
+    def __init__(self) -> None:
+        self.request = self.answer = NO_SECTION
 
-    @property
-    def fields(self) -> List[Tuple[str, str]]:
-        """All fields, as (name, value)."""
-        if self.pairs is None:
-            lines = self.section.text.split("\r\n")[1:]
-            parts = [line.partition(":") for line in lines]
-            self.pairs = [(name, value.strip(" \t")) for name, _, value in parts]
-        return self.pairs
 
-    @fields.setter
-    def fields(self, pairs: List[Tuple[str, str]]) -> None:
-        self.pairs = pairs
+recent_sections: Dict[Tuple[str, Any], Section] = {}  # of all, without secrets
 
-    @property
-    def headers(self) -> Fields:
-        """The fields by name."""
-        return Fields(self.fields)
 
-    def framing(self) -> "Optional[Body]":
-        """The body as its fields frame it (RFC 9112 6.3); None when they do not."""
-        coding = self.named.get("transfer-encoding")
-        length = self.named.get("content-length")
-        if coding is not None:
-            if length is not None:
-                raise malformed("both Transfer-Encoding and Content-Length")
-            if self.minor == 0:
-                raise malformed("Transfer-Encoding in HTTP/1.0")
-            if coding.lower() != "chunked":
-                raise HTTPError(501, "coding", "a transfer coding other than chunked")
-            return Chunked()
-        if length is None:
-            return None
-        if not LENGTH.fullmatch(length):
-            raise malformed("Content-Length is not one number")
-        return Body(int(length))
+def recall(last: Section, read: ReadSection, raw: str, hop: Any) -> Section:
+    """read(raw, hop), unless it is known: as the connection's last, or as a recent one
+    of all connections. Those hold no secrets."""
+    if last.raw == raw and last.hop == hop:
+        return last
+    section = recent_sections.get((raw, hop))
+    if section is None:
+        section = read(raw, hop)
+        if len(raw) <= RECENT_SIZE and not SECRET.search(raw):
+            if len(recent_sections) >= RECENT:
+                recent_sections.clear()
+            recent_sections[raw, hop] = section
+    return section
 
-    def pass_on(self, first: str, why: Any, gone: Pattern[str], add: Call) -> bytes:
-        """The head as it goes on. `add` gives lines of ours, each with a CRLF before
-        it; `why` is what they depend on besides the fields."""
-        section = self.section
-        if self.pairs is not None:  # a hook has had them in its hands
-            text = "".join(["\r\n%s: %s" % pair for pair in self.pairs])
-            rest = "".join([section.cut(text, gone)] + add() + ["\r\n\r\n"])
-            return (first + rest).encode("latin-1")
-        if section.passed[0] == why:
-            return first.encode("latin-1") + section.passed[1]
-        rest = "".join([section.cut(section.text, gone)] + add() + ["\r\n\r\n"])
-        if len(rest) <= 2 * RECENT_SIZE:
-            section.passed = why, rest.encode("latin-1")
-        return (first + rest).encode("latin-1")
+
+def note_fields(wanted: Pattern[str], text: str) -> Dict[str, str]:
+    """The fields of these names; repeated ones as one list (RFC 9110 5.3)."""
+    noted: Dict[str, str] = {}
+    for name, value in wanted.findall(text):
+        name, value = name.lower(), value.strip(" \t")
+        noted[name] = noted[name] + ", " + value if name in noted else value
+    return noted
+
+
+def list_members(value: str) -> FrozenSet[str]:
+    """The members of a list, in lower case (RFC 9110 5.6.1)."""
+    if "," not in value:
+        return frozenset((value.lower(),))
+    return frozenset([x.strip(" \t") for x in value.lower().split(",")]) - {""}
+
+
+def connection_members(noted: Dict[str, str]) -> FrozenSet[str]:
+    value = noted.get("connection")
+    if not value:
+        return NO_MEMBERS
+    members = list_members(value)
+    if len(members) > MEMBERS_LIMIT:
+        raise malformed("Connection has more than %d members" % MEMBERS_LIMIT)
+    return members
+
+
+def strip_hop_by_hop(
+    text: str, dropped: Pattern[str], connection: FrozenSet[str]
+) -> str:
+    """The fields that go on (RFC 9110 7.6.1)."""
+    text = dropped.sub("", text)
+    if not connection <= OF_OUR_HOP:
+        lines = text.split("\r\n")
+        lines = [x for x in lines if x.partition(":")[0].lower() not in connection]
+        text = "\r\n".join(lines)
+    return text
+
+
+def rewrite_field(line: str) -> str:
+    """A line of an answer, with its folds, as a field by the grammar: without white
+    space before the colon (RFC 9112 5.1), on one line (5.2). "" if it is dropped."""
+    match = ODD_FIELD.fullmatch(line)
+    if match:
+        name, value = match.groups()
+        return "\r\n%s: %s" % (name, FOLD.sub(" ", value).strip(" \t"))
+    if NO_FIELD.fullmatch(line):
+        return ""
+    raise malformed("a field breaks the grammar (RFC 9112, 5)")
+
+
+def rewrite_odd_fields(raw: str) -> str:
+    """Rewrite by the grammar the section of an answer that breaks it. Raises HTTPError
+    when readers could differ."""
+    section = raw.partition("\n")[2]  # behind the end of the status line
+    return "".join([rewrite_field(line) for line in LINES.findall(section)])
+
+
+# Requests.
 
 
 @functools.lru_cache(maxsize=RECENT)
@@ -2000,13 +2173,121 @@ def read_host(host: str) -> str:
     return match.group(1).rstrip(".").lower()
 
 
-class Request(Head):
+def request_fields(raw: str, hop: Any) -> Section:
+    """Read a request's fields, and rewrite them for the service. `hop` is the visitor's
+    address, the scheme, the minor version, and the host of an absolute target, or "".
+    Raises HTTPError."""
+    if not FIELDS.fullmatch(raw):
+        raise malformed("a field breaks the grammar (RFC 9112, 5)")
+    if raw.count("\n") > FIELD_LIMIT + 2:
+        raise HTTPError(431, "too-long", "more than %d fields" % FIELD_LIMIT)
+    address, scheme, minor, authority = hop
+    text = raw[:-4]  # a CRLF before each field, none behind
+    noted = note_fields(NOTED, text)
+    connection = request_connection(noted)
+    chunked, length = request_framing(noted, minor)
+    upgrade = requested_upgrade(noted, connection, minor)
+    host = authority or noted.get("host", "")
+    name = read_host(host)
+    if authority:
+        read_host(noted.get("host", ""))
+    hop_lines = request_hop(noted, upgrade, minor)
+    ours = OURS_TO_SERVICE % (address, scheme, host, hop_lines)
+    stripped = strip_hop_by_hop(text, TO_SERVICE, connection)
+    rewritten = ("\r\nHost: %s%s%s" % (host, stripped, ours)).encode("latin-1")
+    section = raw, hop, noted, connection, upgrade, chunked, length, ours, rewritten
+    return Section(*section, host=host, name=name)
+
+
+def request_connection(noted: Dict[str, str]) -> FrozenSet[str]:
+    """The members of Connection, if no field hides how the body is framed."""
+    if "content_length" in noted or "transfer_encoding" in noted:
+        raise malformed("a field looks like one that frames the body")
+    connection = connection_members(noted)
+    if connection & {"host", "content-length", "transfer-encoding"}:
+        raise malformed("Connection names a field that must arrive")
+    return connection
+
+
+def request_framing(noted: Dict[str, str], minor: int) -> Tuple[bool, Optional[int]]:
+    """Whether the body is chunked, or its length (RFC 9112 6.3)."""
+    coding, length = noted.get("transfer-encoding"), noted.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise malformed("both Transfer-Encoding and Content-Length")
+        if minor == 0:
+            raise malformed("Transfer-Encoding in HTTP/1.0")
+        if coding.lower() != "chunked":
+            raise HTTPError(501, "coding", "a transfer coding other than chunked")
+        return True, None
+    if length is None:
+        return False, None
+    if not LENGTH.fullmatch(length):
+        raise malformed("Content-Length is not one number")
+    return False, int(length)
+
+
+def requested_upgrade(
+    noted: Dict[str, str], connection: FrozenSet[str], minor: int
+) -> str:
+    """The protocols that the visitor asks for (RFC 9110 7.8), or "". h2c is refused: we
+    would not see what it carries (RFC 7540 3.2)."""
+    upgrade = noted.get("upgrade", "")
+    if not upgrade or "upgrade" not in connection:
+        return ""
+    if not PROTOCOLS.fullmatch(upgrade):
+        raise malformed("Upgrade names no protocol (RFC 9110, 7.8)")
+    names = [member.partition("/")[0] for member in list_members(upgrade)]
+    return "" if minor == 0 or "h2c" in names else upgrade
+
+
+def request_hop(noted: Dict[str, str], upgrade: str, minor: int) -> str:
+    """Framing, and what concerns the hop from us to the service."""
+    options, lines = [], []
+    if "content-length" in noted:
+        lines.append("\r\nContent-Length: " + noted["content-length"])
+    elif "transfer-encoding" in noted:
+        lines.append("\r\nTransfer-Encoding: chunked")
+    if upgrade:
+        options.append("Upgrade")
+        lines.append("\r\nUpgrade: " + upgrade)
+    if "te" in noted and "trailers" in list_members(noted["te"]):
+        options.append("TE")
+        lines.append("\r\nTE: trailers")
+    if minor == 0:
+        options.append("close")
+    if options:
+        lines.append("\r\nConnection: " + ", ".join(options))
+    return "".join(lines)
+
+
+class Lazy:
+    """An attribute that is made when it is first read, and can be replaced."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, thing: Any, owner: Any = None) -> Any:
+        value = thing.__dict__[self.name] = self.make(thing)
+        return value
+
+
+class Request:
     """A visitor's request. Router hooks see its `method`, its `target` (`/path?query`
     or `*`), its `host` as it was sent, `name` (the host in lower case, without port),
     the `headers`, and the `address` of the visitor. What they take out of `fields`,
-    (name, value) pairs, the service does not get."""
+    (name, value) pairs, the service does not get. Raises HTTPError."""
 
-    def __init__(self, head: Any, address: str, scheme: str = "http") -> None:
+    def __init__(
+        self,
+        head: Any,
+        address: str,
+        scheme: str = "http",
+        recent: Optional[Recent] = None,
+    ) -> None:
         text = head.decode("latin-1")
         line = REQUEST_LINE.match(text)
         if not line:
@@ -2014,28 +2295,26 @@ class Request(Head):
         self.method, self.target, major, minor = line.groups()
         if major != "1":
             raise HTTPError(505, "version", "only HTTP/1.x is spoken here")
-        self.minor = int(minor != "0")  # RFC 9110 2.5: 1.7 is 1.1 to us
-        self.address, self.scheme = address, scheme
-        super().__init__(text, line.end())
-        self.body = self.framing() or NO_BODY
         if self.method == "CONNECT":
             raise HTTPError(501, "connect", "CONNECT is not served here")
-        self.host = host = self.named.get("host", "")
-        if self.target[0] != "/":
-            self.host = self.absolute() or host
-        self.name = read_host(self.host)
-        if self.host is not host:
-            read_host(host)
-        if self.minor == 0 or self.upgrade and self.asks_for_h2c():
-            self.upgrade = ""
+        self.minor = int(minor != "0")  # RFC 9110 2.5: 1.7 is 1.1 to us
+        self.address, self.scheme = address, scheme
+        authority = "" if self.target[0] == "/" else self.make_origin_form()
+        hop = address, scheme, self.minor, authority
+        raw, recent = text[line.end() - 2 :], recent or Recent()
+        section = recall(recent.request, request_fields, raw, hop)
+        if len(raw) <= RECENT_SIZE:
+            recent.request = section
+        self.section, self.connection = section, section.connection
+        self.host, self.name, self.upgrade = section.host, section.name, section.upgrade
+        if section.chunked:
+            self.body: Body = Chunked()
+        else:
+            self.body = Sized(section.length) if section.length else Body()
 
-    def asks_for_h2c(self) -> bool:
-        """Which would be spoken past us (RFC 7540 3.2)."""
-        words = self.section.words("upgrade")
-        return any(word.partition("/")[0] == "h2c" for word in words)
-
-    def absolute(self) -> str:
-        """Bring the target into origin-form; the host that an absolute one names."""
+    def make_origin_form(self) -> str:
+        """Bring the target into origin-form (RFC 9112 3.2.1). Returns the host that an
+        absolute target names, or ""."""
         if (self.target, self.method) == ("*", "OPTIONS"):
             return ""
         match = ABSOLUTE.fullmatch(self.target)
@@ -2047,202 +2326,368 @@ class Request(Head):
         self.target = rest if rest.startswith(("/", "*")) else "/" + rest
         return match.group(2)
 
+    def read_fields(self) -> List[Tuple[str, str]]:
+        lines = self.section.raw[:-4].split("\r\n")[1:]
+        parts = [line.partition(":") for line in lines]
+        return [(name, value.strip(" \t")) for name, _, value in parts]
+
+    fields: List[Tuple[str, str]] = Lazy(read_fields)  # type: ignore[assignment]
+
+    @property
+    def headers(self) -> Fields:
+        """The fields by name."""
+        return Fields(self.fields)
+
     def keeps_alive(self) -> bool:
         """Whether the visitor wants to go on after the answer (RFC 9112 9.3)."""
         if self.minor == 0:
             return "keep-alive" in self.connection
         return "close" not in self.connection
 
+    def is_safe(self) -> bool:
+        """Whether the method is safe, so that the request may be sent twice (RFC 9110
+        9.2.1)."""
+        return self.method in SAFE_METHODS
+
     def wants_html(self) -> bool:
-        return "text/html" in self.named.get("accept", "")
+        return "text/html" in self.section.noted.get("accept", "")
 
     def to_service(self) -> bytes:
-        """The head as the service gets it."""
-        why = self.address, self.host, self.minor, self.scheme
-        first = "%s %s HTTP/1.%d\r\nHost: %s"
-        first %= (self.method, self.target, self.minor, self.host)
-        return self.pass_on(first, why, TO_SERVICE, self.for_service)
-
-    def for_service(self) -> List[str]:
-        """The lines that are ours to say."""
-        named, hops = self.named, []
-        add = [
-            "\r\nX-Forwarded-For: " + self.address,
-            "\r\nX-Forwarded-Proto: " + self.scheme,
-            "\r\nX-Forwarded-Host: " + self.host,
-        ]
-        if "content-length" in named:
-            add.append("\r\nContent-Length: " + named["content-length"])
-        elif "transfer-encoding" in named:
-            add.append("\r\nTransfer-Encoding: chunked")
-        if self.upgrade:
-            hops.append("Upgrade")
-            add.append("\r\nUpgrade: " + self.upgrade)
-        if "te" in named and "trailers" in self.section.words("te"):
-            hops.append("TE")
-            add.append("\r\nTE: trailers")
-        if self.minor == 0:
-            hops.append("close")
-        if hops:
-            add.append("\r\nConnection: " + ", ".join(hops))
-        return add
+        """The head as the service gets it. Raises ValueError when a hook left a field
+        that would break it, or hide another one."""
+        line = "%s %s HTTP/1.%d" % (self.method, self.target, self.minor)
+        if "fields" not in self.__dict__:
+            return line.encode("latin-1") + self.section.rewritten
+        text = "".join(["\r\n%s: %s" % pair for pair in self.fields])
+        good = FIELDS.fullmatch(text + "\r\n\r\n")
+        if not good or text.count("\r\n") != len(self.fields):
+            raise ValueError("a hook left a field that breaks the grammar")
+        text = strip_hop_by_hop(text, TO_SERVICE, self.connection)
+        text = "%s\r\nHost: %s%s%s" % (line, self.host, text, self.section.ours)
+        return text.encode("latin-1")
 
 
-class Answer(Head):
-    """A service's answer. Raises HTTPError (502) when it cannot be understood."""
+# Answers.
 
-    def __init__(self, head: Any) -> None:
+
+def answer_fields(raw: str, status: int) -> Section:
+    """Read an answer's fields, and rewrite them for the visitor, all but Connection.
+    `status` is what this depends on besides. Raises HTTPError."""
+    if raw.count("\n") > FIELD_LIMIT + 2:
+        raise malformed("more than %d lines of fields" % FIELD_LIMIT)
+    text = raw[:-4] if FIELDS.fullmatch(raw) else rewrite_odd_fields(raw)
+    noted = note_fields(NOTED_OF_ANSWER, text)
+    connection = connection_members(noted)
+    chunked, length = answer_framing(noted, status)
+    upgrade = noted.get("upgrade", "") if "upgrade" in connection else ""
+    if upgrade and not PROTOCOLS.fullmatch(upgrade):
+        upgrade = ""
+    ours = ""
+    if status >= 200 and status != 204:  # RFC 9110 8.6
+        if length is not None:
+            ours = "\r\nContent-Length: %d" % length
+        elif chunked:
+            ours = "\r\nTransfer-Encoding: chunked"
+    if upgrade and status in (101, 426):  # RFC 9110 7.8
+        ours += "\r\nUpgrade: " + upgrade
+    stripped = strip_hop_by_hop(text, TO_VISITOR, connection)
+    rewritten = (stripped + ours).encode("latin-1")
+    section = raw, status, noted, connection, upgrade, chunked, length, ours, rewritten
+    return Section(*section)
+
+
+def equal_length(value: str) -> Optional[int]:
+    """The length that is said once, or several times (RFC 9110 8.6). None if it is not
+    clear."""
+    if LENGTH.fullmatch(value):
+        return int(value)
+    members = {member.strip(" \t") for member in value.split(",")}
+    numbers = {member.lstrip("0") or "0" for member in members if member.isdecimal()}
+    number = numbers.pop() if len(numbers) == 1 else ""
+    clear = LENGTH.fullmatch(number) and all(map(str.isdecimal, members))
+    return int(number) if clear else None
+
+
+def answer_framing(noted: Dict[str, str], status: int) -> Tuple[bool, Optional[int]]:
+    """Whether the body is chunked, or its length (RFC 9112 6.3). 204 and 304 have no
+    body, so a fault in its framing changes nothing."""
+    coding, length = noted.get("transfer-encoding"), noted.get("content-length")
+    codings = list_members(coding) - {"identity"} if coding else NO_MEMBERS
+    if codings == {"chunked"}:
+        return True, None  # it overrides a length
+    number = None if length is None else equal_length(length)
+    if status not in (204, 304):
+        if codings:
+            raise malformed("a transfer coding other than chunked")
+        if length is not None and number is None:
+            raise malformed("Content-Length is not one number")
+    return False, number
+
+
+class Answer:
+    """A service's answer to a request of this method. Raises HTTPError when it cannot
+    be understood."""
+
+    def __init__(self, head: Any, method: str, recent: Optional[Recent] = None) -> None:
         text = head.decode("latin-1")
         line = STATUS_LINE.match(text)
         if not line:
             raise malformed("its status line breaks the grammar (RFC 9112, 4)")
-        minor, status, reason = line.groups()
-        self.minor = int(minor != "0")
+        version, status, reason = line.groups()
+        self.method, self.minor = method, int(version != "1.0")
         self.status, self.reason = int(status), reason or ""
-        super().__init__(text, line.end())
+        raw, recent = text[line.end() - 2 :], recent or Recent()
+        section = recall(recent.answer, answer_fields, raw, self.status)
+        if len(raw) <= RECENT_SIZE:
+            recent.answer = section
+        self.section, self.connection = section, section.connection
+        self.upgrade = section.upgrade
+        if section.chunked and self.minor == 0:
+            raise malformed("Transfer-Encoding in HTTP/1.0")
 
-    def frame(self, method: str) -> "Body":
-        """The body that follows (RFC 9112 6.3)."""
-        body = self.framing()
-        if method == "HEAD" or self.status in (204, 304) or self.status < 200:
-            return NO_BODY
-        return Body(None) if body is None else body
+    def frame(self, unwrap: bool = False) -> "Body":
+        """The body that follows (RFC 9112 6.3). `unwrap`: only the content of chunks
+        goes on, for a visitor that speaks HTTP/1.0."""
+        section, status = self.section, self.status
+        if self.method == "HEAD" or status in (204, 304) or status < 200:
+            return Body()
+        if section.chunked:
+            return Chunked(tolerant=True, unwrap=unwrap)
+        if section.length is None:
+            return UntilClose()
+        return Sized(section.length)
 
     def keeps_alive(self) -> bool:
-        """Whether the service goes on after this answer."""
-        return self.minor == 1 and "close" not in self.connection
+        """Whether the service goes on after this answer. One that says both lengths may
+        think that the answer ends elsewhere, so it does not (RFC 9112 6.3)."""
+        if self.minor == 0 or "close" in self.connection:
+            return False
+        noted = self.section.noted
+        return not ("content-length" in noted and "transfer-encoding" in noted)
 
     def to_visitor(self, connection: str, unwrapped: bool = False) -> bytes:
-        """The head as the visitor gets it; `connection` is ours to say. `unwrapped`: of
-        a chunked body he gets the content only."""
+        """The head as the visitor gets it. `connection` is our own Connection field.
+        `unwrapped`: the visitor gets only the content of chunks."""
+        section = self.section
         first = "HTTP/1.1 %d %s" % (self.status, self.reason)
-        why, gone = (connection, unwrapped, self.status), TO_VISITOR
-        if unwrapped:
-            gone = UNWRAPPED
-        return self.pass_on(first, why, gone, lambda: self.for_visitor(*why[:2]))
-
-    def for_visitor(self, connection: str, unwrapped: bool) -> List[str]:
-        """The lines that are ours to say."""
-        add = []
-        if self.status >= 200 and self.status != 204:  # RFC 9110 8.6
-            if "content-length" in self.named:
-                add.append("\r\nContent-Length: " + self.named["content-length"])
-            elif "transfer-encoding" in self.named and not unwrapped:
-                add.append("\r\nTransfer-Encoding: chunked")
-        if self.upgrade and self.status in (101, 426):  # RFC 9110 7.8
-            add.append("\r\nUpgrade: " + self.upgrade)
+        rewritten = section.rewritten
+        if unwrapped and section.chunked:
+            rewritten = WRAPPING.sub("", rewritten.decode("latin-1")).encode("latin-1")
+        if self.upgrade and self.status in (101, 426):
             connection = "Upgrade, " + connection if connection else "Upgrade"
-        if connection:
-            add.append("\r\nConnection: " + connection)
-        return add
+        end = "\r\nConnection: %s\r\n\r\n" % connection if connection else "\r\n\r\n"
+        return first.encode("latin-1") + rewritten + end.encode("latin-1")
+
+
+# Bodies.
 
 
 class Body:
-    """A body of `left` bytes; of None, until the connection ends. feed() says how many
-    of the bytes that came belong to it, and `spans` where its content is in them."""
+    """An empty body, and what all bodies have in common."""
 
-    def __init__(self, left: Optional[int]) -> None:
-        self.until_end = left is None
-        self.left = sys.maxsize if left is None else left
-        self.done = left == 0
-        self.untouched = True
-        self.more = False  # feed() was given more lines than it might take
-        self.lines = 0  # that it took
-        self.spans: List[Tuple[int, int]] = []
+    done = True
+    unread = True  # nothing of it has been consumed yet
+    until_close = False
+    read_limit = 0  # bytes worth reading at once: more would only wait in our memory
+    said: Optional[bytes] = None  # what goes on in place of the bytes just consumed
 
-    @property
-    def at_most(self) -> int:
-        """Bytes to read at once: what is beyond the body waits here."""
-        return self.left
+    def feed(self, data: Any) -> int:
+        """Consume what is understood of `data`, and return how many bytes that is. 0
+        means that more must come first, or that the body is done. Raises HTTPError."""
+        return 0
 
-    def feed(self, data: Any, lines: int = sys.maxsize) -> int:
-        """Take of `data` what is understood, at most so many lines. Raises HTTPError
-        for a broken framing."""
-        count = min(len(data), self.left)
-        self.spans = [(0, count)]
-        if count:
-            self.untouched = False
-        if not self.until_end:
-            self.left -= count
-            self.done = self.left == 0
+
+class Sized(Body):
+    """A body with a Content-Length."""
+
+    def __init__(self, length: int) -> None:
+        self.read_limit = length
+        self.done = length == 0
+
+    def feed(self, data: Any) -> int:
+        count = min(len(data), self.read_limit)
+        self.read_limit -= count
+        self.unread = self.unread and not count
+        self.done = self.read_limit == 0
         return count
 
 
-NO_BODY = Body(0)  # of most requests
+class UntilClose(Body):
+    """A body that ends with the stream. The caller then sets `done`."""
+
+    done = False
+    until_close = True
+    read_limit = sys.maxsize
+
+    def feed(self, data: Any) -> int:
+        self.unread = self.unread and not len(data)
+        return len(data)
+
+
+class Expect(enum.IntEnum):
+    """The line that comes next in a chunked body."""
+
+    SIZE = 0
+    END = 1  # the empty line behind a chunk
+    TRAILER = 2
 
 
 class Chunked(Body):
-    """RFC 9112 7.1. A line counts when it is there to its end and keeps the grammar."""
+    """A chunked body (RFC 9112 7.1). A line of it is consumed when it is whole and
+    keeps the grammar. `tolerant`: so is a line that all readers understand, and it is
+    written anew. `unwrap`: only the content goes on. One feed() looks at few lines, so
+    that the caller can look at the clock."""
 
-    at_most = CHUNKS_A_TURN
+    done = False
+    read_limit = CHUNKS_A_TURN
 
-    def __init__(self) -> None:
-        super().__init__(0)
-        self.done = False
-        self.expect: Callable[[str], Any] = self.on_size
+    def __init__(self, tolerant: bool = False, unwrap: bool = False) -> None:
+        self.tolerant, self.unwrap = tolerant, unwrap
+        self.left = 0  # bytes of the chunk
+        self.expect = Expect.SIZE
         self.trailers = 0
 
-    def feed(self, data: Any, lines: int = sys.maxsize) -> int:
-        at = self.lines = 0
-        self.spans = []
-        while at < len(data) and self.lines < lines and not self.done:
-            if self.left:
-                end = min(len(data), at + self.left)
-                self.spans.append((at, end))
-                self.left -= end - at
-                at = end
-                continue
-            for size in (32, CHUNK_LINE_LIMIT):  # most lines are short
-                start = bytes(data[at : at + size])
-                end = start.find(b"\n")
-                if end >= 0:
-                    break
-            if end < 0 and len(start) < CHUNK_LINE_LIMIT:
+    def feed(self, data: Any) -> int:
+        self.said, size = None, len(data)
+        if self.left >= size:  # the inside of a big chunk
+            self.left -= size
+            return size
+        parts: List[Any] = []  # what goes on for data[:copied]
+        at = copied = 0
+        for _ in range(FEED_LINES // 2):  # next_line() may read two
+            content = min(self.left, size - at)
+            self.left -= content
+            at += content
+            if self.done or at == size:
                 break
-            if end < 1 or start[end - 1 : end] != b"\r":
-                raise malformed("a line of a chunked body is too long or has no CRLF")
-            self.untouched = False
-            self.expect(start[: end - 1].decode("latin-1"))
-            at += end + 1
-            self.lines += 1
-        self.more = self.lines == lines and not self.done
+            end, text = self.next_line(data, at)
+            if end == at:
+                break
+            if text is not None:
+                parts += data[copied:at], text
+                copied = end
+            at = end
+        if at:
+            self.unread = False
+        if parts:
+            self.said = b"".join(parts + [data[copied:at]])
         return at
 
-    def on_size(self, line: str) -> None:
-        match = CHUNK.fullmatch(line)
+    def next_line(self, data: Any, at: int) -> Tuple[int, Optional[bytes]]:
+        """Read the line at `at`. Returns where it ends, which is `at` if it is not
+        whole, and what goes on in its place, or None."""
+        if self.expect == Expect.END:  # mostly the next size has come with it
+            match = NEXT_CHUNK.match(data, at)
+            if match:
+                self.left = int(match.group(1), 16)
+                return match.end(), b"" if self.unwrap else None
+        line = self.find_line(data, at)
+        if not line:
+            return at, None
+        text = self.read_line(line.decode("latin-1")).encode("latin-1")
+        if self.unwrap:
+            text = b""
+        return at + len(line), None if text == line else text
+
+    def find_line(self, data: Any, at: int) -> bytes:
+        """The line at `at`, with its end; b"" while it is not whole. A trailer of an
+        answer is whole when the next line has begun and is no fold."""
+        folds = self.tolerant and self.expect == Expect.TRAILER
+        for size in (32, CHUNK_LINE_LIMIT):  # most lines are short
+            start = bytes(data[at : at + size])
+            if folds:
+                match = TRAILER_LINE.match(start)
+                end = match.end() if match else 0
+            else:
+                end = start.find(b"\n") + 1
+            if end:
+                return start[:end]
+        if len(start) == CHUNK_LINE_LIMIT:
+            raise malformed("a line of a chunked body is too long")
+        return b""
+
+    def read_line(self, line: str) -> str:
+        """Act on a line. Returns what goes on in its place."""
+        if self.expect == Expect.SIZE:
+            return self.read_size(line)
+        if self.expect == Expect.TRAILER:
+            return self.read_trailer(line)
+        if line != "\r\n" and not (self.tolerant and line == "\n"):
+            raise malformed("a chunk is longer than it said")
+        self.expect = Expect.SIZE
+        return "\r\n"
+
+    def read_size(self, line: str) -> str:
+        plain = CHUNK.fullmatch(line)
+        match = plain or (ODD_CHUNK.fullmatch(line) if self.tolerant else None)
         if not match:
             raise malformed("a chunk size breaks the grammar (RFC 9112, 7.1)")
         self.left = int(match.group(1), 16)
-        self.expect = self.on_end_of_chunk if self.left else self.on_trailer
+        self.expect = Expect.END if self.left else Expect.TRAILER
+        return line if plain else "%x\r\n" % self.left
 
-    def on_end_of_chunk(self, line: str) -> None:
-        if line:
-            raise malformed("a chunk is longer than it said")
-        self.expect = self.on_size
-
-    def on_trailer(self, line: str) -> None:
+    def read_trailer(self, line: str) -> str:
         self.trailers += 1
-        if self.trailers > FIELD_LIMIT or not TRAILER.fullmatch(line):
+        if self.trailers > FIELD_LIMIT:
+            raise malformed("more than %d trailers" % FIELD_LIMIT)
+        self.done = line == "\r\n" or (self.tolerant and line == "\n")
+        if self.done:
+            return "\r\n"
+        good = TRAILER.fullmatch(line) and not NO_TRAILER.match(line)
+        if good:
+            return line
+        if not self.tolerant:
             raise malformed("a trailer breaks the grammar (RFC 9112, 7.1.2)")
-        if NO_TRAILER.match(line):
-            raise malformed("a field that cannot be a trailer (RFC 9110, 6.5.1)")
-        self.done = not line
+        return rewrite_trailer(line)
 
 
-def find_head(buffer: bytearray, searched: int) -> int:
+def rewrite_trailer(line: str) -> str:
+    """A trailer of an answer by the grammar. It is dropped if it is not clear, or must
+    not be a trailer (RFC 9110 6.5.1): browsers do not look at trailers."""
+    if BARE_CR.search(line):
+        raise malformed("a trailer has a CR without LF")
+    match = ODD_FIELD.fullmatch(line)
+    text = rewrite_field(line)[2:] + "\r\n" if match else ""
+    return "" if NO_TRAILER.match(text) else text
+
+
+# Where a head ends.
+
+
+def find_request_head(buffer: bytearray, searched: int) -> int:
     """Where the head in `buffer` ends; 0 while it is not whole. The first `searched`
-    bytes were looked at before. Raises HTTPError when it never will be a head."""
+    bytes have been searched before. Raises HTTPError when it cannot become a head."""
     end = buffer.find(b"\r\n\r\n", max(0, searched - 3)) + 4
-    size = end if end > 3 else len(buffer)
-    if size > LINE_LIMIT and buffer.find(b"\r\n", 0, LINE_LIMIT + 2) < 0:
+    if end < 4:
+        end = 0
+        if BARE_LF.search(buffer, max(0, searched - 1)):
+            raise malformed("a line of the head ends without CR")
+    if (end or len(buffer)) > LINE_LIMIT:
+        check_size(buffer, end or len(buffer))
+    return end
+
+
+def find_answer_head(buffer: bytearray, searched: int) -> int:
+    """Where an answer's head ends, as find_request_head() does; its lines may end with
+    LF."""
+    start = max(0, searched - 2)
+    end = buffer.find(b"\n\r\n", start) + 3
+    lf = buffer.find(b"\n\n", start, end - 1 if end > 2 else len(buffer))
+    if lf >= 0:
+        end = lf + 2
+    elif end < 3:
+        end = 0
+    if (end or len(buffer)) > LINE_LIMIT:
+        check_size(buffer, end or len(buffer))
+    return end
+
+
+def check_size(buffer: bytearray, size: int) -> None:
+    """Refuse a head of `size` bytes so far that is too long."""
+    if buffer.find(b"\n", 0, LINE_LIMIT + 2) < 0:
         raise HTTPError(414, "too-long", "a line of more than %d bytes" % LINE_LIMIT)
     if size >= HEAD_LIMIT:
         raise HTTPError(431, "too-long", "a head of more than %d bytes" % HEAD_LIMIT)
-    if end > 3:
-        return end
-    if BARE_LF.search(buffer, max(0, searched - 1)):
-        raise malformed("a line of the head ends without CR")
-    return 0
 
 
 # -----------------------------------------------------------------------------------
@@ -2351,22 +2796,897 @@ class Names:
         return "%s://%s.%s.%s%s/" % (scheme, service, id, name, suffix)
 
 
-class Router:
-    """Decides where a request goes, and whether it may. Subclass it and hand it to
-    Server(router=...). Hooks are asked for every request, inside the loop: they must
-    not block. One that raises costs its request a 500, and nothing else."""
+# -----------------------------------------------------------------------------------
+# Registry: whose an id is, and what is published under it. A Pool is the links of one
+# id: one, until there are fleets. A Service is one entry of its list, made once, when
+# the list comes. A Tunnel is one client's link: it logs in, publishes, and goes.
+# -----------------------------------------------------------------------------------
+LOGIN_TIME = 3.0  # seconds from our 101 to a whole LOGIN
+SERVICES_LIMIT = 2000  # of a client: to make the URLs of more takes too long
+LISTS_TIME = 0.2  # seconds between two lists of services that are looked at
+TAKEOVER = 3.0  # seconds for the owner of an id to show that it lives, when it is asked
 
-    names: Names  # how the server reads hosts; the server sets it
 
-    def route(self, request: Request) -> Any:
-        """(id, service), (id, None) for the id's index page, (None, None) or None for a
-        404. By default the host decides."""
-        return self.names.find(request.name)
+class Service:
+    """What a client publishes under one name. The object stays the same as long as the
+    client's list says the same of it: a stream is used again for no other."""
 
-    def authorize(self, request: Request) -> Any:
-        """None lets the request pass; (status, fields) answers it, for example
-        (401, {"WWW-Authenticate": 'Basic realm="tunnel"'})."""
-        return None
+    __slots__ = ("pool", "name", "target")
+
+    def __init__(self, pool: "Pool", name: str, target: str) -> None:
+        self.pool, self.name, self.target = pool, name, target
+
+    def __str__(self) -> str:
+        return "%s %s" % (self.pool.id, self.name)
+
+    def begin(self, http: "HTTPConnection", request: Request) -> None:
+        """As a destination: the request goes to the service."""
+        Exchange(http, request, self).ask()
+
+    def open(self, owner: Any, request: Request) -> Stream:
+        """A new stream. Raises HTTPError when there can be none."""
+        message = {"service": self.name, "visitor": request.address}
+        message["scheme"] = request.scheme
+        return self.pool.pick().open(owner, message)
+
+
+class Pool:
+    """The link of an id, and its services by name."""
+
+    __slots__ = ("id", "tunnel", "services")
+
+    def __init__(self, id: str, tunnel: "Tunnel") -> None:
+        self.id, self.tunnel = id, tunnel
+        self.services: Dict[str, Service] = {}
+
+    def pick(self) -> Link:
+        """The link for a new stream. Raises HTTPError when it can take none."""
+        link = self.tunnel.link
+        if link.draining or link.closed:
+            raise HTTPError(503, "leaving", "the client of %s is leaving" % self.id)
+        if len(link.streams) >= MAX_STREAMS or link.unread > UNREAD_LIMIT:
+            raise HTTPError(503, "overload", "%s has too many requests" % self.id)
+        return link
+
+    def replace(self, targets: Dict[str, str]) -> None:
+        """The client's new list, name -> target."""
+        old, self.services = self.services, {}
+        for name, target in targets.items():
+            service = old.get(name)
+            if service is None or service.target != target:
+                service = Service(self, name, target)
+            self.services[name] = service
+
+
+class Registry:
+    """The ids and their pools. `tokens` is the watched file of --tokens, or None."""
+
+    def __init__(self, loop: Loop, names: Names, tokens: Optional[Watched]) -> None:
+        self.loop, self.names, self.tokens = loop, names, tokens
+        self.pools: Dict[str, Pool] = {}
+        self.unauthenticated = Unauthenticated()
+        self.note_ids()
+
+    def note_ids(self) -> None:
+        """Names are read by the ids that are known. With tokens these are known also
+        while their clients are not connected."""
+        self.names.ids.clear()
+        self.names.ids.update(self.pools, self.tokens.value if self.tokens else ())
+
+    def service(self, id: str, name: str) -> Optional[Service]:
+        pool = self.pools.get(id)
+        return pool.services.get(name) if pool else None
+
+    def claim(self, tunnel: "Tunnel") -> bool:
+        """An id belongs to the session that has it until its link goes, or until another
+        one proves that it knows the token. False: the id is taken, but its owner has
+        to show that it lives."""
+        pool = self.pools.get(tunnel.id)
+        if pool and pool.tunnel.session == tunnel.session:
+            pool.tunnel.link.close("the same client dialled again")
+        elif pool and tunnel.token:
+            cause = "another client logged in as %s" % tunnel.id
+            pool.tunnel.evict("replaced", cause)
+        elif pool:
+            pool.tunnel.demand_life()
+            return False
+        self.unauthenticated.discard(tunnel.link.connection)
+        self.pools[tunnel.id] = Pool(tunnel.id, tunnel)
+        self.names.ids.add(tunnel.id)
+        return True
+
+    def release(self, tunnel: "Tunnel") -> None:
+        """The link has gone, or the id is another's now."""
+        pool = self.pools.get(tunnel.id)
+        if pool and pool.tunnel is tunnel:
+            del self.pools[tunnel.id]
+            if not (self.tokens and tunnel.id in self.tokens.value):
+                self.names.ids.discard(tunnel.id)
+
+    def publish(self, tunnel: "Tunnel", listed: Dict[str, Any]) -> Dict[str, str]:
+        """Take over a client's list of services; return name -> URL or error."""
+        pool = self.pools.get(tunnel.id)
+        if pool is None or pool.tunnel is not tunnel:
+            return {}
+        urls: Dict[str, str] = {}
+        targets: Dict[str, str] = {}
+        url = self.names.url(tunnel.id, "%s", tunnel.host)
+        for name, options in listed.items():
+            service = name.lower()
+            if len(urls) >= SERVICES_LIMIT:
+                urls[name] = "error: more than %d services" % SERVICES_LIMIT
+            elif LABEL.fullmatch(service):
+                target = options.get("target") if isinstance(options, dict) else ""
+                targets[service] = peer_text(target)
+                urls[name] = url.replace("%s", service)
+            else:
+                urls[name] = "error: a service's name is a DNS label without --"
+        pool.replace(targets)
+        return urls
+
+
+class Tunnel:
+    """One client's link, from our 101 on. `host` is the Host that the client dialled."""
+
+    def __init__(self, registry: Registry, connection: Connection, host: str) -> None:
+        self.registry, self.host = registry, host
+        self.id = self.session = ""
+        self.token = ""  # of our id, once it is proven
+        self.nonce = make_nonce()
+        self.peer = "client %s" % address_of(connection.sock)
+        self.link = Link(registry.loop, connection, self, "server")
+        self.timer = Timer(registry.loop, self.link, self.on_late)
+        self.timer.set(LOGIN_TIME)
+        self.asked_at = 0.0  # when it last had to show that it lives
+        self.life_timer = Timer(registry.loop, self.link, self.on_no_life)
+        self.listed: Optional[Dict[str, Any]] = None  # the newest, not yet looked at
+        self.list_timer = Timer(registry.loop, self.link, self.on_services)
+        self.link.send(Kind.CHALLENGE, {"version": VERSION, "nonce": self.nonce})
+
+    def __str__(self) -> str:
+        return self.id or self.peer
+
+    def on_late(self) -> None:
+        raise OSError("no login within %d s" % LOGIN_TIME)
+
+    def on_message(self, kind: int, message: Dict[str, Any]) -> None:
+        if kind == Kind.LOGIN:
+            self.on_login(message)
+        elif kind == Kind.SERVICES:
+            self.timer.clear()
+            self.listed = message
+            if self.list_timer.due is None:
+                self.on_services()
+        elif kind == Kind.GOODBYE:
+            log.info("%s says goodbye: %s", self, peer_text(message.get("reason")))
+            self.drop_kept()
+
+    # Login.
+
+    def on_login(self, message: Dict[str, Any]) -> None:
+        id, session = message.get("id"), message.get("session")
+        if not isinstance(id, str) or not LABEL.fullmatch(id.lower()):
+            self.refuse("refused", "an id is a DNS label")
+        elif id.lower() == "localhost":  # or tim.localhost would be its service tim
+            self.refuse("refused", "localhost is no id")
+        elif not isinstance(session, str) or not session:
+            raise ProtocolError("LOGIN without a session")
+        else:
+            self.id, self.session = id.lower(), session
+            self.authenticate(message)
+
+    def authenticate(self, message: Dict[str, Any]) -> None:
+        """Without --tokens anybody may ask for any id. With it the client has to prove
+        that it knows the id's token; whether the token was wrong or the id unknown, it
+        is told the same, after the same work."""
+        tokens = self.registry.tokens
+        if tokens is None:
+            self.claim({})
+            return
+        token = tokens.value.get(self.id)
+        nonces = self.nonce, str(message.get("nonce"))
+        proof = prove(token or self.nonce, "client", nonces, self.id)
+        if "proof" not in message:
+            self.refuse("refused", "this server wants a token")
+        elif not is_proof(message["proof"], proof) or token is None:
+            self.refuse("refused", "no such id, or a wrong token")
+        else:
+            self.token = token
+            self.claim({"proof": prove(token, "server", nonces, self.id)})
+
+    def claim(self, welcome: Dict[str, Any]) -> None:
+        if self.registry.claim(self):
+            self.timer.set(LOGIN_TIME)  # for its services
+            self.link.send(Kind.WELCOME, welcome)
+            log.info("%s logged in from %s", self.id, self.peer)
+        else:
+            self.refuse("taken", "the id %s is taken" % self.id)
+
+    def refuse(self, code: str, cause: str) -> None:
+        self.timer.clear()
+        wanted, self.id = self.id, ""  # which it never was
+        log.info("%s as %s refused: %s", self.peer, wanted or "nobody", cause)
+        self.link.goodbye(code, cause)
+
+    # The id is wanted by another client.
+
+    def demand_life(self) -> None:
+        """Any byte within TAKEOVER shows that the client is there."""
+        if self.life_timer.due is None:
+            self.asked_at = self.registry.loop.clock()
+            self.life_timer.set(TAKEOVER)
+            self.link.ping()
+
+    def on_no_life(self) -> None:
+        if self.link.heard <= self.asked_at:
+            raise OSError("no sign of life when its id was asked for")
+
+    def evict(self, code: str, cause: str) -> None:
+        """The id is no longer ours; what runs may end."""
+        self.registry.release(self)
+        log.info("%s at %s: %s", self.id, self.peer, cause)
+        self.link.goodbye(code, cause)
+        self.drop_kept()
+
+    # Services and streams.
+
+    def on_services(self) -> None:
+        """The whole list of the client's services; the answer is where they are. One
+        that comes too soon after another waits, and the newest counts."""
+        listed, self.listed = self.listed, None
+        if listed is None:
+            return
+        self.list_timer.set(LISTS_TIME)
+        urls = self.registry.publish(self, listed)
+        names = list(urls)
+        more = ", ... (%d)" % len(names) if len(names) > 20 else ""
+        log.info("%s serves %s%s", self, ", ".join(names[:20]) or "nothing", more)
+        if len(pack_json(urls)) > TEXT_LIMIT:
+            urls = {"*": "error: too many services to tell where each is"}
+        self.link.send(Kind.URLS, urls)
+
+    def drop_kept(self) -> None:
+        """Streams between two requests would hold up the end of the link."""
+        for stream in list(self.link.streams.values()):
+            if isinstance(stream.owner, Kept):
+                stream.reset("done")
+
+    def free_descriptors(self) -> None:
+        """The client has none left: streams of visitors who have left go first, then
+        some that are between two requests."""
+        streams = list(self.link.streams.values())
+        left = [s for s in streams if isinstance(s.owner, Exchange) and s.owner.is_left()]
+        kept = [s for s in streams if isinstance(s.owner, Kept)]
+        for stream in left or kept[:KEPT_TO_DROP]:
+            stream.owner.give_up()
+
+    def on_closed(self, cause: str) -> None:
+        for timer in (self.timer, self.life_timer, self.list_timer):
+            timer.clear()
+        counts = self.link.last_id, self.link.resets
+        log.info("%s: link closed: %s (%d streams, %d reset)", self, cause, *counts)
+        self.registry.release(self)
+
+
+# -----------------------------------------------------------------------------------
+# HTTPConnection: a connection from outside, between two requests. It reads a head, asks
+# its site where the request goes, and hands over: to an Exchange for a service, to a
+# Link on the clients' port. A page of our own it answers itself.
+# -----------------------------------------------------------------------------------
+FIRST_BYTE_TIME = 30.0  # seconds for the first byte of a visitor's connection
+HEAD_TIME = 10.0  # seconds from a head's first byte to its last, however it dribbles
+IDLE_TIME = 60.0  # seconds that a connection is kept after an answer
+KEPT_TIME = 1.0  # seconds a kept stream is good for a request that may not go twice
+KEPT_TO_DROP = 8  # kept streams that go when a client has no descriptors left
+RETRY_AFTER = "5"  # seconds: until then a client that can be back is back, mostly
+
+
+class Page(NamedTuple):
+    """An answer of our own. As a destination it is given at once."""
+
+    status: int
+    code: str  # for programs, in X-Tunnel-Error; "" where nothing is wrong
+    title: str
+    lines: List[str]
+    fields: Any = ()
+
+    def begin(self, http: "HTTPConnection", request: Request) -> "Page":
+        return self
+
+
+class HTTPConnection:
+    """Owns `connection` until a request is handed over, and again after the answer."""
+
+    def __init__(self, site: "Site", connection: Connection, address: str) -> None:
+        self.site, self.connection, self.address = site, connection, address
+        self.loop = connection.loop
+        self.visitors = site.visitors
+        self.unparsed = bytearray()  # read, and not yet understood
+        self.searched = 0  # bytes of it in which no head's end was found
+        self.request: Optional[Request] = None  # the one that is being answered
+        self.service: Optional[Service] = None  # that answers it
+        self.since = 0.0  # when its head was whole
+        self.recent = Recent()
+        self.kept: Optional[Kept] = None  # the stream of the last request
+        self.timer = Timer(self.loop, self, self.on_late)
+        self.timer.set(site.first_byte_time())
+        connection.owner = self
+        self.visitors.add(self)
+
+    def __str__(self) -> str:
+        return "%s %s" % (self.site.kind, self.address)
+
+    def interest(self) -> int:
+        return 0 if self.connection.backlog else READ
+
+    def on_readable(self) -> None:
+        view = self.loop.scratch[: HEAD_LIMIT - len(self.unparsed)]
+        count = self.connection.read_into(view)
+        if count:
+            self.unparsed += view[:count]
+        if count is not None:
+            self.next()
+
+    def on_writable(self) -> None:
+        self.next()
+
+    def on_late(self) -> None:
+        """Time is up for a head, for the next request, or for taking a page."""
+        if self.connection.waiting():
+            self.close(Ending.LINGER)  # it takes what is left, or is given up
+        elif self.unparsed:
+            raise HTTPError(408, "timeout", "no whole head within %d s" % HEAD_TIME)
+        else:
+            self.give_up()
+
+    def next(self) -> None:
+        """Begin the next request, if the last answer has gone and a head is here."""
+        if self.connection.owner is not self or self.connection.backlog:
+            return
+        if self.unparsed.startswith(b"\r\n"):
+            self.unparsed = bytearray(EMPTY_LINES.sub(b"", self.unparsed, 1))
+        end = find_request_head(self.unparsed, self.searched)
+        if end:
+            head = bytes(self.unparsed[:end])
+            del self.unparsed[:end]
+            self.searched, self.service, self.since = 0, None, self.loop.clock()
+            self.timer.clear()
+            scheme = self.site.scheme
+            self.request = Request(head, self.address, scheme, self.recent)
+            page = self.site.resolve(self.request).begin(self, self.request)
+            if page is not None:
+                self.respond(page)
+        elif self.connection.eof or self.connection.send_error:
+            self.give_up()
+        elif self.unparsed:
+            self.wait_for_head()
+
+    def wait_for_head(self) -> None:
+        """A part of a head is here. Its time is set once: dribbling does not prolong
+        it."""
+        due = self.timer.due
+        if due is None or due > self.loop.clock() + HEAD_TIME:
+            self.timer.set(HEAD_TIME)
+        if self.unparsed != b"\r":  # perhaps half of an empty line
+            self.searched = len(self.unparsed)
+
+    def respond(self, page: Page) -> None:
+        """Answer with a page of our own."""
+        request = self.request
+        html = request is not None and request.wants_html()
+        kind, body = make_page(page.title, page.lines, html)
+        keep = request is not None and request.keeps_alive() and request.body.done
+        keep = keep and not self.visitors.stopping
+        head = ["HTTP/1.1 %d %s" % (page.status, phrase(page.status, page.title))]
+        head += ["Content-Type: " + kind, "Content-Length: %d" % len(body)]
+        head += ["Cache-Control: no-store"]
+        head += ["X-Tunnel-Error: " + page.code] if page.code else []
+        head += ["%s: %s" % pair for pair in page.fields]
+        if not keep and not any(name == "Connection" for name, _ in page.fields):
+            head.append("Connection: close")
+        elif request and request.minor == 0:
+            head.append("Connection: keep-alive")
+        if request and request.method == "HEAD":
+            body = b""
+        text = "\r\n".join(head) + "\r\n\r\n"
+        self.connection.write(text.encode("latin-1", "replace") + body)
+        if self.visitors.observers:
+            self.visitors.observe(self, page.status, page.code, len(body), 0)
+        self.go_on(keep)
+
+    def fail(self, error: Exception) -> None:
+        """What goes wrong between two requests is answered, unless the visitor cannot
+        hear it."""
+        if isinstance(error, TLSError):
+            log.info("%s: %s", self, error)
+            if error.plain:
+                self.connection.stop_tls()
+                error = HTTPError(400, "tls", "this port speaks TLS: https, or --tls")
+        if isinstance(error, OSError):
+            self.give_up()
+        else:
+            self.respond(self.site.page(error, self.request))
+
+    def go_on(self, keep: bool) -> None:
+        """An answer has been given: to the next request, or to the end. The next one
+        always begins on a fresh stack."""
+        self.connection.owner = self
+        self.loop.dirty.add(self.connection)
+        if not keep or self.visitors.stopping:
+            plain = self.may_close_without_linger()
+            self.close(Ending.CLOSE if plain else Ending.LINGER)
+            return
+        self.request = None
+        self.visitors.note_idle(self)
+        self.timer.set(IDLE_TIME)
+        if self.unparsed or self.connection.eof:
+            self.loop.soon(self, self.next)
+
+    def may_close_without_linger(self) -> bool:
+        """A plain close with bytes unread is a reset, which can overtake the answer. A
+        visitor that said `close`, sent no body and of which nothing is unread sends no
+        more: closing plainly is cheaper, and loses nothing. (Behind a body some send
+        the end of a line; with TLS the visitor has a last word, too.)"""
+        request = self.request
+        if request is None or "close" not in request.connection or self.unparsed:
+            return False
+        if self.connection.transport.more_to_say or not request.body.unread:
+            return False
+        return request.body.done and not self.connection.has_unread()
+
+    def give_up(self) -> None:
+        """Nothing is left to say."""
+        self.close(Ending.CLOSE)
+
+    def close(self, ending: Ending) -> None:
+        """Let go of everything; the connection ends by itself."""
+        self.detach()
+        self.connection.close_when_drained(ending)
+
+    def detach(self) -> None:
+        """The connection is somebody else's from here on, or its own."""
+        self.timer.clear()
+        self.visitors.discard(self)
+        if self.kept:
+            self.kept.give_up()
+
+
+# -----------------------------------------------------------------------------------
+# Exchange: one request to a service, and its answer. It owns the visitor's connection
+# and the stream. What comes from the service stands in an inbox; advance() acts on it
+# in order, and conclude() alone decides how the exchange ends:
+#
+#      the answer is whole, and the visitor has taken it    the stream is Kept
+#      the service ended it too early, or was not there     once more, or a 502
+#      the same, after the head of the answer has gone      the visitor is cut
+#      the visitor has left                                 the stream is reset
+#
+# After a 101 a Pipe owns both. A kept stream saves the client a dial for the visitor's
+# next request, and so more than half of what a small request costs.
+# -----------------------------------------------------------------------------------
+LEFT_TIME = 4.0  # seconds after a visitor's FIN in which nothing is written to it
+LEFT_LOOK = 0.5  # seconds between looks at a visitor of which the selector tells nothing
+RESETS = {  # what a client's RESET means to the visitor
+    "no-service": 404,
+    "timeout": 504,
+    "busy": 503,
+    "overload": 503,
+    "gone": 503,
+    "stopping": 503,
+}
+
+
+class Kept:
+    """Owns a stream between two requests. Whatever comes on it is unasked."""
+
+    __slots__ = ("stream", "service", "since")
+
+    def __init__(self, stream: Stream, service: Service, since: float) -> None:
+        self.stream, self.service, self.since = stream, service, since
+        stream.owner = self
+
+    def serves(self, service: Service, request: Request) -> bool:
+        """A stream may have died unseen. After KEPT_TIME it is for requests only that
+        may go twice."""
+        stream = self.stream
+        if self.service is not service or not stream.open or stream.link.draining:
+            return False
+        return can_retry(request) or stream.link.loop.clock() - self.since < KEPT_TIME
+
+    def give_up(self) -> None:
+        self.stream.reset("done")
+
+    def pull(self, view: memoryview) -> None:
+        pass
+
+    def receive(self, data: memoryview) -> None:
+        self.give_up()
+
+    def on_end(self) -> None:
+        self.give_up()
+
+    def on_reset(self, code: str, cause: str) -> None:
+        pass
+
+    def fail(self, error: Exception) -> None:
+        self.give_up()
+
+
+def can_retry(request: Request) -> bool:
+    """Whether a request may go to the service twice (RFC 9110 9.2.2)."""
+    return request.is_safe() and request.body.done
+
+
+class Exchange:
+    """One request, from its head to the last byte of the answer."""
+
+    __slots__ = (
+        "http request service connection loop stream head inbox searched answer body "
+        "keep reused retried interim failure code sent received quiet_since timer"
+    ).split()
+
+    def __init__(self, http: HTTPConnection, request: Request, service: Service) -> None:
+        self.http, self.request, self.service = http, request, service
+        self.connection, self.loop = http.connection, http.loop
+        self.head = request.to_service()  # what of it is still to be pulled
+        self.inbox = bytearray()  # of the answer: what is not understood yet
+        self.searched = 0  # bytes of it in which no head's end was found
+        self.answer: Optional[Answer] = None  # its head, once the visitor gets it
+        self.body: Any = None  # of the answer
+        self.keep = False  # the visitor's connection, after this
+        self.reused = False  # the stream carried an earlier request
+        self.retried = False  # it is being asked for the second time
+        self.interim = 0  # 1xx answers so far
+        self.failure: Optional[Exception] = None  # why it cannot go on
+        self.code = ""  # the same as a word, if the client said it
+        self.sent = self.received = 0  # bytes of the bodies, to and from the visitor
+        self.quiet_since = 0.0  # since when it was not written to; 0: it just was
+        self.timer: Optional[Timer] = None  # looks at a visitor who may have left
+
+    def __str__(self) -> str:
+        return str(self.service)
+
+    # Asking.
+
+    def ask(self) -> None:
+        """Take the stream kept from the last request, or a new one; from here on both
+        ends are ours. Raises HTTPError when there is no stream to be had."""
+        http, kept = self.http, self.http.kept
+        http.kept = None
+        if kept and kept.serves(self.service, self.request):
+            self.stream, self.reused = kept.stream, True
+            self.stream.owner = self
+        else:
+            if kept:
+                kept.give_up()
+            self.stream = self.service.open(self, self.request)
+        self.connection.owner = self
+        http.visitors.note_busy(http)
+        self.loop.dirty.add(self.connection)
+        http.service = self.service
+        self.stream.wake()
+
+    def retry(self) -> bool:
+        """Ask once more: a kept stream died before it answered, or the client had not
+        even dialled. False when that may not be, or cannot."""
+        stale = self.reused and can_retry(self.request)
+        unseen = self.code in ("gone", "busy") and self.request.body.unread
+        pool = self.service.pool
+        if self.code == "busy":
+            pool.tunnel.free_descriptors()
+        if self.retried or self.interim or self.inbox or not (stale or unseen):
+            return False
+        service = self.http.site.service(pool.id, self.service.name)
+        if service is None:
+            return False
+        self.service, self.retried = service, True
+        self.stream = service.open(self, self.request)
+        self.head, self.failure, self.code = self.request.to_service(), None, ""
+        self.stream.wake()
+        return True
+
+    def is_uploading(self) -> bool:
+        """Whether what the visitor sends belongs to the stream."""
+        return not self.request.body.done and self.stream.open
+
+    def pull(self, view: memoryview) -> Optional[int]:
+        """The stream's turn: the head, then the body."""
+        if self.head:
+            size = min(len(view), len(self.head))
+            view[:size] = self.head[:size]
+            self.head = self.head[size:]
+            if not self.request.body.done:
+                self.stream.wake()
+            return size
+        return None if self.request.body.done else self.pull_body(view)
+
+    def pull_body(self, view: memoryview) -> Optional[int]:
+        """The body, as far as its framing goes: first what was read already, then what
+        the socket has, as one piece, for a chunk line may begin in the one and end in
+        the other. What is not understood yet goes back."""
+        body, unparsed = self.request.body, self.http.unparsed
+        view = view[: body.read_limit]
+        had = min(len(unparsed), len(view))
+        view[:had] = unparsed[:had]
+        count = self.connection.read_into(view[had:])
+        total = had + (count or 0)
+        good = self.feed(body, view[:total])
+        unparsed[:had] = view[good:total]
+        if count == 0 and not good:
+            raise OSError("the visitor left in the middle of the request")
+        if good and not body.done and (unparsed or total == len(view) or count == 0):
+            self.wake_again()
+        self.received += good
+        return good or None
+
+    def wake_again(self) -> None:
+        """More of the body is here already, so no socket will announce it."""
+        if self.loop.tired():
+            self.loop.soon(self.stream, self.stream.wake)
+        else:
+            self.stream.wake()
+
+    def feed(self, body: Any, data: memoryview) -> int:
+        """How many bytes of a request's body are understood, as far as there is time."""
+        good: int = body.feed(data)
+        while good < len(data) and not (body.done or self.loop.tired()):
+            more = body.feed(data[good:])
+            if not more:
+                break
+            good += more
+        return good
+
+    # The visitor's connection.
+
+    def interest(self) -> int:
+        """The body is read when its stream's turn comes; anything else is read ahead,
+        so that a reset is seen."""
+        if self.is_uploading() and self.stream.queued:
+            return 0
+        if self.is_uploading() and self.stream.wants_read():
+            return READ
+        return READ if len(self.http.unparsed) < HEAD_LIMIT else 0
+
+    def on_readable(self) -> None:
+        if self.is_uploading() and self.stream.wants_read():
+            self.stream.wake()
+            return
+        unparsed = self.http.unparsed
+        view = self.loop.scratch[: HEAD_LIMIT - len(unparsed)]
+        count = self.connection.read_into(view)
+        if count:
+            unparsed += view[:count]
+        if count == 0 or len(unparsed) == HEAD_LIMIT:
+            self.watch()  # from here on the selector tells nothing of the visitor
+        if count == 0:
+            self.http.visitors.note_idle(self.http)  # it may go where room is short
+
+    def on_writable(self) -> None:
+        self.conclude()
+
+    def watch(self) -> None:
+        """Look at the visitor from time to time."""
+        if self.timer is None:
+            self.timer = Timer(self.loop, self, self.look)
+            self.quiet_since = self.loop.clock()
+            self.timer.set(LEFT_LOOK)
+
+    def look(self) -> None:
+        """A FIN may be a half-close, but mostly the visitor has left: if it has, what is
+        written to it brings a reset; if nothing is, time tells."""
+        now, connection = self.loop.clock(), self.connection
+        if connection.waiting() or not self.quiet_since:
+            self.quiet_since = now
+        stalled = not self.stream.open and now - connection.progress_at > STALLED
+        if connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.give_up()
+        elif connection.waiting() and stalled:
+            self.code = "overload"  # of what waits for it, too much for too long
+            self.truncate()
+        elif connection.eof and now - self.quiet_since >= LEFT_TIME:
+            self.give_up()
+        elif self.timer:
+            self.timer.set(LEFT_LOOK)
+
+    def is_left(self) -> bool:
+        """Whether the visitor sends no more, and nothing waits for it."""
+        return self.connection.eof and not self.connection.waiting()
+
+    # Answering.
+
+    def receive(self, data: memoryview) -> None:
+        """Bytes from the service."""
+        if self.answer and not self.inbox:
+            data = data[self.pass_on(b"", data) :]  # no copy where none is needed
+        self.inbox += data
+        self.advance()
+
+    def on_end(self) -> None:
+        self.advance()
+
+    def on_reset(self, code: str, cause: str) -> None:
+        self.code = re.sub("[^a-z-]", "", code)[:32] or "error"
+        cause = "%s: %s" % (self.said(), cause or self.code)
+        self.failure = HTTPError(RESETS.get(code, 502), self.code, cause)
+        self.advance()
+
+    def fail(self, error: Exception) -> None:
+        """Something raised while the stream or the visitor was served."""
+        self.failure = error
+        self.conclude()
+
+    def said(self) -> str:
+        return "service %s of %s" % (self.service.name, self.service.pool.id)
+
+    def advance(self) -> None:
+        """Act on the inbox, in order: heads, then the body. When the turn has lasted
+        long enough, the rest is for the next one; until then nothing is concluded."""
+        if self.connection.owner is not self:
+            return  # it is over
+        try:
+            while self.inbox and not self.answer and self.read_head():
+                pass
+            if self.inbox and self.answer and not self.body.done:
+                count = self.pass_on(b"", memoryview(bytes(self.inbox)))
+                del self.inbox[:count]
+                if count and self.inbox and not self.body.done and self.loop.tired():
+                    self.loop.soon(self, self.advance)
+                    return
+        except HTTPError as error:
+            self.failure = HTTPError(502, "broken", "%s: %s" % (self.said(), error))
+        self.conclude()
+
+    def read_head(self) -> bool:
+        """A head: any number of 1xx, then the answer's (RFC 9110 15.2). False while it
+        is not whole, or when the rest is not for us."""
+        end = find_answer_head(self.inbox, self.searched)
+        if not end:
+            self.searched = len(self.inbox)
+            return False
+        answer = Answer(self.inbox[:end], self.request.method, self.http.recent)
+        del self.inbox[:end]
+        self.searched = 0
+        if answer.status >= 200:
+            self.begin_answer(answer)
+        elif answer.status == 101:
+            self.upgrade(answer)
+        else:
+            self.pass_interim(answer)
+        return answer.status != 101
+
+    def pass_interim(self, answer: Answer) -> None:
+        self.interim += 1
+        if self.interim > INTERIM_LIMIT:
+            raise malformed("more than %d interim answers" % INTERIM_LIMIT)
+        if self.request.minor:
+            self.connection.write(answer.to_visitor(""))
+            self.quiet_since = 0.0
+
+    def upgrade(self, answer: Answer) -> None:
+        """From here on bytes flow both ways, and a Pipe owns both ends."""
+        request, http = self.request, self.http
+        if not (request.upgrade and answer.upgrade and request.body.done):
+            raise malformed("it changed the protocol without being asked")
+        self.connection.write(answer.to_visitor("") + bytes(self.inbox))
+        self.end(101)
+        http.detach()
+        Pipe(self.stream, self.connection, str(self), "left", bytes(http.unparsed))
+
+    def begin_answer(self, answer: Answer) -> None:
+        """The head of the answer is whole. It goes out together with the beginning of
+        the body; until then a fault is a 502."""
+        request = self.request
+        self.body = body = answer.frame(request.minor == 0)
+        unwrapped = request.minor == 0 and isinstance(body, Chunked)
+        ends = unwrapped or body.until_close
+        keep = request.keeps_alive() and request.body.done and not ends
+        self.keep = keep and not self.http.visitors.stopping
+        connection = "" if self.keep else "close"
+        if self.keep and request.minor == 0:
+            connection = "keep-alive"
+        head = answer.to_visitor(connection, unwrapped)
+        count = self.pass_on(head, memoryview(bytes(self.inbox)))
+        del self.inbox[:count]
+        self.answer = answer
+
+    def pass_on(self, head: bytes, data: memoryview) -> int:
+        """Write `head`, and of the body in `data` what is understood, as far as there
+        is time; return how many bytes that was. What is well-formed goes on as it is."""
+        body, at, start = self.body, 0, 0
+        parts: List[Any] = [head]
+        while at < len(data) and not body.done:
+            count = body.feed(data[at:])
+            if body.said is not None:
+                parts += (data[start:at], body.said)
+                start = at + count
+            at += count
+            if not count or self.loop.tired():
+                break
+        content: Any = data[start:at]
+        if head or len(parts) > 1:
+            content = b"".join(parts + [content])
+        if content:
+            self.connection.write(content)
+        self.sent += len(content) - len(head)
+        self.quiet_since = 0.0
+        return at
+
+    # How it ends.
+
+    def conclude(self) -> None:
+        """Is it over, and how? The only place that decides."""
+        connection, stream, body = self.connection, self.stream, self.body
+        if connection.owner is not self:
+            return  # it was over before
+        if self.answer and body.until_close and stream.ended_in:
+            body.done = True
+        if connection.send_error:
+            self.give_up()
+        elif self.answer and body.done and self.code != "overload":
+            if connection.waiting():
+                stream.acknowledge(len(self.inbox) + connection.waiting())
+                self.watch()  # it may never take the rest
+            else:
+                self.finish()
+        elif self.failure is None and not stream.ended_in:
+            stream.acknowledge(len(self.inbox) + connection.waiting())
+        elif self.answer:
+            self.truncate()
+        else:
+            self.refuse()
+
+    def finish(self) -> None:
+        """The visitor has the whole answer. The stream is kept if everything was as it
+        should be; bytes beyond the answer's framing belong to nobody."""
+        answer, stream, http = self.answer, self.stream, self.http
+        stream.acknowledge(0)
+        usable = self.keep and stream.open and not (stream.ended_in or self.head)
+        usable = usable and not (self.inbox or stream.link.draining)
+        if usable and self.request.minor and answer and answer.keeps_alive():
+            http.kept = Kept(stream, self.service, self.loop.clock())
+        else:
+            stream.reset("done")
+        self.end(answer.status if answer else 0)
+        http.go_on(self.keep and not self.inbox)
+
+    def truncate(self) -> None:
+        """What the visitor has got is all there is, and it must not look whole. What
+        waits for it still goes out, unless just that is too much."""
+        log.info("%s: cut: %s", self, self.failure or "the service closed too early")
+        self.stream.reset("left")
+        self.end(self.answer.status if self.answer else 0, self.code or "cut")
+        self.http.close(Ending.ABORT)
+        if self.code == "overload":
+            self.connection.abort()
+
+    def refuse(self) -> None:
+        """Nothing has gone to the visitor: ask once more, or say why."""
+        if self.failure is None:
+            self.code = "reset"
+            cause = "%s: the service closed the connection too early" % self.said()
+            self.failure = HTTPError(502, "reset", cause)
+        if self.code and self.retry():
+            return
+        self.stream.reset("done" if self.stream.ended_in else "left")
+        failure = self.failure
+        self.end()
+        self.http.fail(failure)
+
+    def give_up(self) -> None:
+        """The visitor has left, or may go: nothing is left to say."""
+        self.stream.reset("left")
+        self.end(self.answer.status if self.answer else 0, "left")
+        self.http.detach()
+        self.connection.close()
+
+    def end(self, status: int = 0, code: str = "") -> None:
+        """The visitor's connection goes back. Without a status a page says the rest."""
+        self.connection.owner = self.http
+        if self.timer:
+            self.timer.clear()
+        visitors = self.http.visitors
+        if visitors.observers and status:
+            visitors.observe(self.http, status, code, self.sent, self.received)
 
 
 # -----------------------------------------------------------------------------------
@@ -2427,410 +3747,163 @@ def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
 
 
 # -----------------------------------------------------------------------------------
-# Tunnel: the link of one client, from our 101 on: login, its services, its streams.
+# Server: what each port serves, and how it all stops. A Site says where a request goes
+# that came to a port: resolve() gives a destination, whose begin() takes the request
+# over, or returns a page of our own.
 # -----------------------------------------------------------------------------------
-LOGIN_TIME = 3.0  # seconds from our 101 to a whole LOGIN
-SERVICES_LIMIT = 2000  # of a client: to make the URLs of more takes too long
-LISTS_TIME = 0.2  # seconds between two lists of services that are looked at
-STRANGERS = 128  # links on which nobody has logged in yet; one more, and one must go
-TAKEOVER = 3.0  # seconds for the owner of an id to show that he lives, when it is asked
-TAKEOVER_LOOK = 0.05  # seconds between looks at whether he has
+DRAIN = 4.0  # seconds for running requests after SIGTERM
+LAST_WORDS = 0.8  # seconds after that for what was said last: DRAIN + this is under 5
+DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
 
 
-def parse_tokens(data: bytes) -> Dict[str, str]:
-    """The file of --tokens, {"tim": "secret"}. Raises ValueError, naming the id that is
-    wrong, and no token."""
-    tokens: Dict[str, str] = {}
-    for id, token in parse_object(data):
-        try:
-            if not LABEL.fullmatch(id.lower()):
-                raise ValueError("an id has letters, digits, `-` and `_`, and no `--`")
-            if id.lower() in tokens:
-                raise ValueError("the id stands there twice")
-            tokens[id.lower()] = check_token(token)
-        except ValueError as error:
-            raise ValueError("id %r: %s" % (id, error)) from None
-    return tokens
+class Router:
+    """Decides where a request goes, and whether it may. Subclass it and hand it to
+    Server(router=...) or main(router=...). Hooks are asked for every request, inside
+    the loop: they must not block. One that raises costs its request a 500, and nothing
+    else."""
+
+    names: Names  # how the server reads hosts; the server sets it
+
+    def route(self, request: Request) -> Any:
+        """(id, service), (id, None) for the id's index page, (None, None) or None for a
+        404. By default the host decides."""
+        return self.names.find(request.name)
+
+    def authorize(self, request: Request) -> Any:
+        """None lets the request pass; (status, fields) answers it, for example
+        (401, {"WWW-Authenticate": 'Basic realm="tunnel"'})."""
+        return None
 
 
-class Tunnel:
-    """One client's link at the server."""
+class Outcome(NamedTuple):
+    """How one exchange ended, for observers: a log, numbers."""
 
-    def __init__(self, server: "Server", connection: Connection, host: str) -> None:
-        self.server, self.dialled = server, host
-        self.id = self.session = ""
-        self.token = ""  # of our id, once it is proven
-        self.nonce = make_nonce()
-        self.welcoming: Dict[str, str] = {}  # what WELCOME says
-        self.services: Dict[str, str] = {}  # name -> target, to know when it changes
-        self.peer = "client %s" % address_of(connection.sock)
-        self.asked = 0.0  # when the owner of our id was asked whether he lives
-        self.challenger: Optional[Tunnel] = None  # waits for whether we live
-        self.link = Link(server.loop, connection, self, "server")
-        self.timer = Timer(server.loop, self.link, self.on_late)
-        self.timer.set(LOGIN_TIME)
-        self.contest_timer = Timer(server.loop, self.link, self.contest)
-        self.listed: Optional[Dict[str, Any]] = None  # the newest, not yet looked at
-        self.list_timer = Timer(server.loop, self.link, self.on_services)
-        self.link.send(Kind.CHALLENGE, {"version": VERSION, "nonce": self.nonce})
-
-    def __str__(self) -> str:
-        return self.id or self.peer
-
-    def on_late(self) -> None:
-        raise OSError("no login within %d s" % LOGIN_TIME)
-
-    def on_message(self, kind: int, message: Dict[str, Any]) -> None:
-        if kind == Kind.LOGIN:
-            self.on_login(message)
-        elif kind == Kind.SERVICES:
-            self.timer.clear()
-            self.listed = message
-            if self.list_timer.due is None:
-                self.on_services()
-        elif kind == Kind.GOODBYE:
-            log.info("%s says goodbye: %s", self, peer_text(message.get("reason")))
-            self.drop_kept()
-
-    def drop_kept(self, most: int = MAX_STREAMS) -> None:
-        """They would hold up the end, or cost the client descriptors."""
-        kept = (s for s in self.link.streams.values() if isinstance(s.owner, Kept))
-        for stream in list(itertools.islice(kept, most)):
-            stream.owner.drop()
-
-    def on_login(self, message: Dict[str, Any]) -> None:
-        self.timer.clear()
-        id, session = message.get("id"), message.get("session")
-        if not isinstance(id, str) or not LABEL.fullmatch(id.lower()):
-            self.refuse("refused", "an id is a DNS label")
-        elif id.lower() == "localhost":  # or tim.localhost would be its service tim
-            self.refuse("refused", "localhost is no id")
-        elif not isinstance(session, str) or not session:
-            raise ProtocolError("LOGIN without a session")
-        else:
-            self.id, self.session = id.lower(), session
-            if self.proves(message):
-                self.claim()
-
-    def proves(self, message: Dict[str, Any]) -> bool:
-        """Whether the client knows the token of its id, or needs none; else it is told
-        the same, after the same work, whether the token was wrong or the id unknown."""
-        tokens = self.server.tokens
-        if tokens is None:
-            return True
-        token = tokens.value.get(self.id)
-        nonces = self.nonce, str(message.get("nonce"))
-        proof = prove(token or self.nonce, "client", nonces, self.id)
-        if "proof" not in message:
-            self.refuse("refused", "this server wants a token")
-        elif not is_proof(message["proof"], proof) or token is None:
-            self.refuse("refused", "no such id, or a wrong token")
-        else:
-            self.token = token
-            self.welcoming["proof"] = prove(token, "server", nonces, self.id)
-            return True
-        return False
-
-    def claim(self) -> None:
-        """An id belongs to the session that has it, as long as that lives, or until
-        another one proves that it knows the token."""
-        owner = self.server.tunnels.get(self.id)
-        if owner and owner.session == self.session:
-            owner.link.close("the same client dialled again")
-            owner = None
-        elif owner and self.token:
-            owner.depose("replaced", "another client logged in as %s" % self.id)
-            owner = None
-        if owner is None:
-            self.welcome()
-        elif owner.challenger and not owner.challenger.link.closed:
-            self.refuse("taken", "the id %s is taken" % self.id)
-        else:
-            owner.challenger = self
-            owner.link.ping()
-            self.asked = self.server.loop.clock()
-            self.contest()
-
-    def contest(self) -> None:
-        """Does the owner of our id live? Any byte since we asked shows it."""
-        owner, now = self.server.tunnels.get(self.id), self.server.loop.clock()
-        if owner and owner.link.heard > self.asked:
-            owner.challenger = None
-            self.refuse("taken", "the id %s is taken" % self.id)
-        elif owner and now < self.asked + TAKEOVER:
-            self.contest_timer.set(TAKEOVER_LOOK)
-        else:
-            if owner:
-                owner.link.close("no sign of life when its id was asked for")
-            self.welcome()
-
-    def welcome(self) -> None:
-        self.server.strangers.pop(self.link.connection, None)
-        self.server.tunnels[self.id] = self
-        self.timer.set(LOGIN_TIME)  # for its services
-        self.link.send(Kind.WELCOME, self.welcoming)
-        log.info("%s logged in from %s", self.id, self.peer)
-
-    def depose(self, code: str, cause: str) -> None:
-        """The id is no longer ours; what runs may end."""
-        if self.server.tunnels.get(self.id) is self:
-            del self.server.tunnels[self.id]
-        log.info("%s at %s: %s", self.id, self.peer, cause)
-        self.link.goodbye(code, cause)
-        self.drop_kept()
-
-    def refuse(self, code: str, cause: str) -> None:
-        wanted, self.id = self.id, ""  # which it never was
-        log.info("%s as %s refused: %s", self.peer, wanted or "nobody", cause)
-        self.link.goodbye(code, cause)
-
-    def on_services(self) -> None:
-        """The whole list of the client's services; the answer is where they are. One
-        that comes too soon after another waits, and the newest counts."""
-        loop, listed = self.server.loop, self.listed
-        if listed is None:
-            return
-        if loop.tired():
-            self.list_timer.set(0)
-            return
-        self.list_timer.set(LISTS_TIME)
-        self.listed, self.services = None, {}
-        urls: Dict[str, str] = {}
-        url = self.server.names.url(self.id, "%s", self.dialled)
-        for name, options in listed.items():
-            service = name.lower()
-            if len(urls) >= SERVICES_LIMIT:
-                urls[name] = "error: more than %d services" % SERVICES_LIMIT
-            elif LABEL.fullmatch(service):
-                target = options.get("target") if isinstance(options, dict) else ""
-                self.services[service] = peer_text(target)
-                urls[name] = url.replace("%s", service)
-            else:
-                urls[name] = "error: a service's name is a DNS label without --"
-        first = ", ".join(itertools.islice(self.services, 20)) or "nothing"
-        more = ", ... (%d)" % len(self.services) if len(self.services) > 20 else ""
-        log.info("%s serves %s%s", self.id, first, more)
-        if len(pack_json(urls)) > TEXT_LIMIT:
-            urls = {"*": "error: too many services to tell where each is"}
-        self.link.send(Kind.URLS, urls)
-
-    def open(self, exchange: "Exchange") -> Stream:
-        """A new stream for a request. Raises HTTPError when there can be none."""
-        link = self.link
-        if link.draining or link.closed:
-            raise HTTPError(503, "leaving", "the client of %s is leaving" % self.id)
-        if len(link.streams) >= MAX_STREAMS or link.unread > UNREAD_LIMIT:
-            raise HTTPError(503, "overload", "%s has too many requests" % self.id)
-        request = exchange.request
-        message = {"service": exchange.service, "visitor": request.address}
-        message["scheme"] = request.scheme
-        return link.open(exchange, message)
-
-    def on_closed(self, cause: str) -> None:
-        for timer in (self.timer, self.contest_timer, self.list_timer):
-            timer.clear()
-        counts = self.link.last_id, self.link.resets
-        log.info("%s: link closed: %s (%d streams, %d reset)", self, cause, *counts)
-        if self.server.tunnels.get(self.id) is self:
-            del self.server.tunnels[self.id]
+    visitor: str  # its address
+    id: str  # "" where no service was reached
+    service: str
+    method: str  # "" where there was no request
+    target: str
+    status: int
+    code: str  # what went wrong, as a word; "" for nothing
+    sent: int  # bytes of the bodies, to the visitor and from it
+    received: int
+    seconds: float
 
 
-# -----------------------------------------------------------------------------------
-# Visitors: a Visitor is a connection from outside; its requests are answered one at a
-# time, each by an Exchange, which owns the stream. An Exchange is in one of these:
-#
-#      asking     the request goes out; nothing of the final answer has come
-#      answering  the head of the answer has gone to the visitor, its body is passing;
-#                 this lasts until his connection has taken the last byte of it
-#      upgraded   the service said 101: bytes flow both ways, each with its own end
-#
-# After a whole answer its stream is Kept for the visitor's next request to the service:
-# that saves the client a dial, and so more than half of what a small request costs.
-# -----------------------------------------------------------------------------------
-FIRST_BYTE_TIME = 30.0  # seconds for the first byte of a new connection
-HEAD_TIME = 10.0  # seconds from a head's first byte to its last, however it dribbles
-IDLE_TIME = 60.0  # seconds that a connection is kept after an answer
-PROBE_TIME = 5.0  # seconds between looks at whether a visitor we do not read is there
-RETRY_AFTER = "5"  # seconds: until then a client that can be back is back, mostly
-KEPT_TO_DROP = 8  # kept streams that go when the client has no descriptors left
-KEPT_TIME = 1.0  # seconds a kept stream is good for a request that may not go twice
-RESETS = {  # what a client's RESET means to the visitor
-    "no-service": 404,
-    "timeout": 504,
-    "busy": 503,
-    "overload": 503,
-    "gone": 503,
-    "stopping": 503,
-}
+def log_outcome(outcome: Outcome) -> None:
+    """The line that -v gives for each request."""
+    where = ("%s %s" % (outcome.id, outcome.service)).strip() or outcome.visitor
+    what = ("%s %s" % (outcome.method, outcome.target)).strip() or "-"
+    end = ("%d %s" % (outcome.status, outcome.code)).strip()
+    log.info("%s: %s %s", where, what, end)
 
 
-class Visitor:
-    """A connection from outside."""
+class Site:
+    """What a port serves, by HTTP. This one: the visitors' requests, by their Host."""
 
-    def __init__(self, port: "Listener", sock: socket.socket, address: str) -> None:
-        self.port, self.server, self.loop = port, port.server, port.server.loop
-        self.address = address
-        self.connection = Connection(self.loop, sock, self)
-        self.buffer = bytearray()  # read, and not yet understood
-        self.searched = 0  # bytes of the buffer in which no head's end was found
-        self.request: Optional[Request] = None
-        self.exchange: Optional[Exchange] = None
-        self.kept: Optional[Kept] = None  # the stream of the last request
-        self.closing = False
-        self.timer = Timer(self.loop, self, self.on_late)
-        self.timer.set(FIRST_BYTE_TIME if port.visitors else HEAD_TIME)
-        self.server.visitors.add(self)
-        self.server.idle[self] = None
+    kind = "visitor"
 
-    def __str__(self) -> str:
-        return "%s %s" % ("visitor" if self.port.visitors else "client", self.address)
+    def first_byte_time(self) -> float:
+        return FIRST_BYTE_TIME
+    def __init__(self, server: "Server", scheme: str) -> None:
+        self.server, self.scheme = server, scheme
+        self.registry, self.visitors = server.registry, server.visitors
+        self.service = server.registry.service
 
-    def interest(self) -> int:
-        if self.exchange:
-            return READ if self.exchange.wants_read() else 0
-        return 0 if self.closing or self.connection.backlog else READ
+    def resolve(self, request: Request) -> Any:
+        """Service, or a page. Raises HTTPError, or whatever a hook raises."""
+        router = self.server.router
+        route, denied = router.route(request), router.authorize(request)
+        if denied is not None:
+            raise self.denial(*denied)
+        id, name = route or (None, None)
+        pool = self.registry.pools.get(id or "")
+        service = pool.services.get(name or "") if pool else None
+        return service or self.page_for(request, id, name, pool)
 
-    def on_readable(self) -> None:
-        """A body is pulled by its stream; anything else is read ahead, up to a head."""
-        exchange = self.exchange
-        if exchange and exchange.uploading() and exchange.stream.wants_read():
-            exchange.stream.wake()
-            return
-        view = self.loop.scratch[: HEAD_LIMIT - len(self.buffer)]
-        count = self.connection.read_into(view)
-        if count:
-            self.buffer += view[:count]
-        if count == 0 and exchange:
-            self.server.idle[self] = None  # where descriptors are short he may go
-        if count is not None and not exchange:
-            self.next()
-        elif count == 0 and self.connection.lost:
-            self.leave()
+    def denial(self, status: Any, fields: Any) -> HTTPError:
+        """What authorize() wants to be said."""
+        pairs = [(str(name), str(value)) for name, value in dict(fields).items()]
+        if LINE_BREAK.search("".join(map("".join, pairs))):
+            raise ValueError("authorize() gave a field with a line break")
+        cause = "a password is needed" if status == 401 else "not allowed"
+        return HTTPError(int(status), "denied", cause, pairs)
 
-    def on_writable(self) -> None:
-        if self.exchange:
-            self.exchange.settle()
-        elif self.connection.lost:
-            self.leave()
-        else:
-            self.next()
-
-    def on_late(self) -> None:
-        """Time is up: for a head, for the next request, or for a look at him."""
-        connection = self.connection
-        if self.exchange:
-            # After his FIN, or with no room to read, the selector tells nothing.
-            gone = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            self.timer.set(PROBE_TIME)
-            if gone:
-                self.leave()
-            elif self.exchange.is_stalled():
-                self.forget()
-                connection.abort()
-        elif connection.backlog:
-            self.end()  # he takes what is left, or is given up
-        elif self.buffer:
-            cause = "no whole head within %d s" % HEAD_TIME
-            raise HTTPError(408, "timeout", cause)
-        else:
-            self.leave()
-
-    def next(self) -> None:
-        """Begin the next request, if the last answer has gone and a head is here."""
-        if self.exchange or self.closing or self.connection.backlog:
-            return
-        if self.buffer.startswith(b"\r\n"):
-            self.buffer = bytearray(EMPTY_LINES.sub(b"", self.buffer, 1))
-        end = find_head(self.buffer, self.searched)
-        if end:
-            head = self.buffer[:end]
-            del self.buffer[:end]
-            self.searched = 0
-            self.timer.clear()
-            self.request = Request(head, self.address, self.port.scheme)
-            self.serve(self.request)
-        elif self.connection.eof or self.connection.lost:
-            self.leave()
-        elif self.buffer:
-            due = self.timer.due
-            if due is None or due > self.loop.clock() + HEAD_TIME:
-                self.timer.set(HEAD_TIME)  # once: dribbling does not prolong it
-            if self.buffer != b"\r":  # perhaps half of an empty line
-                self.searched = len(self.buffer)
-
-    def serve(self, request: Request) -> None:
-        """A whole head is here: whose is it?"""
-        if self.port.clients and request.target.partition("?")[0] == LINK_PATH:
-            self.become_link(request)
-        elif not self.port.visitors:
-            raise HTTPError(404, "client-port", "clients dial this port, not visitors")
-        elif self.port.redirect:
-            self.redirect(request)
-        else:
-            router = self.server.router
-            route, denied = router.route(request), router.authorize(request)
-            if denied is not None:
-                status, fields = denied
-                pairs = [(str(name), str(v)) for name, v in dict(fields).items()]
-                if LINE_BREAK.search("".join(map("".join, pairs))):
-                    raise ValueError("authorize() gave a field with a line break")
-                cause = "a password is needed" if status == 401 else "not allowed"
-                raise HTTPError(int(status), "denied", cause, pairs)
-            self.visit(request, *(route or (None, None)))
-
-    def visit(
-        self, request: Request, id: Optional[str], service: Optional[str]
-    ) -> None:
-        """The Router has spoken: take the request where it belongs."""
-        tunnel = self.server.tunnels.get(id or "")
-        if tunnel and service in tunnel.services:
-            exchange = Exchange(self, request, tunnel, str(service))
-            exchange.start()
-            self.exchange = exchange
-            self.server.idle.pop(self, None)
-            self.timer.set(PROBE_TIME)
-        elif request.method not in ("GET", "HEAD") or request.target != "/":
-            self.not_found(tunnel, id, service)
-        elif tunnel and service is None:
-            self.show_index(request, tunnel)
-        elif id is None and self.server.names.is_base(request.name):
-            self.respond(200, "", "mdm-tunnel is here", self.server.how_to(request))
-        else:
-            self.not_found(tunnel, id, service)
-
-    def not_found(
-        self, tunnel: Optional[Tunnel], id: Optional[str], service: Optional[str]
-    ) -> None:
-        if tunnel and service:
-            raise HTTPError(404, "no-service", "%s has no service %s" % (id, service))
-        if tunnel:
+    def page_for(
+        self,
+        request: Request,
+        id: Optional[str],
+        name: Optional[str],
+        pool: Optional[Pool],
+    ) -> Page:
+        """The index of an id, the landing page, or a 404 that says what is missing."""
+        root = request.method in ("GET", "HEAD") and request.target == "/"
+        if pool and name is None and root:
+            return self.index(request, pool)
+        if id is None and root and self.registry.names.is_base(request.name):
+            return Page(200, "", "mdm-tunnel is here", self.how_to(request))
+        if pool and name:
+            raise HTTPError(404, "no-service", "%s has no service %s" % (id, name))
+        if pool:
             raise HTTPError(404, "no-page", "the index of %s is at /" % id)
-        if id and self.server.tokens and id in self.server.tokens.value:
+        if id and id in self.registry.names.ids:
             cause = "the client of %s is not connected now" % id
             raise HTTPError(503, "offline", cause, [("Retry-After", RETRY_AFTER)])
-        name = self.request.name if self.request else ""
-        cause = "nobody is connected as %s" % id if id else "no client serves " + name
-        raise HTTPError(404, "no-name", cause)
+        cause = "no client serves " + request.name
+        raise HTTPError(404, "no-name", "nobody is connected as %s" % id if id else cause)
 
-    def show_index(self, request: Request, tunnel: Tunnel) -> None:
-        link = self.server.names.link
-        host, scheme = request.host, request.scheme
-        names = sorted(tunnel.services)
-        lines = [link(name, host, scheme) for name in names[:INDEX_LIMIT]]
+    def index(self, request: Request, pool: Pool) -> Page:
+        link = self.registry.names.link
+        names = sorted(pool.services)
+        shown = names[:INDEX_LIMIT]
+        lines = [link(name, request.host, request.scheme) for name in shown]
         if len(names) > INDEX_LIMIT:
             lines.append("... and %d more." % (len(names) - INDEX_LIMIT))
-        self.respond(200, "", "Services of %s" % tunnel.id, lines or ["None yet."])
+        return Page(200, "", "Services of %s" % pool.id, lines or ["None yet."])
 
-    def redirect(self, request: Request) -> None:
-        """To the same place by TLS (RFC 9110 15.4.9)."""
-        port = self.server.names.port
+    def how_to(self, request: Request) -> List[str]:
+        """For the landing page and the 404s: how somebody gets a name here."""
+        line = "  python3 mdm_tunnel_client.py -v -h %s -p %d -i NAME web=9000"
+        base, port = self.registry.names.base(request.name), self.server.client_address
+        return [
+            "To publish what listens on port 9000 of your machine, run there:",
+            line % (base, port[1]),
+            "NAME is for you to choose; -v prints the address of the service web.",
+        ]
+
+    def page(self, error: Exception, request: Optional[Request]) -> Page:
+        """What an error says to the visitor."""
+        if not isinstance(error, HTTPError):
+            error = HTTPError(500, "error", "the server made a mistake; its log has it")
+        lines = [error.cause]
+        if error.status == 404 and request:
+            lines += self.how_to(request)
+        title = "%d %s" % (error.status, phrase(error.status, error.code))
+        return Page(error.status, error.code, title, lines, error.fields)
+
+
+class RedirectSite(Site):
+    """Sends visitors to the same place by TLS (RFC 9110 15.4.9)."""
+
+    def resolve(self, request: Request) -> Page:
+        port = self.registry.names.port
         host = request.name + (":%d" % port if port != 443 else "")
         path = request.target if request.target.startswith("/") else "/"
         where = "https://%s%s" % (host, path)
-        self.respond(308, "", "Only by https", [where], [("Location", where)])
+        return Page(308, "", "Only by https", [where], [("Location", where)])
 
-    def become_link(self, request: Request) -> None:
-        """RFC 9110 7.8: go over to our protocol."""
+
+class LinkSite(Site):
+    """The clients' port: one path, where a connection becomes a link."""
+
+    kind = "client"
+
+    def first_byte_time(self) -> float:
+        return HEAD_TIME
+
+    def resolve(self, request: Request) -> Any:
+        if request.target.partition("?")[0] != LINK_PATH:
+            raise HTTPError(404, "client-port", "clients dial this port, not visitors")
         asked = request.upgrade.lower()
         if asked != PROTOCOL:
             cause = "this port speaks %s" % PROTOCOL
@@ -2841,477 +3914,228 @@ class Visitor:
             raise HTTPError(426, "version", cause, fields)
         if not request.body.done:
             raise malformed("a body in a request for a link")
-        self.forget()
-        self.server.meet(self.connection)
+        return self
+
+    def begin(self, http: HTTPConnection, request: Request) -> None:
+        """RFC 9110 7.8: go over to our protocol. What follows the head is frames."""
+        connection = http.connection
+        http.detach()
+        self.registry.unauthenticated.admit(connection)
         lines = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s"
-        self.connection.write((lines % PROTOCOL + "\r\n\r\n").encode())
-        tunnel = Tunnel(self.server, self.connection, request.host)
-        link, early = tunnel.link, memoryview(bytes(self.buffer))
-        self.loop.guard(link, link.receive, early)
-
-    def respond(
-        self, status: int, code: str, title: str, lines: List[str], fields: Any = ()
-    ) -> None:
-        """Answer with a page of our own."""
-        request = self.request
-        kind, body = make_page(title, lines, bool(request and request.wants_html()))
-        keep = bool(request and request.keeps_alive() and request.body.done)
-        keep = keep and not self.server.stopping
-        head = ["HTTP/1.1 %d %s" % (status, phrase(status, title))]
-        head += ["Content-Type: " + kind, "Content-Length: %d" % len(body)]
-        head += ["Cache-Control: no-store"]
-        head += ["X-Tunnel-Error: " + code] if code else []
-        head += ["%s: %s" % pair for pair in fields]
-        if not keep and not any(name == "Connection" for name, _ in fields):
-            head.append("Connection: close")
-        elif request and request.minor == 0:
-            head.append("Connection: keep-alive")
-        if request and request.method == "HEAD":
-            body = b""
-        text = "\r\n".join(head) + "\r\n\r\n"
-        self.connection.write(text.encode("latin-1", "replace") + body)
-        self.log_answer(status, code)
-        self.done(keep)
-
-    def log_answer(self, status: int, note: str) -> None:
-        if log.hears(INFO):
-            request, where = self.request, self.exchange or self
-            what = "%s %s" % (request.method, request.target) if request else "-"
-            log.info("%s: %s %s", where, what, ("%d %s" % (status, note)).strip())
-
-    def fail(self, error: Exception) -> None:
-        """What went wrong before an answer began is answered; after that he is cut."""
-        if isinstance(error, TLSError) and error.plain:
-            self.connection.tls, self.connection.shaking = None, False
-            error = HTTPError(400, "tls", "this port speaks TLS: https, or --tls")
-        elif isinstance(error, TLSError):
-            log.info("%s: %s", self, error)
-        if self.closing or isinstance(error, OSError):
-            self.leave()
-            return
-        if not isinstance(error, HTTPError):
-            error = HTTPError(500, "error", "the server made a mistake; its log has it")
-        lines = [error.cause]
-        if error.status == 404 and self.request:
-            lines += self.server.how_to(self.request)
-        title = "%d %s" % (error.status, phrase(error.status, error.code))
-        self.respond(error.status, error.code, title, lines, error.fields)
-
-    def done(self, keep: bool) -> None:
-        """An answer has been given; what comes next?"""
-        silent = self.is_silent()
-        self.exchange = self.request = None
-        self.server.idle.pop(self, None)
-        self.server.idle[self] = None  # at the end
-        self.loop.dirty.add(self.connection)  # it may be read again
-        if keep and not self.server.stopping:
-            self.timer.set(IDLE_TIME)
-            if self.buffer or self.connection.eof:
-                self.loop.soon(self, self.next)
-        elif silent:
-            self.forget()
-            self.connection.end(self.connection.close)
-        else:
-            self.end()
-
-    def is_silent(self) -> bool:
-        """Whether he has said that he sends no more, and nothing of his is here: then a
-        plain close, which is cheaper, loses nothing of ours. Behind a body some send a
-        line's end; with TLS he has a last word, too."""
-        request = self.request
-        if not request or "close" not in request.connection or self.connection.tls:
-            return False
-        read = request.body.done and not (self.buffer or self.has_sent())
-        return read and request.body.untouched
-
-    def has_sent(self) -> bool:
-        """Whether something is here that was not read yet."""
-        try:
-            return bool(self.connection.sock.recv(1, socket.MSG_PEEK))
-        except OSError:
-            return False
-
-    def end(self) -> None:
-        """Close, when everything has been said and has arrived."""
-        self.forget()
-        self.connection.end(self.connection.linger)
-
-    def cut(self) -> None:
-        """What he has got so far is all there is, and it must not look whole."""
-        self.forget()
-        self.connection.end(self.connection.abort)
-
-    def leave(self) -> None:
-        """He has gone, or may go: nothing is left to say."""
-        self.forget()
-        self.connection.close()
-
-    def forget(self) -> None:
-        """From here on only the connection's own end is left."""
-        self.closing = True
-        self.timer.clear()
-        self.server.visitors.discard(self)
-        self.server.idle.pop(self, None)
-        if self.exchange:
-            self.exchange.stream.reset("done" if self.exchange.whole() else "left")
-            self.exchange = None
-        if self.kept:
-            self.kept.drop()
+        connection.write((lines % PROTOCOL + "\r\n\r\n").encode())
+        link = Tunnel(self.registry, connection, request.host).link
+        link.loop.guard(link, link.receive, memoryview(bytes(http.unparsed)))
 
 
-class Kept:
-    """Owns a stream between two requests. Whatever comes on it is unasked."""
+class SharedSite(Site):
+    """Visitors and clients on one port: one path is the clients'."""
 
-    __slots__ = ("visitor", "stream", "service", "since")
-    def __init__(self, visitor: Visitor, stream: Stream, service: Any) -> None:
-        self.visitor, self.stream, self.service = visitor, stream, service
-        self.since = visitor.loop.clock()
-        stream.owner = self
+    def __init__(self, server: "Server", scheme: str) -> None:
+        super().__init__(server, scheme)
+        self.links = LinkSite(server, scheme)
 
-    def __str__(self) -> str:
-        return str(self.visitor)
-
-    def drop(self) -> None:
-        """It is of no more use."""
-        self.stream.reset("done")
-        if self.visitor.kept is self:
-            self.visitor.kept = None
-
-    def pull(self, view: memoryview) -> None:
-        pass
-
-    def receive(self, data: memoryview) -> None:
-        self.drop()
-
-    def on_end(self) -> None:
-        self.drop()
-
-    def on_reset(self, code: str, cause: str) -> None:
-        self.drop()
-
-    def fail(self, error: Exception) -> None:
-        self.drop()
+    def resolve(self, request: Request) -> Any:
+        if request.target.partition("?")[0] == LINK_PATH:
+            return self.links.resolve(request)
+        return super().resolve(request)
 
 
-class Exchange:
-    """One request and its answer. It owns the stream that carries them."""
+class Config(NamedTuple):
+    """What the command line says; the option of the same name explains each."""
 
-    __slots__ = (
-        "visitor request tunnel service options stream head carry searched "
-        "answer body keep reused repeated interim upgraded after"
-    ).split()
+    port: int = 8000
+    client_port: int = 8001
+    bind: Optional[str] = None
+    domain: str = ""
+    tokens: Optional[str] = None
+    tls_cert: Optional[str] = None
+    tls_key: Optional[str] = None
+    tls_port: Optional[int] = None
+    redirect: bool = False
+    user: Optional[str] = None
+    verbose: int = 0
+
+
+def plan_ports(config: Config) -> List[Tuple[int, Any, bool]]:
+    """The ports that there are: number, kind of site, TLS. Raises ValueError."""
+    port, client_port, tls_port = config.port, config.client_port, config.tls_port
+    tls = config.tls_cert is not None
+    if not all(0 <= number < 1 << 16 for number in (port, client_port, tls_port or 0)):
+        raise ValueError("a port is a number from 0 to 65535")
+    if tls_port is not None and not tls:
+        raise ValueError("TLS for visitors needs a certificate")
+    if config.redirect and tls_port is None:
+        raise ValueError("a redirect needs a port with TLS to lead to")
+    if port != 0 and (port == tls_port or tls and port == client_port):
+        raise ValueError("port %d cannot be both with TLS and without" % port)
+    plain = RedirectSite if config.redirect else Site
+    if tls_port is None and port == client_port != 0:
+        return [(port, SharedSite, False)]
+    if tls_port is None:
+        return [(port, plain, False), (client_port, LinkSite, tls)]
+    if tls_port == client_port != 0:
+        return [(port, plain, False), (tls_port, SharedSite, True)]
+    return [(port, plain, False), (tls_port, Site, True), (client_port, LinkSite, True)]
+
+
+class Server:
+    """Listens from the start; run() serves until stop(). Port 0 takes a free port: see
+    `visitor_address` and `client_address`, (host, port) each. Raises OSError when it
+    cannot listen, ValueError for what is wrong in the configuration or in a file."""
+
+    until = 0.0  # when what we wait for, stopping, has had its time
+    said_goodbye = False
 
     def __init__(
-        self, visitor: Visitor, request: Request, tunnel: Tunnel, service: str
+        self,
+        config: Config = Config(),
+        router: Optional[Router] = None,
+        loop: Optional[Loop] = None,
     ) -> None:
-        self.visitor, self.request = visitor, request
-        self.tunnel, self.service = tunnel, service
-        self.options = tunnel.services[service]
-        self.head = b""  # of the request: what is still to be pulled
-        self.carry = bytearray()  # of the answer: what is not understood yet
-        self.searched = 0
-        self.answer: Optional[Answer] = None  # its head, when the visitor gets it
-        self.body = NO_BODY  # of the answer
-        self.keep = False  # the visitor's connection, after this
-        self.reused = False  # the stream carried an earlier request
-        self.repeated = False  # it is being asked for the second time
-        self.interim = 0  # 1xx answers so far
-        self.upgraded = False
-        self.after: Optional[Call] = None  # how it ended, when the body is passed on
+        names = Names(parse_domains(config.domain), set())
+        plan = plan_ports(config)
+        self.tokens = None
+        if config.tokens is not None:
+            self.tokens = open_file([config.tokens], parse_tokens)
+        self.tls = open_tls(config.tls_cert, config.tls_key)
+        socks = listen_all(config.bind, [number for number, *_ in plan])
+        self.loop = loop or Loop()
+        self.registry = Registry(self.loop, names, self.tokens)
+        self.visitors = Visitors(self.loop)
+        if log.hears(INFO):
+            self.visitors.observers.append(log_outcome)
+        self.router = router or Router()
+        self.router.names = names
+        self.timer = Timer(self.loop, self, self.drain)
+        self.look_timer = Timer(self.loop, self, self.look)
+        self.ports = []
+        for sock, (_, kind, tls) in zip(socks, plan):
+            site = kind(self, "https" if tls else "http")
+            self.ports.append(Port(sock, site, self.tls if tls else None))
+        self.note_addresses(names)
+        self.watch_files()
 
     def __str__(self) -> str:
-        return "%s %s" % (self.tunnel, self.service)
+        return "server"
 
-    # Asking.
+    def note_addresses(self, names: Names) -> None:
+        """Port 0 has become a real one."""
+        visitors = [port for port in self.ports if not isinstance(port.site, LinkSite)]
+        by_tls = [port for port in visitors if port.tls]
+        self.visitor_address = visitors[0].address
+        self.client_address = self.ports[-1].address
+        self.tls_address = by_tls[0].address if by_tls else None
+        names.port = (self.tls_address or self.visitor_address)[1]
+        names.scheme = "https" if by_tls else "http"
 
-    def start(self) -> None:
-        """Take the stream kept from the last request, or a new one."""
-        self.head = self.request.to_service()
-        kept, self.visitor.kept = self.visitor.kept, None
-        if kept and self.may_reuse(kept):
-            self.stream, self.reused = kept.stream, True
-            self.stream.owner = self
-        else:
-            if kept:
-                kept.drop()
-            self.stream = self.tunnel.open(self)
-        self.stream.wake()
+    def run(self) -> None:
+        """Serve until stop(), or on_signal(), and what follows from it is done."""
+        ports = self.visitor_address[1], self.client_address[1]
+        log.info("visitors on port %d, clients on port %d", *ports)
+        if self.tls_address:
+            log.info("visitors by TLS on port %d", self.tls_address[1])
+        self.loop.run()
+        self.close()
 
-    def place(self) -> Tuple[Tunnel, str, Any]:
-        """What must be the same for a stream to be used again."""
-        return self.tunnel, self.service, self.options
+    def close(self) -> None:
+        """Let go of everything at once; what is cut does not look whole."""
+        for port in self.ports:
+            port.close()
+        self.close_links()
+        self.loop.close()
 
-    def may_reuse(self, kept: Kept) -> bool:
-        """Is it the same service still, and if the stream has died unseen, may the
-        request go twice?"""
-        if self.place() != kept.service or not kept.stream.open:
-            return False
-        fresh = self.visitor.loop.clock() - kept.since < KEPT_TIME or self.repeatable()
-        return fresh and not self.tunnel.link.draining
-
-    def repeatable(self) -> bool:
-        return self.request.method in REPEATABLE and self.request.body.done
-
-    def repeat(self, code: str) -> bool:
-        """Ask once more: a kept stream died before it answered, or the client had not
-        even dialled. False when that may not be, or cannot."""
-        stale = self.reused and self.repeatable()
-        unseen = code in ("gone", "busy") and self.request.body.untouched
-        if code == "busy":
-            self.tunnel.drop_kept(KEPT_TO_DROP)
-        tunnel = self.visitor.server.tunnels.get(self.tunnel.id)
-        if self.repeated or self.interim or not (stale or unseen):
-            return False
-        if tunnel is None or self.service not in tunnel.services:
-            return False
-        self.tunnel, self.repeated = tunnel, True
-        self.stream = tunnel.open(self)
-        self.head = self.request.to_service()
-        self.stream.wake()
-        return True
-
-    def is_stalled(self) -> bool:
-        """Whether the visitor has not moved for long, while what waits for him counts
-        on no link any more."""
-        connection = self.visitor.connection
-        if self.stream.open or not connection.backlog:
-            return False
-        return self.visitor.loop.clock() - connection.moved > STALLED
-
-    def uploading(self) -> bool:
-        """Whether what the visitor sends belongs to the stream."""
-        return self.stream.open and (self.upgraded or not self.request.body.done)
-
-    def wants_read(self) -> bool:
-        """What is not for the stream now is read ahead, so that a reset is seen."""
-        if self.uploading() and (self.stream.wants_read() or self.stream.queued):
-            return not self.stream.queued
-        return len(self.visitor.buffer) < HEAD_LIMIT
-
-    def pull(self, view: memoryview) -> Optional[int]:
-        """The stream's turn: the head, then the body as far as its framing goes."""
-        if self.head:
-            size = min(len(view), len(self.head))
-            view[:size] = self.head[:size]
-            self.head = self.head[size:]
-            if self.uploading():
-                self.stream.wake()
-            return size
-        if not self.uploading():
-            return None
-        if not self.upgraded:
-            view = view[: self.request.body.at_most]
-        buffer, connection = self.visitor.buffer, self.visitor.connection
-        had = min(len(buffer), len(view))
-        view[:had] = buffer[:had]
-        count = connection.read_into(view[had:])
-        total = had + (count or 0)
-        good = total if self.upgraded else self.feed(self.request.body, view[:total])
-        buffer[:had] = view[good:total]  # a part of a line, or of the next request
-        if count == 0 and not good:
-            return self.on_visitor_end()
-        if self.request.body.more:
-            self.visitor.loop.soon(self.stream, self.stream.wake)
-        elif self.uploading():
-            if buffer or count == 0 or total == len(view):
-                self.stream.wake()
-        return good or None
-
-    def feed(self, body: Body, data: Any) -> int:
-        """What is understood of a body; of one in chunks as much as there is time."""
-        return body.feed(data, 1000)
-
-    def on_visitor_end(self) -> int:
-        """The visitor sends no more: an end after a 101, a fault in a body."""
-        if not self.upgraded:
-            raise OSError("the visitor left in the middle of the request")
-        if self.stream.ended_in:
-            self.both_ended()
-        return 0
-
-    def both_ended(self) -> None:
-        """After a 101, when neither side sends more."""
-        self.visitor.exchange = None
-        self.visitor.end()
-
-    # Answering.
-
-    def receive(self, data: memoryview) -> None:
-        """Bytes from the service."""
-        try:
-            if self.upgraded:
-                self.visitor.connection.write(data)
-            elif self.body.more or self.whole():
-                self.carry += data  # for go_on(), or for nobody
-            elif self.answer:
-                self.on_body(data)
-            else:
-                self.carry += data
-                self.read_heads()
-        except HTTPError as error:
-            raise HTTPError(502, "broken", "%s: %s" % (self.said(), error)) from None
-        self.settle()
-
-    def said(self) -> str:
-        return "service %s of %s" % (self.service, self.tunnel.id)
-
-    def read_heads(self) -> None:
-        """Any number of 1xx, then the head of the answer (RFC 9110 15.2)."""
-        while not (self.answer or self.upgraded):
-            end = find_head(self.carry, self.searched)
-            if not end:
-                self.searched = len(self.carry)
-                return
-            answer = Answer(self.carry[:end])
-            body = answer.frame(self.request.method)  # be it only to refuse it
-            del self.carry[:end]
-            self.searched = 0
-            if answer.status == 101:
-                self.on_upgrade(answer)
-            elif answer.status < 200:
-                self.interim += 1
-                if self.interim > INTERIM_LIMIT:
-                    raise malformed("more than %d interim answers" % INTERIM_LIMIT)
-                if self.request.minor:
-                    self.visitor.connection.write(answer.to_visitor(""))
-            else:
-                self.on_answer(answer, body)
-
-    def on_upgrade(self, answer: Answer) -> None:
-        if not (self.request.upgrade and answer.upgrade and self.request.body.done):
-            raise malformed("it changed the protocol without being asked")
-        self.upgraded = True
-        head = answer.to_visitor("")
-        self.visitor.connection.write(head + bytes(self.carry))
-        self.carry.clear()
-        self.visitor.log_answer(101, "")
-        self.stream.wake()
-
-    def on_answer(self, answer: Answer, body: Body) -> None:
-        """Its head is whole: say whether the connection goes on, and pass it on."""
-        request, server = self.request, self.visitor.server
-        self.body = body
-        unwrap = request.minor == 0 and isinstance(body, Chunked)
-        ends = unwrap or body.until_end
-        keep = request.keeps_alive() and request.body.done and not ends
-        self.keep = keep and not server.stopping
-        connection = "" if self.keep else "close"
-        if self.keep and request.minor == 0:
-            connection = "keep-alive"
-        head = answer.to_visitor(connection, unwrap)
-        kept, self.carry = memoryview(self.carry), bytearray()
-        good = self.feed(body, kept)
-        self.answer = answer  # from here on it can no longer be a 502
-        self.visitor.log_answer(answer.status, "")
-        self.pass_on(head, kept, good)
-
-    def on_body(self, data: Any) -> None:
-        """More of the body, or nothing but what was kept of it."""
-        if self.carry:
-            data, self.carry = memoryview(self.carry + data), bytearray()
-        self.pass_on(b"", data, self.feed(self.body, data))
-
-    def pass_on(self, head: bytes, data: Any, good: int) -> None:
-        """The framing allows `good` bytes; keep the rest. Was it the last?"""
-        content = data[:good]
-        if self.request.minor == 0 and isinstance(self.body, Chunked):
-            content = b"".join(data[start:end] for start, end in self.body.spans)
-        self.visitor.connection.write(head + bytes(content) if head else content)
-        self.carry += data[good:]
-        if self.body.done:
-            self.visitor.connection.after_backlog(self.finish)
-        elif self.body.more:
-            self.visitor.loop.soon(self, self.go_on)
-
-    def go_on(self) -> None:
-        """With a body of which there was more than is done at once."""
-        if self.visitor.exchange is self and self.body.more:
-            self.on_body(b"")
-            self.settle()
-            if self.after and not self.body.more:
-                self.after()
-
-    def whole(self) -> bool:
-        """Whether the answer is here to its last byte; the visitor may not have it."""
-        return self.answer is not None and self.body.done
-
-    def settle(self) -> None:
-        """Give credit for what the visitor has taken; see whether he is still there."""
-        connection = self.visitor.connection
-        if connection.lost and (connection.eof or not self.upgraded):
-            self.visitor.leave()
-        else:
-            self.stream.acknowledge(len(self.carry) + connection.waiting())
-
-    def finish(self) -> None:
-        """The visitor has the whole answer. The stream is kept if everything was as it
-        should be: bytes beyond the answer's framing belong to nobody."""
-        answer, stream, visitor = self.answer, self.stream, self.visitor
-        usable = stream.open and not (stream.ended_in or self.head or self.carry)
-        usable = usable and self.request.body.done and self.request.minor == 1
-        usable = usable and not self.tunnel.link.draining
-        stream.acknowledge(0)
-        if usable and self.keep and answer and answer.keeps_alive():
-            visitor.kept = Kept(visitor, stream, self.place())
-        else:
-            stream.reset("done")
-        visitor.done(self.keep and not self.carry)
-
-    # When it ends before its time.
-
-    def on_end(self) -> None:
-        """The service sends no more."""
-        connection = self.visitor.connection
-        if self.body.more:
-            self.after = self.on_end
-        elif self.upgraded and connection.eof:
-            self.both_ended()
-        elif self.upgraded:
-            connection.after_backlog(connection.finish)
-        elif self.answer and self.body.until_end:
-            self.body.left = 0
-            connection.after_backlog(self.finish)
-        elif not self.whole():
-            self.stream.reset("done")
-            self.on_reset("reset", "the service closed the connection too early")
-
-    def on_reset(self, code: str, cause: str) -> None:
-        """The stream is over: ask again, say why, or cut what has begun."""
-        if self.body.more and code != "overload":
-            self.after = functools.partial(self.on_reset, code, cause)
-        elif self.whole() and code != "overload":
-            log.debug("%s: the stream ended after a whole answer", self)
-        elif self.answer or self.upgraded:
-            log.info("%s: cut: %s %s", self, code, cause)
-            self.visitor.cut()
-            if code == "overload":  # what waits for him is what is too much
-                self.visitor.connection.abort()
-        elif self.carry or not self.repeat(code):
-            word = re.sub("[^a-z-]", "", code)[:32] or "error"
-            text = "%s: %s" % (self.said(), cause or word)
-            self.visitor.fail(HTTPError(RESETS.get(code, 502), word, text))
+    def close_links(self) -> None:
+        for pool in list(self.registry.pools.values()):
+            link = pool.tunnel.link
+            link.goodbye("stopping", "the server is stopping")
+            link.flush()
+            link.close("the server is stopping", "stopping")
 
     def fail(self, error: Exception) -> None:
-        """Something raised while the stream was served."""
-        self.stream.reset("left")
-        if self.whole():
-            log.debug("%s: %s, after a whole answer", self, error)
-        elif self.answer or self.upgraded:
-            log.info("%s: cut: %s", self, error)
-            self.visitor.cut()
+        log.error("server: %s", error)
+
+    # Files that change while it runs.
+
+    def watch_files(self) -> None:
+        files = self.files()
+        if files:
+            forbid_core_dumps()
+            self.on_new_files(files)
+            self.look_timer.set(LOOK_TIME)
+
+    def files(self) -> List[Watched]:
+        return [file for file in (self.tokens, self.tls) if file]
+
+    def look(self) -> None:
+        """Has a file changed? TLS that runs goes on with the certificate that it began
+        with."""
+        self.look_timer.set(LOOK_TIME)
+        files = [file for file in self.files() if file.look()]
+        if files:
+            log.info("changed: %s", ", ".join(map(str, files)))
+            self.on_new_files(files)
+
+    def on_new_files(self, files: List[Watched]) -> None:
+        """What follows from them; the last path of each leads to secrets."""
+        for file in files:
+            warn_of_readers(file.paths[-1:])
+            if file is self.tls and file.seen and log.hears(INFO):
+                with contextlib.suppress(ValueError):
+                    log.info("certificate: SHA256 %s", fingerprint(file.seen[0]))
+        if self.tokens in files and self.tokens:
+            self.registry.note_ids()
+            self.close_invalid_links(self.tokens.value)
+
+    def close_invalid_links(self, tokens: Dict[str, str]) -> None:
+        """An id whose token has gone or changed is free."""
+        for link in list(self.loop.links):  # also those that were replaced
+            tunnel = link.owner
+            if tunnel.token and tunnel.token != tokens.get(tunnel.id):
+                cause = "the token of %s is no longer valid" % tunnel.id
+                tunnel.evict("refused", cause)
+                link.flush()
+                link.close("its token has changed")
+
+    # Stopping.
+
+    def on_signal(self, number: int) -> None:
+        """SIGTERM lets what runs end; SIGINT, or a second signal, does not."""
+        if self.visitors.stopping or number == signal.SIGINT:
+            log.info("stopping at once")
+            self.loop.running = False
         else:
-            self.visitor.fail(error)
+            self.stop()
+
+    def stop(self) -> None:
+        """Accept no more, give running requests DRAIN seconds, then close the links."""
+        log.info("stopping")
+        self.visitors.stopping = True
+        self.until = self.loop.clock() + DRAIN
+        for port in self.ports:
+            port.close()
+        for http in self.visitors.between_requests():
+            http.close(Ending.LINGER)
+        self.drain()
+
+    def drain(self) -> None:
+        """Is there anything still to wait for?"""
+        late = self.loop.clock() >= self.until
+        if not self.said_goodbye and (late or not self.visitors.all):
+            self.said_goodbye = True
+            self.until = self.loop.clock() + LAST_WORDS
+            self.close_links()
+        elif self.said_goodbye and (late or not self.loop.connections):
+            self.loop.running = False
+        self.timer.set(DRAIN_LOOK)
 
 
 # -----------------------------------------------------------------------------------
-# Server: the two ports, who is connected, and how it all stops.
+# Ports: accept connections, hand each to what the port serves, pause where descriptors
+# are short, close. A Port knows no protocol but TLS, which lies under all of them.
 # -----------------------------------------------------------------------------------
 ACCEPT_BATCH = 64  # connections accepted in one turn of the loop, on each port
-ROOM_LOOKS = 8  # idle visitors looked at for one who can go
 ACCEPT_PAUSE = 0.5  # seconds without accepting when no descriptors are left
 QUEUE = 1024  # connections that the kernel may hold until we accept them
-DRAIN = 4.0  # seconds for running requests after SIGTERM
-DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
 
 
 def plain_address(host: str) -> str:
@@ -3362,6 +4186,214 @@ def listen_on(family: int, address: Any) -> socket.socket:
         cause = "port %d: %s" % (address[1], error.strerror)
         raise OSError(error.errno, cause) from None
     return sock
+
+
+def listen_all(bind: Optional[str], ports: List[int]) -> List[socket.socket]:
+    """A listening socket for each, or for none of them. Raises OSError."""
+    with contextlib.ExitStack() as undo:
+        socks = [undo.enter_context(listen(bind, port)) for port in ports]
+        undo.pop_all()
+    return socks
+
+
+class Port:
+    """Accepts for `site`, maybe by TLS: `tls` is a watched file with a context."""
+
+    def __init__(self, sock: socket.socket, site: Site, tls: Optional[Watched]) -> None:
+        self.sock, self.site, self.tls = sock, site, tls
+        self.loop, self.visitors = site.visitors.loop, site.visitors
+        self.address = self.sock.getsockname()[:2]
+        self.timer = Timer(self.loop, self, self.resume)
+        self.paused = True
+        self.resume()
+
+    def __str__(self) -> str:
+        return "port %d" % self.address[1]
+
+    def on_events(self, mask: int) -> int:
+        for _ in range(ACCEPT_BATCH):
+            if self.paused:
+                break  # closed in this very turn
+            if self.loop.full() and not self.visitors.idle:
+                self.pause("no descriptors left")
+            elif not self.accept():
+                break
+        return 0
+
+    def accept(self) -> bool:
+        """One connection; False when there is none, or too many are here already."""
+        try:
+            sock, address = self.sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return False
+        crowded = self.loop.full() and not self.visitors.make_room()
+        connection = Connection(self.loop, sock, self)
+        host = plain_address(address[0]) if address else "?"  # gone already
+        self.loop.guard(connection, self.serve, connection, host)
+        if crowded:
+            self.pause("no descriptors left")
+        return not crowded
+
+    def serve(self, connection: Connection, address: str) -> None:
+        """Give the connection its first owner."""
+        HTTPConnection(self.site, connection, address)
+        if isinstance(self.site, LinkSite):
+            self.site.registry.unauthenticated.admit(connection)
+        if self.tls:
+            connection.start_tls(self.tls.value, True)
+
+    def fail(self, error: Exception) -> None:
+        self.pause(str(error))
+
+    def pause(self, cause: str) -> None:
+        log.warning("%s: %s: accepting pauses", self, cause)
+        if not self.paused:
+            self.paused = True
+            self.loop.selector.unregister(self.sock)
+            self.timer.set(ACCEPT_PAUSE)
+
+    def resume(self) -> None:
+        self.loop.selector.register(self.sock, READ, self)
+        self.paused = False
+
+    def close(self) -> None:
+        if not self.paused:
+            self.loop.selector.unregister(self.sock)
+            self.paused = True
+        self.timer.clear()
+        self.sock.close()
+
+
+# -----------------------------------------------------------------------------------
+# Overload: who is here, and who goes when there are too many.
+# -----------------------------------------------------------------------------------
+ROOM_LOOKS = 8  # idle visitors looked at for one who can go
+UNAUTHENTICATED = 128  # links on which nobody has logged in yet; past it one must go
+
+
+class Visitors:
+    """The connections that speak HTTP, and who is told how their requests end."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.all: Set[HTTPConnection] = set()
+        self.idle: Any = collections.OrderedDict()  # who may go, the longest so first
+        self.stopping = False  # each request is the last of its connection
+        self.observers: List[Callable[[Outcome], None]] = []
+
+    def add(self, http: HTTPConnection) -> None:
+        self.all.add(http)
+        self.idle[http] = None
+
+    def discard(self, http: HTTPConnection) -> None:
+        self.all.discard(http)
+        self.idle.pop(http, None)
+
+    def note_busy(self, http: HTTPConnection) -> None:
+        self.idle.pop(http, None)
+
+    def note_idle(self, http: HTTPConnection) -> None:
+        """It is between two requests, or has said that it sends no more."""
+        self.idle[http] = None
+        self.idle.move_to_end(http)
+
+    def between_requests(self) -> List[HTTPConnection]:
+        return [http for http in self.all if http.connection.owner is http]
+
+    def make_room(self) -> bool:
+        """Close the visitor that is idle longest, and has sent nothing that we have not
+        read yet; False when there seems to be none."""
+        for _ in range(min(ROOM_LOOKS, len(self.idle))):
+            http = next(iter(self.idle))
+            if not http.connection.has_unread():
+                http.connection.owner.give_up()
+                return True
+            self.idle.move_to_end(http)
+        return False
+
+    def observe(
+        self, http: HTTPConnection, status: int, code: str, sent: int, received: int
+    ) -> None:
+        """Tell the observers how a request ended."""
+        request, service = http.request, http.service
+        outcome = Outcome(
+            http.address,
+            service.pool.id if service else "",
+            service.name if service else "",
+            request.method if request else "",
+            request.target if request else "",
+            status,
+            code,
+            sent,
+            received,
+            self.loop.clock() - http.since,
+        )
+        for observer in self.observers:
+            self.loop.guard(self, observer, outcome)
+
+    def fail(self, error: Exception) -> None:
+        """An observer raised: its own fault, and the next one is told all the same."""
+        log.error("an observer of requests: %s", error)
+
+
+class Unauthenticated:
+    """Connections on which no client has logged in yet. Past the limit one at random
+    goes, of the network that has most of them: so one source cannot lock out the rest.
+    Of IPv6 a network is a /64, since who has one address there has all of them."""
+
+    def __init__(self) -> None:
+        self.networks: Dict[Connection, str] = collections.OrderedDict()
+
+    def admit(self, connection: Connection) -> None:
+        self.discard(connection)
+        if len(self.networks) >= UNAUTHENTICATED:
+            gone = [other for other in self.networks if other.closed]
+            for other in gone:
+                del self.networks[other]
+            if not gone:
+                self.drop_one()
+        self.networks[connection] = network_of(address_of(connection.sock))
+
+    def discard(self, connection: Connection) -> None:
+        self.networks.pop(connection, None)
+
+    def drop_one(self) -> None:
+        import random
+
+        (largest, _), *_ = collections.Counter(self.networks.values()).most_common(1)
+        crowd = [other for other, where in self.networks.items() if where == largest]
+        victim = random.choice(crowd)
+        del self.networks[victim]
+        victim.fail(OSError("too many connections have not logged in"))
+
+
+def network_of(address: str) -> str:
+    """What one owner may have many addresses of: a /64 of IPv6, one address of IPv4."""
+    if ":" not in address:
+        return address
+    try:
+        return socket.inet_pton(socket.AF_INET6, address)[:8].hex()
+    except (OSError, ValueError):
+        return address
+
+
+# -----------------------------------------------------------------------------------
+# Files: the certificate, the tokens.
+# -----------------------------------------------------------------------------------
+def parse_tokens(data: bytes) -> Dict[str, str]:
+    """The file of --tokens, {"tim": "secret"}. Raises ValueError, naming the id that is
+    wrong, and no token."""
+    tokens: Dict[str, str] = {}
+    for id, token in parse_object(data):
+        try:
+            if not LABEL.fullmatch(id.lower()):
+                raise ValueError("an id has letters, digits, `-` and `_`, and no `--`")
+            if id.lower() in tokens:
+                raise ValueError("the id stands there twice")
+            tokens[id.lower()] = check_token(token)
+        except ValueError as error:
+            raise ValueError("id %r: %s" % (id, error)) from None
+    return tokens
 
 
 def open_file(paths: List[str], parse: Callable[..., Any]) -> Watched:
@@ -3417,295 +4449,6 @@ def fingerprint(cert: bytes) -> str:
     return ":".join(re.findall("..", digest.upper()))
 
 
-def listen_all(bind: Optional[str], ports: List[int]) -> List[socket.socket]:
-    """A listening socket for each, or for none of them. Raises OSError."""
-    with contextlib.ExitStack() as undo:
-        socks = [undo.enter_context(listen(bind, port)) for port in ports]
-        undo.pop_all()
-    return socks
-
-
-class Listener:
-    """A port on which visitors or clients, or both, are accepted, maybe by TLS."""
-
-    def __init__(
-        self,
-        server: "Server",
-        sock: socket.socket,
-        visitors: bool,
-        clients: bool,
-        tls: bool,
-    ) -> None:
-        self.server, self.loop, self.sock = server, server.loop, sock
-        self.visitors, self.clients, self.tls = visitors, clients, tls
-        self.scheme = "https" if tls else "http"
-        self.redirect = False  # visitors are sent to the port with TLS
-        self.address = self.sock.getsockname()[:2]
-        self.timer = Timer(self.loop, self, self.resume)
-        self.paused = True
-        self.resume()
-
-    def __str__(self) -> str:
-        return "port %d" % self.address[1]
-
-    def on_events(self, mask: int) -> None:
-        for _ in range(ACCEPT_BATCH):
-            if self.paused:
-                return  # closed in this very turn
-            if self.loop.full() and not self.server.idle:
-                raise OSError("no descriptors left: accepting pauses")
-            try:
-                sock, address = self.sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            crowded = self.loop.full() and not self.server.make_room()
-            host = plain_address(address[0]) if address else "?"  # gone already
-            visitor = Visitor(self, sock, host)
-            if not self.visitors:
-                self.server.meet(visitor.connection)
-            if self.tls and self.server.tls:
-                visitor.connection.start_tls(self.server.tls.value, True)
-            if crowded:
-                raise OSError("no descriptors left: accepting pauses")
-
-    def fail(self, error: Exception) -> None:
-        log.warning("%s: %s", self, error)
-        if not self.paused:
-            self.paused = True
-            self.loop.selector.unregister(self.sock)
-            self.timer.set(ACCEPT_PAUSE)
-
-    def resume(self) -> None:
-        self.loop.selector.register(self.sock, READ, self)
-        self.paused = False
-
-    def close(self) -> None:
-        if not self.paused:
-            self.loop.selector.unregister(self.sock)
-            self.paused = True
-        self.timer.clear()
-        self.sock.close()
-
-
-def plan_ports(
-    port: int, client_port: int, tls_port: Optional[int], tls: bool
-) -> List[Tuple[int, bool, bool, bool]]:
-    """Which ports there are: number, visitors, clients, TLS. The first is for visitors,
-    the last for clients. Raises ValueError."""
-    if not all(0 <= number < 1 << 16 for number in (port, client_port, tls_port or 0)):
-        raise ValueError("a port is a number from 0 to 65535")
-    if tls_port is not None and not tls:
-        raise ValueError("TLS for visitors needs a certificate")
-    if port != 0 and (port == tls_port or tls and port == client_port):
-        raise ValueError("port %d cannot be both with TLS and without" % port)
-    if not tls and port == client_port != 0:
-        return [(port, True, True, False)]
-    ports = [(port, True, False, False)]
-    if tls_port is not None:
-        ports.append((tls_port, True, tls_port == client_port != 0, True))
-    if tls_port != client_port or client_port == 0:
-        ports.append((client_port, False, True, tls))
-    return ports
-
-
-class Server:
-    """Listens from the start; run() serves until stop(). Port 0 takes a free port: see
-    `visitor_address` and `client_address`, (host, port) each. `domain` is as --domain,
-    `tokens`, `tls_cert` and `tls_key` are paths. Raises OSError when it cannot listen,
-    ValueError for what is wrong in an argument or in a file."""
-
-    stopping = said_goodbye = False
-    until = 0.0  # when what we wait for, stopping, has had its time
-
-    def __init__(
-        self,
-        port: int = 8000,
-        client_port: int = 8001,
-        bind: Optional[str] = None,
-        domain: str = "",
-        router: Optional[Router] = None,
-        loop: Optional[Loop] = None,
-        tokens: Optional[str] = None,
-        tls_cert: Optional[str] = None,
-        tls_key: Optional[str] = None,
-        tls_port: Optional[int] = None,
-        redirect: bool = False,
-    ) -> None:
-        domains = parse_domains(domain)
-        ports = plan_ports(port, client_port, tls_port, tls_cert is not None)
-        if redirect and tls_port is None:
-            raise ValueError("a redirect needs a port with TLS to lead to")
-        self.tokens = None if tokens is None else open_file([tokens], parse_tokens)
-        self.tls = open_tls(tls_cert, tls_key)
-        socks = listen_all(bind, [number for number, *_ in ports])
-        self.loop = loop or Loop()
-        self.tunnels: Dict[str, Tunnel] = {}  # by id
-        self.visitors: Set[Visitor] = set()
-        self.idle: Any = collections.OrderedDict()  # visitors, the longest so first
-        self.strangers: Dict[Connection, str] = {}  # who is not logged in, from where
-        self.names = Names(domains, self.tunnels)
-        self.router = router or Router()
-        self.router.names = self.names
-        self.timer = Timer(self.loop, self, self.drain)
-        self.look_timer = Timer(self.loop, self, self.look)
-        self.listeners = [
-            Listener(self, sock, *roles) for sock, (_, *roles) in zip(socks, ports)
-        ]
-        self.listeners[0].redirect = redirect
-        self.set_addresses(tls_port is not None)
-        self.watch_files()
-
-    def __str__(self) -> str:
-        return "server"
-
-    def set_addresses(self, tls: bool) -> None:
-        """Port 0 has become a real one."""
-        self.visitor_address = self.listeners[0].address
-        self.client_address = self.listeners[-1].address
-        self.tls_address = self.listeners[1].address if tls else None
-        self.names.port = (self.tls_address or self.visitor_address)[1]
-        self.names.scheme = "https" if tls else "http"
-
-    def run(self) -> None:
-        """Serve until stop(), or on_signal(), and what follows from it is done."""
-        ports = self.visitor_address[1], self.client_address[1]
-        log.info("visitors on port %d, clients on port %d", *ports)
-        if self.tls_address:
-            log.info("visitors by TLS on port %d", self.tls_address[1])
-        self.loop.run()
-        self.close()
-
-    def close(self) -> None:
-        """Let go of everything at once; what is cut does not look whole."""
-        for listener in self.listeners:
-            listener.close()
-        self.close_links()
-        self.loop.close()
-
-    def close_links(self) -> None:
-        for tunnel in list(self.tunnels.values()):
-            tunnel.link.goodbye("stopping", "the server is stopping")
-            tunnel.link.flush()
-            tunnel.link.close("the server is stopping", "stopping")
-
-    def fail(self, error: Exception) -> None:
-        log.error("server: %s", error)
-
-    def watch_files(self) -> None:
-        files = self.files()
-        if files:
-            forbid_core_dumps()
-            self.on_new_files(files)
-            self.look_timer.set(LOOK_TIME)
-
-    def files(self) -> List[Watched]:
-        """What is looked at again and again."""
-        return [file for file in (self.tokens, self.tls) if file]
-
-    def look(self) -> None:
-        """Has a file changed? An id whose token has gone or changed is free; TLS that
-        runs goes on with the certificate that it began with."""
-        self.look_timer.set(LOOK_TIME)
-        files = [file for file in self.files() if file.look()]
-        if self.tokens in files and self.tokens:
-            for link in list(self.loop.links):  # also those that were replaced
-                tunnel, token = link.owner, link.owner.token
-                mine = tunnel.server is self
-                if mine and token and token != self.tokens.value.get(tunnel.id):
-                    cause = "the token of %s is no longer valid" % tunnel.id
-                    tunnel.depose("refused", cause)
-                    tunnel.link.flush()
-                    tunnel.link.close("its token has changed")
-        if files:
-            log.info("changed: %s", ", ".join(map(str, files)))
-            self.on_new_files(files)
-
-    def on_new_files(self, files: List[Watched]) -> None:
-        """What follows from them; the last path of each leads to secrets."""
-        if self.tokens:  # whoever has a token is known, also while he is not connected
-            self.names.ids = collections.ChainMap(self.tunnels, self.tokens.value)
-        for file in files:
-            warn_of_readers(file.paths[-1:])
-            if file is self.tls and file.seen and log.hears(INFO):
-                with contextlib.suppress(ValueError):
-                    log.info("certificate: SHA256 %s", fingerprint(file.seen[0]))
-
-    def how_to(self, request: Request) -> List[str]:
-        """For the landing page and the 404s: how somebody gets a name here."""
-        line = "  python3 mdm_tunnel_client.py -v -h %s -p %d -i NAME web=9000"
-        return [
-            "To publish what listens on port 9000 of your machine, run there:",
-            line % (self.names.base(request.name), self.client_address[1]),
-            "NAME is for you to choose; -v prints the address of the service web.",
-        ]
-
-    def meet(self, connection: Connection) -> None:
-        """Somebody who has not logged in. Of too many one at random has to go, of the
-        address that has most of them: so a crowd from one keeps out no other."""
-        strangers = {c: where for c, where in self.strangers.items() if not c.closed}
-        strangers.pop(connection, None)
-        if len(strangers) >= STRANGERS:
-            (crowd, _), *_ = collections.Counter(strangers.values()).most_common(1)
-            victims = [other for other, where in strangers.items() if where == crowd]
-            number = int.from_bytes(os.urandom(4), "big") % len(victims)
-            del strangers[victims[number]]
-            victims[number].fail(OSError("too many connections have not logged in"))
-        strangers[connection] = address_of(connection.sock)
-        self.strangers = strangers
-
-    def make_room(self) -> bool:
-        """Close the visitor who is longest between two requests, and has sent nothing
-        that we have not read yet; False when there seems to be none."""
-        for _ in range(min(ROOM_LOOKS, len(self.idle))):
-            visitor = next(iter(self.idle))
-            if not visitor.has_sent():
-                visitor.leave()
-                return True
-            self.idle.move_to_end(visitor)
-        return False
-
-    # Stopping.
-
-    def on_signal(self, number: int) -> None:
-        """SIGTERM lets what runs end; SIGINT, or a second signal, does not."""
-        if self.stopping or number == signal.SIGINT:
-            log.info("stopping at once")
-            self.loop.running = False
-        else:
-            self.stop()
-
-    def stop(self) -> None:
-        """Accept no more, give running requests DRAIN seconds, then close the links."""
-        log.info("stopping")
-        self.stopping = True
-        self.until = self.loop.clock() + DRAIN
-        for listener in self.listeners:
-            listener.close()
-        for visitor in list(self.visitors):
-            if not visitor.exchange:
-                visitor.end()
-        self.drain()
-
-    def drain(self) -> None:
-        """Is there anything still to wait for?"""
-        late = self.loop.clock() >= self.until
-        exchanges = [visitor.exchange for visitor in self.visitors]
-        running = [e for e in exchanges if e and not e.upgraded]
-        if not self.said_goodbye and (late or not running):
-            self.say_goodbye()
-        elif self.said_goodbye and (late or not self.loop.connections):
-            self.loop.running = False
-        self.timer.set(DRAIN_LOOK)
-
-    def say_goodbye(self) -> None:
-        """The last words, to visitors and to clients."""
-        self.said_goodbye = True
-        self.until = self.loop.clock() + LINGER
-        self.close_links()
-        for visitor in list(self.visitors):
-            visitor.end()
-
-
 # -----------------------------------------------------------------------------------
 # Command line
 # -----------------------------------------------------------------------------------
@@ -3723,7 +4466,7 @@ def domains(text: str) -> str:
     return text
 
 
-def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
+def parse_arguments(argv: Optional[List[str]]) -> Config:
     parser = Parser(
         prog="mdm_tunnel_server.py",
         description="The public end of a reverse tunnel: takes visitors' HTTP and "
@@ -3753,7 +4496,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     add("-v", "--verbose", action="count", default=0,
         help="say what happens, on stderr; -vv: every frame")  # fmt: skip
     add("-V", "--version", action="version", version=VERSION)
-    return parser.parse_args(argv)
+    return Config(**vars(parser.parse_args(argv)))
 
 
 def find_user(name: str) -> Any:
@@ -3794,23 +4537,15 @@ def become(user: Any, paths: List[str]) -> None:
             raise PermissionError("it must be able to read %s" % path)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(
+    argv: Optional[List[str]] = None, router: Optional[Router] = None
+) -> None:
     """Serve until a signal. Exit status: 0, 1 (a port is taken) or 2 (usage)."""
-    options = parse_arguments(argv)
-    set_up_log(options.verbose)
+    config = parse_arguments(argv)
+    set_up_log(config.verbose)
     try:
-        user = None if options.user is None else find_user(options.user)
-        server = Server(
-            options.port,
-            options.client_port,
-            options.bind,
-            options.domain,
-            tokens=options.tokens,
-            tls_cert=options.tls_cert,
-            tls_key=options.tls_key,
-            tls_port=options.tls_port,
-            redirect=options.redirect,
-        )
+        user = None if config.user is None else find_user(config.user)
+        server = Server(config, router)
     except OSError as error:
         die(1, "cannot listen on %s" % (error.strerror or error))
     except ValueError as error:
@@ -3819,7 +4554,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         try:
             become(user, [path for file in server.files() for path in file.paths])
         except OSError as error:
-            die(1, "cannot become %s: %s" % (options.user, error.strerror or error))
+            die(1, "cannot become %s: %s" % (config.user, error.strerror or error))
     be_deaf()
     server.loop.catch_signals(server.on_signal)
     server.run()
