@@ -174,7 +174,7 @@ class FrameReader:
 
     def hold(self) -> None:
         """What is left is the beginning of a frame."""
-        self.held = bytes(self.data[self.at :])
+        self.held += bytes(self.data[self.at :])
         self.data, self.at = memoryview(b""), 0
 
     def keep(self) -> None:
@@ -482,7 +482,6 @@ class Loop:
         self.sealed = memoryview(mmap.mmap(-1, SEALED))  # what TLS is to open
         self.capacity = file_limit(self.selector) - SPARE_FILES
         self.turn_started = clock()
-        self.shook = 0.0  # seconds of TLS handshakes in this turn
         self.running = True
         self.caught: Dict[int, Any] = {}  # signals, and what they did before
         self.wake_receiver, self.wake_sender = socket.socketpair()
@@ -505,7 +504,7 @@ class Loop:
         for number, before in self.caught.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)
         for connection in list(self.connections):
-            connection.abort() if connection.backlog else connection.close()
+            connection.abort() if connection.waiting() else connection.close()
         for part in (self.selector, self.wake_receiver, self.wake_sender):
             part.close()  # type: ignore[attr-defined]
 
@@ -536,7 +535,6 @@ class Loop:
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
-        self.shook = 0.0
         events = self.selector.select(self.select_timeout())
         self.turn_started = self.clock()
         for number, (key, mask) in enumerate(events, 1):
@@ -564,7 +562,7 @@ class Loop:
             told = target.on_events(mask)
             if told & WRITE:
                 target.owner.on_writable()
-            if told & READ and not target.closed:
+            if told & READ and target.phase == OPEN_PHASE:
                 target.owner.on_readable()
         except Exception as error:
             self.failed(target, error)
@@ -654,26 +652,23 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 
 
 # -----------------------------------------------------------------------------------
-# TLS: what is read from the network is fed into a memory buffer, and what has to go
-# there is taken out of another, so that neither handshake nor encryption ever waits for
-# a socket, and all that was said here about sending and ending holds for it too.
+# TLS: a transport over another one. What is read from below goes into a memory buffer,
+# and what has to go there is taken out of another. So neither the handshake nor
+# encryption ever waits for a socket, and TLS can stand over TLS (through a proxy).
 # -----------------------------------------------------------------------------------
 HANDSHAKE_TIME = 5.0  # seconds
-SHAKING_A_TURN = 0.01  # seconds of them in a turn of the loop: each computes a while
-SEALED = 64 << 10  # bytes encrypted, or read to be decrypted, at once: OpenSSL keeps so
-# much memory for each connection
-RECORDS_A_READ = 256  # be they ever so small
-WASTE_A_READ = 32 << 10  # bytes that may come in a read beyond its content, before it
-# ends: a record that is not whole has half as much
-FIRST_SEALED = 4 << 10  # bytes read to be decrypted, until there was something in them
-FRUITLESS = 16 << 10  # bytes with nothing in them that may come: to agree on new keys
-# again and again costs us more than the peer
-SEALED_PART = 32  # bytes that may come for each byte of content
-ANSWERS = 16 << 10  # bytes for new keys that may wait for a peer who does not read
+SEALED = 64 << 10  # bytes encrypted at once, or read at once to be decrypted: OpenSSL
+# keeps so much memory for each connection
+READS = 8  # of SEALED bytes in one turn
+CONTENT_PART = 32  # bytes of ciphertext that may come for each byte of plaintext
+FRUITLESS = 64 << 10  # bytes of ciphertext past that part that are accepted (KeyUpdate
+# floods): to agree on new keys costs us more than the peer
+REPLIES = 16 << 10  # bytes of our replies to KeyUpdate that may wait for a peer that
+# does not read
 
 
 class TLSError(OSError):
-    """The peer's TLS cannot be understood, or it is not whom we want to speak to."""
+    """TLS failed, or the peer's certificate is not the expected one."""
 
     def __init__(self, error: Exception) -> None:
         reason = str(getattr(error, "reason", "") or error)
@@ -696,38 +691,58 @@ def demand_tls_1_2(context: Any) -> Any:
     return context
 
 
-class TLS:
-    """The encryption of one connection, without I/O. `name` is the host that the
-    server's certificate must be for; `pin` the SHA-256 that it must have."""
+class Sealed:
+    """TLS over the transport `under`. `name` is the host that the server's certificate
+    must be for; `pin` the SHA-256 that it must have."""
 
     __slots__ = (
-        "ssl incoming outgoing object pin ready early more ending failed size "
-        "fruitless answers"
+        "ssl loop under incoming outgoing object pin buffer ready more ending ended "
+        "pending failed waste replies"
     ).split()
+    has_last_word = True
 
-    def __init__(self, context: Any, server: bool, name: Any, pin: bytes) -> None:
+    def __init__(
+        self, loop: Loop, under: Any, context: Any, server: bool, name: Any, pin: bytes
+    ) -> None:
         import ssl
 
-        self.ssl, self.pin = ssl, pin
+        self.ssl, self.loop, self.under, self.pin = ssl, loop, under, pin
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.object = context.wrap_bio(self.incoming, self.outgoing, server, name)
+        shared = isinstance(under, Plain)  # else `under` decrypts into this buffer
+        self.buffer = loop.sealed if shared else memoryview(bytearray(SEALED))
         self.ready = False  # the handshake is done
-        self.early = bytearray()  # what was written, and waits to be encrypted
-        self.more = False  # something is decrypted, or decryptable, and not yet read
-        self.ending = False  # we send no more
+        self.more = False  # there is plaintext of which no selector tells
+        self.ending = False  # close_notify is to be said
+        self.ended = False  # it is said: `under` is to be shut down behind it
+        self.pending = b""  # ciphertext that `under` has not taken: the next to be sent
         self.failed: Optional[OSError] = None  # told once what came before is read
-        self.size = FIRST_SEALED  # bytes to read at once
-        self.fruitless = 0  # bytes read of late in which there was nothing
-        self.answers = 0  # bytes of our own that wait for the peer
+        self.waste = 0  # bytes of ciphertext of late, less those that plaintext needs
+        self.replies = 0  # bytes of our own that wait for the peer
+
+    @property
+    def unsent(self) -> int:
+        return len(self.pending) + int(self.under.unsent)
+
+    # Handshake.
 
     def shake_hands(self) -> bool:
         """Go on with the handshake; True when it is done. Raises TLSError."""
+        if not self.under.shake_hands():
+            return False
+        try:
+            self.fill()
+        except (BlockingIOError, InterruptedError):
+            pass
         try:
             self.object.do_handshake()
         except self.ssl.SSLWantReadError:
             return False
         except (self.ssl.SSLError, self.ssl.CertificateError) as error:
             raise TLSError(error) from None
+        finally:
+            self.pending += self.outgoing.read()  # also why we do not want to go on
+            self.flush()
         if self.pin:
             self.check_pin()
         self.ready = self.more = True
@@ -742,11 +757,51 @@ class TLS:
             seen = "the certificate has another fingerprint, %s" % found.hexdigest()
             raise TLSError(ValueError(seen))
 
-    def read_into(self, view: memoryview) -> Optional[int]:
-        """Bytes decrypted, 0 at the end, None when more has to come. Or TLSError."""
+    # Reading.
+
+    def recv_into(self, view: memoryview) -> int:
+        """Decrypt what has come, as a socket's recv_into(). An error waits until the
+        plaintext before it has been read."""
+        if self.failed:
+            raise self.failed
+        count = came = reads = 0
+        got: Optional[int] = None
+        self.more = False
+        try:
+            while count < len(view):
+                got = self.decrypt(view[count:])
+                if got:
+                    count += got
+                elif got == 0:
+                    break
+                elif reads and (count < came // 2 or reads == READS):
+                    break  # tiny records, or none, must not hold the loop
+                else:
+                    part = self.fill()
+                    came, reads = came + part, reads + 1
+                    if part < SEALED:
+                        reads = READS  # there is no more below
+            self.more = count == len(view) or got == 0 < count
+            self.reply()
+        except (BlockingIOError, InterruptedError):
+            self.reply()
+            if not count:
+                raise
+        except OSError as error:
+            if not count:
+                raise
+            self.failed, self.more = error, True
+        if not count and got is None:
+            raise BlockingIOError
+        if self.ending and not self.more:
+            self.say_close()
+        return count
+
+    def decrypt(self, view: memoryview) -> Optional[int]:
+        """Bytes of plaintext, 0 at the end, None when more has to come."""
         try:
             count: int = self.object.read(len(view), view)
-            self.fruitless = max(0, self.fruitless - count * SEALED_PART)
+            self.waste = max(0, self.waste - count * CONTENT_PART)
             return count
         except self.ssl.SSLWantReadError:
             return None
@@ -755,41 +810,90 @@ class TLS:
         except self.ssl.SSLError as error:
             raise TLSError(error) from None
 
-    def feed(self, data: memoryview) -> None:
-        """What has come from the network. Raises TLSError when it is of no use."""
-        self.incoming.write(data)
+    def fill(self) -> int:
+        """Read ciphertext; return its length. EOF without close_notify may be a
+        truncation attack (RFC 8446 6.1), so it is an error."""
+        if self.waste > FRUITLESS:
+            raise TLSError(ValueError("much was sent, and nothing was in it"))
+        if self.ending:
+            self.say_close()
+        count: int = self.under.recv_into(self.buffer)
+        if count == 0:
+            raise OSError("the other side closed the connection, and not by TLS")
+        self.incoming.write(self.buffer[:count])
         if self.ready:
-            grows = self.fruitless <= FRUITLESS
-            self.size = min(SEALED, 2 * self.size) if grows else FIRST_SEALED
-            self.fruitless += len(data)
-            if self.fruitless > FRUITLESS + SEALED:
-                raise TLSError(ValueError("much was sent, and nothing was in it"))
+            self.waste += count
+        return count
 
-    def seal(self, part: Any) -> bytes:
-        """What to send for at most SEALED bytes, once the handshake is done."""
-        while part:
-            part = part[self.object.write(part) :]
-        return self.outgoing.read()
+    def reply(self) -> None:
+        """Send TLS's own replies (KeyUpdate); fail if the peer asks for them and does
+        not read."""
+        said = self.outgoing.read()
+        if said:
+            self.replies = self.replies + len(said) if self.unsent else 0
+            if self.replies > REPLIES:
+                raise TLSError(ValueError("it asks for new keys, and does not read"))
+            self.pending += said
+            self.flush()
 
-    def seal_early(self) -> bytes:
-        """The next part of what could not be sent at once."""
-        part = bytes(self.early[:SEALED])
-        del self.early[:SEALED]
-        return self.seal(part)
+    # Sending.
 
-    def say_end(self) -> None:
-        """The word that we send no more (RFC 8446 6.1). OpenSSL would lose what has
-        come and is not read."""
+    def send(self, data: Any) -> int:
+        """Encrypt what the transport below takes at once, and SEALED bytes more."""
+        view, taken = memoryview(data), 0
+        while taken < len(view) and self.ready and self.flush():
+            part = view[taken : taken + SEALED]
+            taken += len(part)
+            while part:
+                part = part[self.object.write(part) :]
+            self.pending = self.outgoing.read()
+        if not taken:
+            raise BlockingIOError
+        self.flush()
+        return taken
+
+    def flush(self) -> bool:
+        """Send ciphertext; True when all of it has gone."""
+        while self.pending:
+            try:
+                self.pending = self.pending[self.under.send(self.pending) :]
+            except (BlockingIOError, InterruptedError):
+                return False
+        if not self.under.flush():
+            return False
+        if self.ended:
+            self.ended = False
+            self.under.shutdown()
+        return True
+
+    def shutdown(self) -> None:
+        """Say that we send no more. OpenSSL would lose what has come and is not read:
+        then it is said at the next read."""
+        self.ending = True
+        if not self.more:
+            self.say_close()
+
+    def say_close(self) -> None:
+        """close_notify (RFC 8446 6.1), and then the end of the transport below."""
+        self.ending, self.ended = False, True
         if self.ready:
             with contextlib.suppress(self.ssl.SSLError, ValueError):
                 self.object.unwrap()
+        self.pending += self.outgoing.read()
+        self.flush()
+
+    def forget(self) -> None:
+        """Nothing can be sent any more."""
+        self.pending = b""
+        self.under.forget()
 
 
 # -----------------------------------------------------------------------------------
-# Connection: a non-blocking socket. What it will not take now waits here in order,
-# and a half-close waits behind that. The only place that knows of would-block and of
-# the errors of a socket. A failed send ends that direction only: what the peer said
-# last is read first.
+# Connection: a non-blocking socket and what waits for it. The only place that knows of
+# would-block and of the errors of a socket. It reads and sends through a transport:
+# the socket itself, or TLS over it. What the transport does not take waits in order,
+# and a half-close waits behind that. A failed send ends that direction only: what the
+# peer said last is read first.
 # -----------------------------------------------------------------------------------
 KEEPALIVE = 60  # seconds of silence until TCP asks whether a peer is still there
 LINGER = 2.0  # seconds to read and drop after a last word, so that it arrives
@@ -807,38 +911,73 @@ SOCKET_OPTIONS = [
 ]
 
 
-class Ending(enum.IntEnum):
-    CLOSE=1
-    ABORT=2
-    LINGER=3
+class Plain:
+    """A socket as a transport: its own methods, so that it costs nothing."""
+
+    __slots__ = ("recv_into", "send", "sock")
+    unsent = 0  # bytes that wait below
+    more = False  # bytes can be read of which no selector tells
+    has_last_word = False  # one of the peer, before it closes
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.recv_into, self.send, self.sock = sock.recv_into, sock.send, sock
+
+    def shake_hands(self) -> bool:
+        return True
+
+    def flush(self) -> bool:
+        return True
+
+    def forget(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        self.sock.shutdown(socket.SHUT_WR)
 
 
 class Phase(enum.IntEnum):
-    OPEN=1
-    LINGERING=2
+    """What a connection does. From CLOSING on it has no owner any more."""
+
+    HANDSHAKE = 1  # of TLS
+    OPEN = 2
+    CLOSING = 3  # sends what waits, then ends
+    LINGERING = 4  # reads and drops, so that what was said last arrives
+    CLOSED = 5
+
+
+class Ending(enum.IntEnum):
+    """How a connection ends."""
+
+    CLOSE = 1
+    LINGER = 2  # half-close first: with bytes unread a plain close would be a reset,
+    # which can overtake what was said last
+    ABORT = 3  # with a reset: what was cut must not look complete
+
+
+OPEN_PHASE, CLOSED_PHASE = Phase.OPEN, Phase.CLOSED  # looked at for every event
 
 
 class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock tls owner backlog dry eof send_error last progress_at events timer "
-        "shaking lingering closing closed"
+        "loop sock transport owner backlog readable eof send_error ending_write "
+        "progress_at events timer phase ending"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
         self.loop, self.sock, self.owner = loop, sock, owner
-        self.tls: Optional[TLS] = None
-        self.backlog = bytearray()  # what the kernel has not taken yet
-        self.dry = True  # a read would block, until the selector says otherwise
+        self.transport: Any = Plain(sock)
+        self.phase = Phase.OPEN
+        self.ending = Ending.CLOSE
+        self.backlog = bytearray()  # what the transport has not taken yet
+        self.readable = False  # a read may give something; the selector said so
         self.eof = False  # the peer sends no more
         self.send_error: Optional[OSError] = None  # why nothing can be sent
-        self.last: Optional[Call] = None  # to do when the backlog is gone
+        self.ending_write = False  # a half-close waits behind the backlog
         self.progress_at = 0.0  # when the backlog began, or last became shorter
         self.events = 0  # what the selector was told
-        self.timer: Optional[Timer] = None  # when it comes to an end
-        self.shaking = self.lingering = False  # the TLS handshake goes on; it ends
-        self.closed = self.closing = False
+        self.timer: Optional[Timer] = None  # for the phases that have an end
         sock.setblocking(False)
         loop.connections.add(self)
         loop.dirty.add(self)
@@ -849,72 +988,59 @@ class Connection:
     def __str__(self) -> str:
         return str(self.owner)
 
+    @property
+    def closed(self) -> bool:
+        return self.phase == CLOSED_PHASE
+
     def fail(self, error: Exception) -> None:
-        self.close() if self.lingering or self.closing else self.owner.fail(error)
-
-    @property
-    def transport(self):
-        return self
-
-    @property
-    def more_to_say(self):
-        return bool(self.tls)
-
-    @property
-    def phase(self):
-        return Phase.LINGERING if self.lingering else Phase.OPEN
-
-    def has_unread(self):
-        try:
-            return bool(self.sock.recv(1, socket.MSG_PEEK))
-        except OSError:
-            return False
-
-    def stop_tls(self):
-        self.tls, self.shaking = None, False
-
-    def shutdown_write(self):
-        self.after_backlog(self.finish)
-
-    def close_when_drained(self, ending):
-        self.closing = True
-        self.end({Ending.CLOSE: self.close, Ending.ABORT: self.abort, Ending.LINGER: self.linger}[ending])
+        if self.phase in (Phase.CLOSING, Phase.LINGERING):
+            self.close()
+        elif self.phase != CLOSED_PHASE:
+            self.owner.fail(error)
 
     def on_events(self, mask: int) -> int:
-        """The selector says that the socket is ready."""
-        told = 0
+        """The selector says that the socket is ready. Returns what the loop is to tell
+        the owner."""
+        if self.phase == CLOSED_PHASE:
+            return 0  # in this very turn
         self.loop.dirty.add(self)
-        if mask & WRITE and not self.closed:
+        if mask & READ:
+            self.readable = True
+        if mask & WRITE:
             self.flush()
-            if not (self.lingering or self.shaking or self.closing):
-                told |= WRITE
-        if mask & READ and not self.closed:
-            self.dry = False
-            if self.lingering:
-                self.drop()
-            elif self.shaking:
-                self.shake_hands()
-            elif not self.closing:
-                told |= READ
-        return told
+        if self.phase == OPEN_PHASE:
+            return mask
+        if self.phase == Phase.HANDSHAKE:
+            self.shake_hands()
+        elif self.phase == Phase.LINGERING and mask & READ:
+            self.drop()
+        return 0
 
     def register(self) -> None:
         """Tell the selector what is waited for now, if that has changed."""
-        if self.closed:
+        if self.phase == OPEN_PHASE:
+            events: int = self.owner.interest()
+        elif self.phase == CLOSED_PHASE:
             return
-        own = not (self.lingering or self.shaking or self.closing)
-        events = self.owner.interest() if own else READ * (not self.closing)
-        if events & READ and self.tls and self.tls.more and not self.eof:
-            self.loop.again(self)  # the selector cannot see it
-        events = (events & ~READ if self.eof else events) | bool(self.backlog) * WRITE
+        else:
+            events = 0 if self.phase == Phase.CLOSING else READ
+        if self.eof:
+            events &= ~READ
+        elif self.transport.more and events & READ:
+            self.loop.again(self)
+        if self.transport.unsent or self.backlog and self.phase != Phase.HANDSHAKE:
+            events |= WRITE
         if events != self.events:
-            if self.events and events:
-                self.loop.selector.modify(self.sock, events, self)
-            elif events:
-                self.loop.selector.register(self.sock, events, self)
-            else:
-                self.loop.selector.unregister(self.sock)
-            self.events = events
+            self.tell_selector(events)
+
+    def tell_selector(self, events: int) -> None:
+        if self.events and events:
+            self.loop.selector.modify(self.sock, events, self)
+        elif events:
+            self.loop.selector.register(self.sock, events, self)
+        else:
+            self.loop.selector.unregister(self.sock)
+        self.events = events
 
     def limit_queue(self, size: int) -> None:
         """Let the kernel hold about `size` bytes that are not under way yet. Systems
@@ -925,242 +1051,199 @@ class Connection:
             with contextlib.suppress(OSError):
                 self.sock.setsockopt(socket.IPPROTO_TCP, option, size)
 
+    # Reading.
+
     def read_into(self, view: memoryview) -> Optional[int]:
-        """Bytes read, 0 at the end, None when there are none now. Raises OSError."""
+        """Bytes read, 0 at the end, None when there are none now. Raises OSError. An
+        empty view gives None: to read nothing would look like the end."""
         self.loop.dirty.add(self)
         if self.eof:
             return 0
-        if not len(view):
-            return None  # to read nothing would look like the end
-        if self.tls:
-            return self.open_into(view, self.tls)
-        if self.dry or self.closed:
+        if not self.readable or not len(view):
             return None
         try:
-            count = self.sock.recv_into(view)
+            count: int = self.transport.recv_into(view)
         except (BlockingIOError, InterruptedError):
-            self.dry = True
+            self.readable = False
             return None
-        self.dry = count < len(view)  # it came short, so there is no more
+        self.readable = count == len(view)  # it came short, so there is no more
         if count == 0:
             self.eof = True
             if isinstance(self.send_error, ConnectionResetError):
-                raise self.send_error  # a send has swallowed the news that this is a cut
+                # an earlier send() consumed the RST; without this a cut looks like EOF
+                raise self.send_error
         return count
 
-    def write(self, data: Any) -> None:
-        """Send `data`, now or as soon as the socket takes it."""
-        tls = self.tls
-        if not tls:
-            self.put(data)
-            return
-        rest = memoryview(data)
-        while rest and tls.ready and not self.backlog:
-            self.put(tls.seal(rest[:SEALED]))
-            rest = rest[SEALED:]
-        tls.early += rest  # encrypted in small pieces it would be many times that
-
-    def waiting(self) -> int:
-        """Bytes that were written and not sent."""
-        return len(self.backlog) + (len(self.tls.early) if self.tls else 0)
-
-    def put(self, data: Any) -> None:
-        if data and not self.backlog:
-            data = data[self.send(data) :]
-        if data:
-            if not self.backlog:
-                self.progress_at = self.loop.clock()
-                self.loop.dirty.add(self)
-            self.backlog += data
-
-    def send(self, data: Any) -> int:
-        """How many bytes the socket took. After a failure all are taken and lost."""
-        if self.send_error is None:
-            try:
-                return self.sock.send(data)
-            except (BlockingIOError, InterruptedError):
-                return 0
-            except OSError as error:
-                self.send_error = error
-        return len(data)
-
-    def flush(self) -> None:
-        """Send what waits, then do what waits behind it."""
-        if self.backlog:
-            count = self.send(self.backlog)
-            if count:
-                self.progress_at = self.loop.clock()
-                del self.backlog[:count]
-        if self.tls and self.tls.ready:
-            while self.tls.early and not self.backlog:
-                self.put(self.tls.seal_early())
-        if not self.backlog and self.last:
-            last, self.last = self.last, None
-            last()
-
-    def after_backlog(self, call: Call) -> None:
-        """Do `call` when everything written so far has been sent."""
-        self.last = call
-        self.loop.dirty.add(self)
-        self.flush()
-
-    def finish(self) -> None:
-        """Half-close: tell the peer that no more will come."""
-        if not self.tls:
-            self.shut()
-        else:
-            self.tls.ending = True
-            if not self.tls.more:
-                self.finish_tls(self.tls)
-
-    def finish_tls(self, tls: TLS) -> None:
-        tls.ending = False
-        tls.say_end()
-        self.put(tls.outgoing.read())
-        self.after_backlog(self.shut)
-
-    def shut(self) -> None:
+    def has_unread(self) -> bool:
+        """Whether something is here that was not read yet."""
         try:
-            self.sock.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            self.send_error = self.send_error or error
-
-    # TLS.
-
-    def start_tls(
-        self, context: Any, server: bool, name: Any = None, pin: bytes = b""
-    ) -> None:
-        """From here on all is encrypted: see TLS."""
-        self.tls = TLS(context, server, name, pin)
-        self.shaking = True
-        self.watch(HANDSHAKE_TIME)
-        if not server:
-            self.shake_hands()
-
-    def shake_hands(self) -> None:
-        """Go on with the handshake; then the owner's part begins. With too many in one
-        turn the selector will say again that there is something to read."""
-        tls, start = self.tls, self.loop.clock()
-        if tls and self.loop.shook <= SHAKING_A_TURN:
-            self.receive(tls)
-            try:
-                done = tls.shake_hands()
-            finally:
-                self.loop.shook += self.loop.clock() - start
-                self.put(tls.outgoing.read())  # also why we do not want to go on
-            if done and self.timer:
-                self.shaking = False
-                self.timer.clear()
-                self.flush()
-
-    def receive(self, tls: TLS) -> int:
-        """How many bytes have come for TLS, which has none left. An end without the
-        word for it (RFC 8446 6.1) may be a cut that somebody else has made."""
-        if tls.ending:
-            self.finish_tls(tls)
-        view, count = self.loop.sealed[: tls.size], -1
-        if not (self.dry or self.closed):
-            with contextlib.suppress(BlockingIOError, InterruptedError):
-                count = self.sock.recv_into(view)
-        if count == 0:
-            raise OSError("the other side closed the connection, and not by TLS")
-        self.dry = count < len(view)
-        if count > 0:
-            tls.feed(view[:count])
-        return max(0, count)
-
-    def open_into(self, view: memoryview, tls: TLS) -> Optional[int]:
-        """read_into(), decrypted: what TLS has, then what the socket has, part by part.
-        An error waits until what came before it has been read."""
-        if tls.failed:
-            raise tls.failed
-        got: Optional[int] = None
-        count = records = came = 0
-        try:
-            got = tls.read_into(view) if tls.ready else None
-            while got != 0:
-                if got:
-                    count += got
-                    records += 1
-                    if count == len(view) or records == RECORDS_A_READ:
-                        break
-                else:
-                    part = self.receive(tls) if came <= count + WASTE_A_READ else 0
-                    if not part:
-                        break
-                    came += part
-                got = tls.read_into(view[count:])
-            self.answer(tls)
-        except OSError as error:
-            if not count:
-                raise
-            tls.failed, got = error, count
-        self.eof = got == 0 and count == 0
-        tls.more = got is not None and not self.eof
-        if tls.ending and not tls.more:
-            self.finish_tls(tls)
-        return 0 if self.eof else count or None
-
-    def answer(self, tls: TLS) -> None:
-        """Send what TLS itself has to say, when the peer has agreed on new keys."""
-        said = tls.outgoing.read()
-        tls.answers = tls.answers + len(said) if self.backlog else 0
-        if tls.answers > ANSWERS:
-            raise TLSError(ValueError("it asks for new keys, and does not read"))
-        self.put(said)
-
-    def end(self, call: Call) -> None:
-        """The last thing to do, when everything has been sent. A peer who takes nothing
-        of it for STALLED seconds is given up."""
-        if self.backlog:
-            self.watch(STALLED)
-        self.after_backlog(call)
-
-    def linger(self) -> None:
-        """Close, but so that the last word arrives: with bytes unread a plain close
-        would reset the connection, and the reset can overtake what was said."""
-        self.finish()
-        self.lingering = True
-        self.watch(LINGER)
-        if self.eof or self.send_error:
-            self.close()
-
-    def watch(self, seconds: float) -> None:
-        self.timer = self.timer or Timer(self.loop, self, self.on_late)
-        self.timer.set(seconds)
-
-    def on_late(self) -> None:
-        if self.shaking:
-            raise OSError("no TLS handshake within %d s" % HANDSHAKE_TIME)
-        if self.backlog and self.loop.clock() - self.progress_at < STALLED:
-            self.watch(STALLED)
-        else:
-            self.abort() if self.backlog else self.close()
+            return bool(self.sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
 
     def drop(self) -> None:
         """While it lingers, what still comes is of no use."""
         if self.read_into(self.loop.scratch) == 0:
             self.close()
 
+    # Sending.
+
+    def write(self, data: Any) -> None:
+        """Send `data`, now or as soon as the transport takes it. After a failed send
+        bytes are dropped. (Nothing is ever sent before what waits: TLS has encrypted it
+        already.)"""
+        if not self.backlog:
+            if self.send_error:
+                return
+            try:
+                data = data[self.transport.send(data) :]
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError as error:
+                self.note_send_error(error)
+                return
+            if not len(data):
+                return
+            self.progress_at = self.loop.clock()
+            self.loop.dirty.add(self)
+        self.backlog += data
+
+    def waiting(self) -> int:
+        """Bytes that were written and not sent."""
+        return len(self.backlog) + int(self.transport.unsent)
+
+    def flush(self) -> None:
+        """Send what waits, then do what waits behind it."""
+        before = self.waiting()
+        try:
+            self.transport.flush()
+            if self.backlog:
+                del self.backlog[: self.transport.send(self.backlog)]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            self.note_send_error(error)
+        waiting = self.waiting()
+        if waiting < before:
+            self.progress_at = self.loop.clock()
+        if not waiting:
+            self.on_drained()
+
+    def note_send_error(self, error: OSError) -> None:
+        self.send_error = self.send_error or error
+        self.backlog.clear()
+        self.transport.forget()
+        self.loop.dirty.add(self)
+
+    def on_drained(self) -> None:
+        """Everything has been sent."""
+        if self.phase == Phase.CLOSING:
+            self.end()
+        elif self.ending_write:
+            self.ending_write = False
+            try:
+                self.transport.shutdown()
+            except OSError as error:
+                self.note_send_error(error)
+
+    def shutdown_write(self) -> None:
+        """Half-close, behind everything written so far: tell the peer that no more will
+        come."""
+        self.ending_write = True
+        if not self.waiting():
+            self.on_drained()
+
+    # TLS.
+
+    def start_tls(
+        self, context: Any, server: bool, name: Any = None, pin: bytes = b""
+    ) -> None:
+        """From here on all is encrypted: see Sealed."""
+        under = self.transport
+        self.transport = Sealed(self.loop, under, context, server, name, pin)
+        self.phase = Phase.HANDSHAKE
+        self.watch(HANDSHAKE_TIME)
+        if not server:
+            self.shake_hands()
+
+    def stop_tls(self) -> None:
+        """The peer does not speak it: what is left to say, it is told without."""
+        self.transport, self.phase = self.transport.under, Phase.OPEN
+
+    def shake_hands(self) -> None:
+        """Go on with the handshake; then the owner's part begins. When a turn has had
+        many, the selector will say again that there is something to read."""
+        if self.loop.tired() or not self.transport.shake_hands():
+            return
+        self.phase = Phase.OPEN
+        if self.timer:
+            self.timer.clear()
+        self.readable = True
+        self.flush()
+
+    # How it ends.
+
+    def close_when_drained(self, ending: Ending) -> None:
+        """From here on the connection has no owner: it sends what waits, and ends. A
+        peer that takes nothing of it for STALLED seconds is given up."""
+        if self.phase == CLOSED_PHASE:
+            return
+        self.phase, self.ending = Phase.CLOSING, ending
+        self.loop.dirty.add(self)
+        if self.waiting():
+            self.watch(STALLED)
+        else:
+            self.end()
+
+    def end(self) -> None:
+        if self.ending == Ending.ABORT:
+            self.abort()
+        elif self.ending == Ending.CLOSE:
+            self.close()
+        else:
+            self.linger()
+
+    def linger(self) -> None:
+        self.phase, self.ending_write = Phase.LINGERING, True
+        self.on_drained()
+        if self.eof or self.send_error:
+            self.close()
+        else:
+            self.watch(LINGER)
+
+    def watch(self, seconds: float) -> None:
+        self.timer = self.timer or Timer(self.loop, self, self.on_late)
+        self.timer.set(seconds)
+
+    def on_late(self) -> None:
+        if self.phase == Phase.HANDSHAKE:
+            raise OSError("no TLS handshake within %d s" % HANDSHAKE_TIME)
+        if self.phase == Phase.LINGERING:
+            self.close()
+        elif self.loop.clock() - self.progress_at < STALLED:
+            self.watch(STALLED)
+        else:
+            self.abort()
+
     def abort(self) -> None:
-        """Close with a reset, so that what was cut does not look complete."""
-        if not self.closed:
+        """Close with a reset, at once."""
+        if self.phase != CLOSED_PHASE:
             on = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
             with contextlib.suppress(OSError):
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, on)
             self.close()
 
     def close(self) -> None:
-        if not self.closed:
-            self.closed = True
+        """Close at once."""
+        if self.phase != CLOSED_PHASE:
+            self.phase, self.readable = Phase.CLOSED, False
             self.loop.connections.discard(self)
             self.backlog.clear()
-            self.tls = None
-            self.last = None
             if self.timer:
                 self.timer.clear()
             if self.events:
                 self.loop.selector.unregister(self.sock)
+            self.transport = Plain(self.sock)
             self.sock.close()
 
 
@@ -1748,7 +1831,7 @@ class Link:
             if self.connection.send_error or self.connection.backlog:
                 self.connection.close()
             else:
-                self.connection.linger()
+                self.connection.close_when_drained(Ending.LINGER)
 
     def trace(self, way: str, kind: int, number: int, payload: Any) -> None:
         """The line that -vv gives for each frame."""
@@ -2256,7 +2339,7 @@ class Bridge:
         early, self.early = self.early, bytearray()
         connection.write(early)
         if self.stream.ended_in:
-            connection.after_backlog(connection.finish)
+            connection.shutdown_write()
         self.settle()
 
     def on_unreachable(self, code: str, cause: str) -> None:
@@ -2271,7 +2354,7 @@ class Bridge:
             return None
         count = self.connection.read_into(view)
         if count == 0 and self.stream.ended_in:
-            self.connection.end(self.connection.close)
+            self.connection.close_when_drained(Ending.CLOSE)
         return count
 
     def receive(self, data: memoryview) -> None:
@@ -2288,9 +2371,9 @@ class Bridge:
     def on_end(self) -> None:
         connection = self.connection
         if connection and connection.eof:
-            connection.end(connection.close)
+            connection.close_when_drained(Ending.CLOSE)
         elif connection:
-            connection.after_backlog(connection.finish)
+            connection.shutdown_write()
 
     def on_reset(self, code: str, cause: str) -> None:
         """The other side gives it up: the service learns it by a reset, but for code

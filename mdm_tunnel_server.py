@@ -173,7 +173,7 @@ class FrameReader:
 
     def hold(self) -> None:
         """What is left is the beginning of a frame."""
-        self.held = bytes(self.data[self.at :])
+        self.held += bytes(self.data[self.at :])
         self.data, self.at = memoryview(b""), 0
 
     def keep(self) -> None:
@@ -481,7 +481,6 @@ class Loop:
         self.sealed = memoryview(mmap.mmap(-1, SEALED))  # what TLS is to open
         self.capacity = file_limit(self.selector) - SPARE_FILES
         self.turn_started = clock()
-        self.shook = 0.0  # seconds of TLS handshakes in this turn
         self.running = True
         self.caught: Dict[int, Any] = {}  # signals, and what they did before
         self.wake_receiver, self.wake_sender = socket.socketpair()
@@ -504,7 +503,7 @@ class Loop:
         for number, before in self.caught.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)
         for connection in list(self.connections):
-            connection.abort() if connection.backlog else connection.close()
+            connection.abort() if connection.waiting() else connection.close()
         for part in (self.selector, self.wake_receiver, self.wake_sender):
             part.close()  # type: ignore[attr-defined]
 
@@ -535,7 +534,6 @@ class Loop:
 
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
-        self.shook = 0.0
         events = self.selector.select(self.select_timeout())
         self.turn_started = self.clock()
         for number, (key, mask) in enumerate(events, 1):
@@ -563,7 +561,7 @@ class Loop:
             told = target.on_events(mask)
             if told & WRITE:
                 target.owner.on_writable()
-            if told & READ and not target.closed:
+            if told & READ and target.phase == OPEN_PHASE:
                 target.owner.on_readable()
         except Exception as error:
             self.failed(target, error)
@@ -653,26 +651,23 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 
 
 # -----------------------------------------------------------------------------------
-# TLS: what is read from the network is fed into a memory buffer, and what has to go
-# there is taken out of another, so that neither handshake nor encryption ever waits for
-# a socket, and all that was said here about sending and ending holds for it too.
+# TLS: a transport over another one. What is read from below goes into a memory buffer,
+# and what has to go there is taken out of another. So neither the handshake nor
+# encryption ever waits for a socket, and TLS can stand over TLS (through a proxy).
 # -----------------------------------------------------------------------------------
 HANDSHAKE_TIME = 5.0  # seconds
-SHAKING_A_TURN = 0.01  # seconds of them in a turn of the loop: each computes a while
-SEALED = 64 << 10  # bytes encrypted, or read to be decrypted, at once: OpenSSL keeps so
-# much memory for each connection
-RECORDS_A_READ = 256  # be they ever so small
-WASTE_A_READ = 32 << 10  # bytes that may come in a read beyond its content, before it
-# ends: a record that is not whole has half as much
-FIRST_SEALED = 4 << 10  # bytes read to be decrypted, until there was something in them
-FRUITLESS = 16 << 10  # bytes with nothing in them that may come: to agree on new keys
-# again and again costs us more than the peer
-SEALED_PART = 32  # bytes that may come for each byte of content
-ANSWERS = 16 << 10  # bytes for new keys that may wait for a peer who does not read
+SEALED = 64 << 10  # bytes encrypted at once, or read at once to be decrypted: OpenSSL
+# keeps so much memory for each connection
+READS = 8  # of SEALED bytes in one turn
+CONTENT_PART = 32  # bytes of ciphertext that may come for each byte of plaintext
+FRUITLESS = 64 << 10  # bytes of ciphertext past that part that are accepted (KeyUpdate
+# floods): to agree on new keys costs us more than the peer
+REPLIES = 16 << 10  # bytes of our replies to KeyUpdate that may wait for a peer that
+# does not read
 
 
 class TLSError(OSError):
-    """The peer's TLS cannot be understood, or it is not whom we want to speak to."""
+    """TLS failed, or the peer's certificate is not the expected one."""
 
     def __init__(self, error: Exception) -> None:
         reason = str(getattr(error, "reason", "") or error)
@@ -695,38 +690,58 @@ def demand_tls_1_2(context: Any) -> Any:
     return context
 
 
-class TLS:
-    """The encryption of one connection, without I/O. `name` is the host that the
-    server's certificate must be for; `pin` the SHA-256 that it must have."""
+class Sealed:
+    """TLS over the transport `under`. `name` is the host that the server's certificate
+    must be for; `pin` the SHA-256 that it must have."""
 
     __slots__ = (
-        "ssl incoming outgoing object pin ready early more ending failed size "
-        "fruitless answers"
+        "ssl loop under incoming outgoing object pin buffer ready more ending ended "
+        "pending failed waste replies"
     ).split()
+    has_last_word = True
 
-    def __init__(self, context: Any, server: bool, name: Any, pin: bytes) -> None:
+    def __init__(
+        self, loop: Loop, under: Any, context: Any, server: bool, name: Any, pin: bytes
+    ) -> None:
         import ssl
 
-        self.ssl, self.pin = ssl, pin
+        self.ssl, self.loop, self.under, self.pin = ssl, loop, under, pin
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.object = context.wrap_bio(self.incoming, self.outgoing, server, name)
+        shared = isinstance(under, Plain)  # else `under` decrypts into this buffer
+        self.buffer = loop.sealed if shared else memoryview(bytearray(SEALED))
         self.ready = False  # the handshake is done
-        self.early = bytearray()  # what was written, and waits to be encrypted
-        self.more = False  # something is decrypted, or decryptable, and not yet read
-        self.ending = False  # we send no more
+        self.more = False  # there is plaintext of which no selector tells
+        self.ending = False  # close_notify is to be said
+        self.ended = False  # it is said: `under` is to be shut down behind it
+        self.pending = b""  # ciphertext that `under` has not taken: the next to be sent
         self.failed: Optional[OSError] = None  # told once what came before is read
-        self.size = FIRST_SEALED  # bytes to read at once
-        self.fruitless = 0  # bytes read of late in which there was nothing
-        self.answers = 0  # bytes of our own that wait for the peer
+        self.waste = 0  # bytes of ciphertext of late, less those that plaintext needs
+        self.replies = 0  # bytes of our own that wait for the peer
+
+    @property
+    def unsent(self) -> int:
+        return len(self.pending) + int(self.under.unsent)
+
+    # Handshake.
 
     def shake_hands(self) -> bool:
         """Go on with the handshake; True when it is done. Raises TLSError."""
+        if not self.under.shake_hands():
+            return False
+        try:
+            self.fill()
+        except (BlockingIOError, InterruptedError):
+            pass
         try:
             self.object.do_handshake()
         except self.ssl.SSLWantReadError:
             return False
         except (self.ssl.SSLError, self.ssl.CertificateError) as error:
             raise TLSError(error) from None
+        finally:
+            self.pending += self.outgoing.read()  # also why we do not want to go on
+            self.flush()
         if self.pin:
             self.check_pin()
         self.ready = self.more = True
@@ -741,11 +756,51 @@ class TLS:
             seen = "the certificate has another fingerprint, %s" % found.hexdigest()
             raise TLSError(ValueError(seen))
 
-    def read_into(self, view: memoryview) -> Optional[int]:
-        """Bytes decrypted, 0 at the end, None when more has to come. Or TLSError."""
+    # Reading.
+
+    def recv_into(self, view: memoryview) -> int:
+        """Decrypt what has come, as a socket's recv_into(). An error waits until the
+        plaintext before it has been read."""
+        if self.failed:
+            raise self.failed
+        count = came = reads = 0
+        got: Optional[int] = None
+        self.more = False
+        try:
+            while count < len(view):
+                got = self.decrypt(view[count:])
+                if got:
+                    count += got
+                elif got == 0:
+                    break
+                elif reads and (count < came // 2 or reads == READS):
+                    break  # tiny records, or none, must not hold the loop
+                else:
+                    part = self.fill()
+                    came, reads = came + part, reads + 1
+                    if part < SEALED:
+                        reads = READS  # there is no more below
+            self.more = count == len(view) or got == 0 < count
+            self.reply()
+        except (BlockingIOError, InterruptedError):
+            self.reply()
+            if not count:
+                raise
+        except OSError as error:
+            if not count:
+                raise
+            self.failed, self.more = error, True
+        if not count and got is None:
+            raise BlockingIOError
+        if self.ending and not self.more:
+            self.say_close()
+        return count
+
+    def decrypt(self, view: memoryview) -> Optional[int]:
+        """Bytes of plaintext, 0 at the end, None when more has to come."""
         try:
             count: int = self.object.read(len(view), view)
-            self.fruitless = max(0, self.fruitless - count * SEALED_PART)
+            self.waste = max(0, self.waste - count * CONTENT_PART)
             return count
         except self.ssl.SSLWantReadError:
             return None
@@ -754,41 +809,90 @@ class TLS:
         except self.ssl.SSLError as error:
             raise TLSError(error) from None
 
-    def feed(self, data: memoryview) -> None:
-        """What has come from the network. Raises TLSError when it is of no use."""
-        self.incoming.write(data)
+    def fill(self) -> int:
+        """Read ciphertext; return its length. EOF without close_notify may be a
+        truncation attack (RFC 8446 6.1), so it is an error."""
+        if self.waste > FRUITLESS:
+            raise TLSError(ValueError("much was sent, and nothing was in it"))
+        if self.ending:
+            self.say_close()
+        count: int = self.under.recv_into(self.buffer)
+        if count == 0:
+            raise OSError("the other side closed the connection, and not by TLS")
+        self.incoming.write(self.buffer[:count])
         if self.ready:
-            grows = self.fruitless <= FRUITLESS
-            self.size = min(SEALED, 2 * self.size) if grows else FIRST_SEALED
-            self.fruitless += len(data)
-            if self.fruitless > FRUITLESS + SEALED:
-                raise TLSError(ValueError("much was sent, and nothing was in it"))
+            self.waste += count
+        return count
 
-    def seal(self, part: Any) -> bytes:
-        """What to send for at most SEALED bytes, once the handshake is done."""
-        while part:
-            part = part[self.object.write(part) :]
-        return self.outgoing.read()
+    def reply(self) -> None:
+        """Send TLS's own replies (KeyUpdate); fail if the peer asks for them and does
+        not read."""
+        said = self.outgoing.read()
+        if said:
+            self.replies = self.replies + len(said) if self.unsent else 0
+            if self.replies > REPLIES:
+                raise TLSError(ValueError("it asks for new keys, and does not read"))
+            self.pending += said
+            self.flush()
 
-    def seal_early(self) -> bytes:
-        """The next part of what could not be sent at once."""
-        part = bytes(self.early[:SEALED])
-        del self.early[:SEALED]
-        return self.seal(part)
+    # Sending.
 
-    def say_end(self) -> None:
-        """The word that we send no more (RFC 8446 6.1). OpenSSL would lose what has
-        come and is not read."""
+    def send(self, data: Any) -> int:
+        """Encrypt what the transport below takes at once, and SEALED bytes more."""
+        view, taken = memoryview(data), 0
+        while taken < len(view) and self.ready and self.flush():
+            part = view[taken : taken + SEALED]
+            taken += len(part)
+            while part:
+                part = part[self.object.write(part) :]
+            self.pending = self.outgoing.read()
+        if not taken:
+            raise BlockingIOError
+        self.flush()
+        return taken
+
+    def flush(self) -> bool:
+        """Send ciphertext; True when all of it has gone."""
+        while self.pending:
+            try:
+                self.pending = self.pending[self.under.send(self.pending) :]
+            except (BlockingIOError, InterruptedError):
+                return False
+        if not self.under.flush():
+            return False
+        if self.ended:
+            self.ended = False
+            self.under.shutdown()
+        return True
+
+    def shutdown(self) -> None:
+        """Say that we send no more. OpenSSL would lose what has come and is not read:
+        then it is said at the next read."""
+        self.ending = True
+        if not self.more:
+            self.say_close()
+
+    def say_close(self) -> None:
+        """close_notify (RFC 8446 6.1), and then the end of the transport below."""
+        self.ending, self.ended = False, True
         if self.ready:
             with contextlib.suppress(self.ssl.SSLError, ValueError):
                 self.object.unwrap()
+        self.pending += self.outgoing.read()
+        self.flush()
+
+    def forget(self) -> None:
+        """Nothing can be sent any more."""
+        self.pending = b""
+        self.under.forget()
 
 
 # -----------------------------------------------------------------------------------
-# Connection: a non-blocking socket. What it will not take now waits here in order,
-# and a half-close waits behind that. The only place that knows of would-block and of
-# the errors of a socket. A failed send ends that direction only: what the peer said
-# last is read first.
+# Connection: a non-blocking socket and what waits for it. The only place that knows of
+# would-block and of the errors of a socket. It reads and sends through a transport:
+# the socket itself, or TLS over it. What the transport does not take waits in order,
+# and a half-close waits behind that. A failed send ends that direction only: what the
+# peer said last is read first.
 # -----------------------------------------------------------------------------------
 KEEPALIVE = 60  # seconds of silence until TCP asks whether a peer is still there
 LINGER = 2.0  # seconds to read and drop after a last word, so that it arrives
@@ -806,38 +910,73 @@ SOCKET_OPTIONS = [
 ]
 
 
-class Ending(enum.IntEnum):
-    CLOSE=1
-    ABORT=2
-    LINGER=3
+class Plain:
+    """A socket as a transport: its own methods, so that it costs nothing."""
+
+    __slots__ = ("recv_into", "send", "sock")
+    unsent = 0  # bytes that wait below
+    more = False  # bytes can be read of which no selector tells
+    has_last_word = False  # one of the peer, before it closes
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.recv_into, self.send, self.sock = sock.recv_into, sock.send, sock
+
+    def shake_hands(self) -> bool:
+        return True
+
+    def flush(self) -> bool:
+        return True
+
+    def forget(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        self.sock.shutdown(socket.SHUT_WR)
 
 
 class Phase(enum.IntEnum):
-    OPEN=1
-    LINGERING=2
+    """What a connection does. From CLOSING on it has no owner any more."""
+
+    HANDSHAKE = 1  # of TLS
+    OPEN = 2
+    CLOSING = 3  # sends what waits, then ends
+    LINGERING = 4  # reads and drops, so that what was said last arrives
+    CLOSED = 5
+
+
+class Ending(enum.IntEnum):
+    """How a connection ends."""
+
+    CLOSE = 1
+    LINGER = 2  # half-close first: with bytes unread a plain close would be a reset,
+    # which can overtake what was said last
+    ABORT = 3  # with a reset: what was cut must not look complete
+
+
+OPEN_PHASE, CLOSED_PHASE = Phase.OPEN, Phase.CLOSED  # looked at for every event
 
 
 class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock tls owner backlog dry eof send_error last progress_at events timer "
-        "shaking lingering closing closed"
+        "loop sock transport owner backlog readable eof send_error ending_write "
+        "progress_at events timer phase ending"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
         self.loop, self.sock, self.owner = loop, sock, owner
-        self.tls: Optional[TLS] = None
-        self.backlog = bytearray()  # what the kernel has not taken yet
-        self.dry = True  # a read would block, until the selector says otherwise
+        self.transport: Any = Plain(sock)
+        self.phase = Phase.OPEN
+        self.ending = Ending.CLOSE
+        self.backlog = bytearray()  # what the transport has not taken yet
+        self.readable = False  # a read may give something; the selector said so
         self.eof = False  # the peer sends no more
         self.send_error: Optional[OSError] = None  # why nothing can be sent
-        self.last: Optional[Call] = None  # to do when the backlog is gone
+        self.ending_write = False  # a half-close waits behind the backlog
         self.progress_at = 0.0  # when the backlog began, or last became shorter
         self.events = 0  # what the selector was told
-        self.timer: Optional[Timer] = None  # when it comes to an end
-        self.shaking = self.lingering = False  # the TLS handshake goes on; it ends
-        self.closed = self.closing = False
+        self.timer: Optional[Timer] = None  # for the phases that have an end
         sock.setblocking(False)
         loop.connections.add(self)
         loop.dirty.add(self)
@@ -848,72 +987,59 @@ class Connection:
     def __str__(self) -> str:
         return str(self.owner)
 
+    @property
+    def closed(self) -> bool:
+        return self.phase == CLOSED_PHASE
+
     def fail(self, error: Exception) -> None:
-        self.close() if self.lingering or self.closing else self.owner.fail(error)
-
-    @property
-    def transport(self):
-        return self
-
-    @property
-    def more_to_say(self):
-        return bool(self.tls)
-
-    @property
-    def phase(self):
-        return Phase.LINGERING if self.lingering else Phase.OPEN
-
-    def has_unread(self):
-        try:
-            return bool(self.sock.recv(1, socket.MSG_PEEK))
-        except OSError:
-            return False
-
-    def stop_tls(self):
-        self.tls, self.shaking = None, False
-
-    def shutdown_write(self):
-        self.after_backlog(self.finish)
-
-    def close_when_drained(self, ending):
-        self.closing = True
-        self.end({Ending.CLOSE: self.close, Ending.ABORT: self.abort, Ending.LINGER: self.linger}[ending])
+        if self.phase in (Phase.CLOSING, Phase.LINGERING):
+            self.close()
+        elif self.phase != CLOSED_PHASE:
+            self.owner.fail(error)
 
     def on_events(self, mask: int) -> int:
-        """The selector says that the socket is ready."""
-        told = 0
+        """The selector says that the socket is ready. Returns what the loop is to tell
+        the owner."""
+        if self.phase == CLOSED_PHASE:
+            return 0  # in this very turn
         self.loop.dirty.add(self)
-        if mask & WRITE and not self.closed:
+        if mask & READ:
+            self.readable = True
+        if mask & WRITE:
             self.flush()
-            if not (self.lingering or self.shaking or self.closing):
-                told |= WRITE
-        if mask & READ and not self.closed:
-            self.dry = False
-            if self.lingering:
-                self.drop()
-            elif self.shaking:
-                self.shake_hands()
-            elif not self.closing:
-                told |= READ
-        return told
+        if self.phase == OPEN_PHASE:
+            return mask
+        if self.phase == Phase.HANDSHAKE:
+            self.shake_hands()
+        elif self.phase == Phase.LINGERING and mask & READ:
+            self.drop()
+        return 0
 
     def register(self) -> None:
         """Tell the selector what is waited for now, if that has changed."""
-        if self.closed:
+        if self.phase == OPEN_PHASE:
+            events: int = self.owner.interest()
+        elif self.phase == CLOSED_PHASE:
             return
-        own = not (self.lingering or self.shaking or self.closing)
-        events = self.owner.interest() if own else READ * (not self.closing)
-        if events & READ and self.tls and self.tls.more and not self.eof:
-            self.loop.again(self)  # the selector cannot see it
-        events = (events & ~READ if self.eof else events) | bool(self.backlog) * WRITE
+        else:
+            events = 0 if self.phase == Phase.CLOSING else READ
+        if self.eof:
+            events &= ~READ
+        elif self.transport.more and events & READ:
+            self.loop.again(self)
+        if self.transport.unsent or self.backlog and self.phase != Phase.HANDSHAKE:
+            events |= WRITE
         if events != self.events:
-            if self.events and events:
-                self.loop.selector.modify(self.sock, events, self)
-            elif events:
-                self.loop.selector.register(self.sock, events, self)
-            else:
-                self.loop.selector.unregister(self.sock)
-            self.events = events
+            self.tell_selector(events)
+
+    def tell_selector(self, events: int) -> None:
+        if self.events and events:
+            self.loop.selector.modify(self.sock, events, self)
+        elif events:
+            self.loop.selector.register(self.sock, events, self)
+        else:
+            self.loop.selector.unregister(self.sock)
+        self.events = events
 
     def limit_queue(self, size: int) -> None:
         """Let the kernel hold about `size` bytes that are not under way yet. Systems
@@ -924,242 +1050,199 @@ class Connection:
             with contextlib.suppress(OSError):
                 self.sock.setsockopt(socket.IPPROTO_TCP, option, size)
 
+    # Reading.
+
     def read_into(self, view: memoryview) -> Optional[int]:
-        """Bytes read, 0 at the end, None when there are none now. Raises OSError."""
+        """Bytes read, 0 at the end, None when there are none now. Raises OSError. An
+        empty view gives None: to read nothing would look like the end."""
         self.loop.dirty.add(self)
         if self.eof:
             return 0
-        if not len(view):
-            return None  # to read nothing would look like the end
-        if self.tls:
-            return self.open_into(view, self.tls)
-        if self.dry or self.closed:
+        if not self.readable or not len(view):
             return None
         try:
-            count = self.sock.recv_into(view)
+            count: int = self.transport.recv_into(view)
         except (BlockingIOError, InterruptedError):
-            self.dry = True
+            self.readable = False
             return None
-        self.dry = count < len(view)  # it came short, so there is no more
+        self.readable = count == len(view)  # it came short, so there is no more
         if count == 0:
             self.eof = True
             if isinstance(self.send_error, ConnectionResetError):
-                raise self.send_error  # a send has swallowed the news that this is a cut
+                # an earlier send() consumed the RST; without this a cut looks like EOF
+                raise self.send_error
         return count
 
-    def write(self, data: Any) -> None:
-        """Send `data`, now or as soon as the socket takes it."""
-        tls = self.tls
-        if not tls:
-            self.put(data)
-            return
-        rest = memoryview(data)
-        while rest and tls.ready and not self.backlog:
-            self.put(tls.seal(rest[:SEALED]))
-            rest = rest[SEALED:]
-        tls.early += rest  # encrypted in small pieces it would be many times that
-
-    def waiting(self) -> int:
-        """Bytes that were written and not sent."""
-        return len(self.backlog) + (len(self.tls.early) if self.tls else 0)
-
-    def put(self, data: Any) -> None:
-        if data and not self.backlog:
-            data = data[self.send(data) :]
-        if data:
-            if not self.backlog:
-                self.progress_at = self.loop.clock()
-                self.loop.dirty.add(self)
-            self.backlog += data
-
-    def send(self, data: Any) -> int:
-        """How many bytes the socket took. After a failure all are taken and lost."""
-        if self.send_error is None:
-            try:
-                return self.sock.send(data)
-            except (BlockingIOError, InterruptedError):
-                return 0
-            except OSError as error:
-                self.send_error = error
-        return len(data)
-
-    def flush(self) -> None:
-        """Send what waits, then do what waits behind it."""
-        if self.backlog:
-            count = self.send(self.backlog)
-            if count:
-                self.progress_at = self.loop.clock()
-                del self.backlog[:count]
-        if self.tls and self.tls.ready:
-            while self.tls.early and not self.backlog:
-                self.put(self.tls.seal_early())
-        if not self.backlog and self.last:
-            last, self.last = self.last, None
-            last()
-
-    def after_backlog(self, call: Call) -> None:
-        """Do `call` when everything written so far has been sent."""
-        self.last = call
-        self.loop.dirty.add(self)
-        self.flush()
-
-    def finish(self) -> None:
-        """Half-close: tell the peer that no more will come."""
-        if not self.tls:
-            self.shut()
-        else:
-            self.tls.ending = True
-            if not self.tls.more:
-                self.finish_tls(self.tls)
-
-    def finish_tls(self, tls: TLS) -> None:
-        tls.ending = False
-        tls.say_end()
-        self.put(tls.outgoing.read())
-        self.after_backlog(self.shut)
-
-    def shut(self) -> None:
+    def has_unread(self) -> bool:
+        """Whether something is here that was not read yet."""
         try:
-            self.sock.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            self.send_error = self.send_error or error
-
-    # TLS.
-
-    def start_tls(
-        self, context: Any, server: bool, name: Any = None, pin: bytes = b""
-    ) -> None:
-        """From here on all is encrypted: see TLS."""
-        self.tls = TLS(context, server, name, pin)
-        self.shaking = True
-        self.watch(HANDSHAKE_TIME)
-        if not server:
-            self.shake_hands()
-
-    def shake_hands(self) -> None:
-        """Go on with the handshake; then the owner's part begins. With too many in one
-        turn the selector will say again that there is something to read."""
-        tls, start = self.tls, self.loop.clock()
-        if tls and self.loop.shook <= SHAKING_A_TURN:
-            self.receive(tls)
-            try:
-                done = tls.shake_hands()
-            finally:
-                self.loop.shook += self.loop.clock() - start
-                self.put(tls.outgoing.read())  # also why we do not want to go on
-            if done and self.timer:
-                self.shaking = False
-                self.timer.clear()
-                self.flush()
-
-    def receive(self, tls: TLS) -> int:
-        """How many bytes have come for TLS, which has none left. An end without the
-        word for it (RFC 8446 6.1) may be a cut that somebody else has made."""
-        if tls.ending:
-            self.finish_tls(tls)
-        view, count = self.loop.sealed[: tls.size], -1
-        if not (self.dry or self.closed):
-            with contextlib.suppress(BlockingIOError, InterruptedError):
-                count = self.sock.recv_into(view)
-        if count == 0:
-            raise OSError("the other side closed the connection, and not by TLS")
-        self.dry = count < len(view)
-        if count > 0:
-            tls.feed(view[:count])
-        return max(0, count)
-
-    def open_into(self, view: memoryview, tls: TLS) -> Optional[int]:
-        """read_into(), decrypted: what TLS has, then what the socket has, part by part.
-        An error waits until what came before it has been read."""
-        if tls.failed:
-            raise tls.failed
-        got: Optional[int] = None
-        count = records = came = 0
-        try:
-            got = tls.read_into(view) if tls.ready else None
-            while got != 0:
-                if got:
-                    count += got
-                    records += 1
-                    if count == len(view) or records == RECORDS_A_READ:
-                        break
-                else:
-                    part = self.receive(tls) if came <= count + WASTE_A_READ else 0
-                    if not part:
-                        break
-                    came += part
-                got = tls.read_into(view[count:])
-            self.answer(tls)
-        except OSError as error:
-            if not count:
-                raise
-            tls.failed, got = error, count
-        self.eof = got == 0 and count == 0
-        tls.more = got is not None and not self.eof
-        if tls.ending and not tls.more:
-            self.finish_tls(tls)
-        return 0 if self.eof else count or None
-
-    def answer(self, tls: TLS) -> None:
-        """Send what TLS itself has to say, when the peer has agreed on new keys."""
-        said = tls.outgoing.read()
-        tls.answers = tls.answers + len(said) if self.backlog else 0
-        if tls.answers > ANSWERS:
-            raise TLSError(ValueError("it asks for new keys, and does not read"))
-        self.put(said)
-
-    def end(self, call: Call) -> None:
-        """The last thing to do, when everything has been sent. A peer who takes nothing
-        of it for STALLED seconds is given up."""
-        if self.backlog:
-            self.watch(STALLED)
-        self.after_backlog(call)
-
-    def linger(self) -> None:
-        """Close, but so that the last word arrives: with bytes unread a plain close
-        would reset the connection, and the reset can overtake what was said."""
-        self.finish()
-        self.lingering = True
-        self.watch(LINGER)
-        if self.eof or self.send_error:
-            self.close()
-
-    def watch(self, seconds: float) -> None:
-        self.timer = self.timer or Timer(self.loop, self, self.on_late)
-        self.timer.set(seconds)
-
-    def on_late(self) -> None:
-        if self.shaking:
-            raise OSError("no TLS handshake within %d s" % HANDSHAKE_TIME)
-        if self.backlog and self.loop.clock() - self.progress_at < STALLED:
-            self.watch(STALLED)
-        else:
-            self.abort() if self.backlog else self.close()
+            return bool(self.sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
 
     def drop(self) -> None:
         """While it lingers, what still comes is of no use."""
         if self.read_into(self.loop.scratch) == 0:
             self.close()
 
+    # Sending.
+
+    def write(self, data: Any) -> None:
+        """Send `data`, now or as soon as the transport takes it. After a failed send
+        bytes are dropped. (Nothing is ever sent before what waits: TLS has encrypted it
+        already.)"""
+        if not self.backlog:
+            if self.send_error:
+                return
+            try:
+                data = data[self.transport.send(data) :]
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError as error:
+                self.note_send_error(error)
+                return
+            if not len(data):
+                return
+            self.progress_at = self.loop.clock()
+            self.loop.dirty.add(self)
+        self.backlog += data
+
+    def waiting(self) -> int:
+        """Bytes that were written and not sent."""
+        return len(self.backlog) + int(self.transport.unsent)
+
+    def flush(self) -> None:
+        """Send what waits, then do what waits behind it."""
+        before = self.waiting()
+        try:
+            self.transport.flush()
+            if self.backlog:
+                del self.backlog[: self.transport.send(self.backlog)]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            self.note_send_error(error)
+        waiting = self.waiting()
+        if waiting < before:
+            self.progress_at = self.loop.clock()
+        if not waiting:
+            self.on_drained()
+
+    def note_send_error(self, error: OSError) -> None:
+        self.send_error = self.send_error or error
+        self.backlog.clear()
+        self.transport.forget()
+        self.loop.dirty.add(self)
+
+    def on_drained(self) -> None:
+        """Everything has been sent."""
+        if self.phase == Phase.CLOSING:
+            self.end()
+        elif self.ending_write:
+            self.ending_write = False
+            try:
+                self.transport.shutdown()
+            except OSError as error:
+                self.note_send_error(error)
+
+    def shutdown_write(self) -> None:
+        """Half-close, behind everything written so far: tell the peer that no more will
+        come."""
+        self.ending_write = True
+        if not self.waiting():
+            self.on_drained()
+
+    # TLS.
+
+    def start_tls(
+        self, context: Any, server: bool, name: Any = None, pin: bytes = b""
+    ) -> None:
+        """From here on all is encrypted: see Sealed."""
+        under = self.transport
+        self.transport = Sealed(self.loop, under, context, server, name, pin)
+        self.phase = Phase.HANDSHAKE
+        self.watch(HANDSHAKE_TIME)
+        if not server:
+            self.shake_hands()
+
+    def stop_tls(self) -> None:
+        """The peer does not speak it: what is left to say, it is told without."""
+        self.transport, self.phase = self.transport.under, Phase.OPEN
+
+    def shake_hands(self) -> None:
+        """Go on with the handshake; then the owner's part begins. When a turn has had
+        many, the selector will say again that there is something to read."""
+        if self.loop.tired() or not self.transport.shake_hands():
+            return
+        self.phase = Phase.OPEN
+        if self.timer:
+            self.timer.clear()
+        self.readable = True
+        self.flush()
+
+    # How it ends.
+
+    def close_when_drained(self, ending: Ending) -> None:
+        """From here on the connection has no owner: it sends what waits, and ends. A
+        peer that takes nothing of it for STALLED seconds is given up."""
+        if self.phase == CLOSED_PHASE:
+            return
+        self.phase, self.ending = Phase.CLOSING, ending
+        self.loop.dirty.add(self)
+        if self.waiting():
+            self.watch(STALLED)
+        else:
+            self.end()
+
+    def end(self) -> None:
+        if self.ending == Ending.ABORT:
+            self.abort()
+        elif self.ending == Ending.CLOSE:
+            self.close()
+        else:
+            self.linger()
+
+    def linger(self) -> None:
+        self.phase, self.ending_write = Phase.LINGERING, True
+        self.on_drained()
+        if self.eof or self.send_error:
+            self.close()
+        else:
+            self.watch(LINGER)
+
+    def watch(self, seconds: float) -> None:
+        self.timer = self.timer or Timer(self.loop, self, self.on_late)
+        self.timer.set(seconds)
+
+    def on_late(self) -> None:
+        if self.phase == Phase.HANDSHAKE:
+            raise OSError("no TLS handshake within %d s" % HANDSHAKE_TIME)
+        if self.phase == Phase.LINGERING:
+            self.close()
+        elif self.loop.clock() - self.progress_at < STALLED:
+            self.watch(STALLED)
+        else:
+            self.abort()
+
     def abort(self) -> None:
-        """Close with a reset, so that what was cut does not look complete."""
-        if not self.closed:
+        """Close with a reset, at once."""
+        if self.phase != CLOSED_PHASE:
             on = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
             with contextlib.suppress(OSError):
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, on)
             self.close()
 
     def close(self) -> None:
-        if not self.closed:
-            self.closed = True
+        """Close at once."""
+        if self.phase != CLOSED_PHASE:
+            self.phase, self.readable = Phase.CLOSED, False
             self.loop.connections.discard(self)
             self.backlog.clear()
-            self.tls = None
-            self.last = None
             if self.timer:
                 self.timer.clear()
             if self.events:
                 self.loop.selector.unregister(self.sock)
+            self.transport = Plain(self.sock)
             self.sock.close()
 
 
@@ -1747,7 +1830,7 @@ class Link:
             if self.connection.send_error or self.connection.backlog:
                 self.connection.close()
             else:
-                self.connection.linger()
+                self.connection.close_when_drained(Ending.LINGER)
 
     def trace(self, way: str, kind: int, number: int, payload: Any) -> None:
         """The line that -vv gives for each frame."""
@@ -1973,7 +2056,7 @@ NO_FIELD = re.compile(
     r"(?:[\x21-\x39\x3b-\x7e\x80-\xff]+(?::%s)?|HTTP/%s*)\r?\n" % (FOLDED, TEXT)
 )
 FOLD = re.compile(r"\r?\n[ \t]+")
-TRAILER = re.compile(r"(?:%s:%s*)?\r\n" % (TOKEN, TEXT))
+TRAILER = re.compile(r"%s:%s*\r\n" % (TOKEN, TEXT))
 TRAILER_LINE = re.compile(rb"\r?\n|[^\n]+\n(?:[ \t][^\n]*\n)*(?=[^ \t])")
 CHUNK = re.compile(
     r"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*\r\n"
@@ -1989,8 +2072,12 @@ ABSOLUTE = re.compile(r"(?i)(https?)://([^/?@]+)([/?].*)?")
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 2.2
 LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
+EQUAL_LENGTHS = re.compile(  # once, or several times the same (RFC 9110 8.6)
+    r"0*([1-9]\d{0,17}|0)(?:[ \t]*,[ \t]*0*\1)*"
+)
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110 9.2.1
-NO_MEMBERS: FrozenSet[str] = frozenset()
+Members = FrozenSet[str]  # of a list
+NO_MEMBERS: Members = frozenset()
 OF_OUR_HOP = frozenset(["close", "keep-alive", "te", "upgrade"])  # dropped anyway
 
 
@@ -2031,9 +2118,6 @@ def malformed(cause: str) -> HTTPError:
     return HTTPError(400, "malformed", cause)
 
 
-# Field sections.
-
-
 class Fields(Dict[str, str]):
     """Fields by name, without regard to case; repeated ones joined by a comma."""
 
@@ -2061,7 +2145,7 @@ class Section(NamedTuple):
     raw: str
     hop: Any  # everything else that `rewritten` depends on
     noted: Dict[str, str]  # the fields that matter here, repeated ones as one list
-    connection: FrozenSet[str]  # the members of Connection
+    connection: Members  # the members of Connection
     upgrade: str  # protocols
     chunked: bool
     length: Optional[int]
@@ -2112,26 +2196,21 @@ def note_fields(wanted: Pattern[str], text: str) -> Dict[str, str]:
     return noted
 
 
-def list_members(value: str) -> FrozenSet[str]:
+def list_members(value: str) -> Members:
     """The members of a list, in lower case (RFC 9110 5.6.1)."""
     if "," not in value:
-        return frozenset((value.lower(),))
+        return frozenset((value.lower(),)) if value else NO_MEMBERS
     return frozenset([x.strip(" \t") for x in value.lower().split(",")]) - {""}
 
 
-def connection_members(noted: Dict[str, str]) -> FrozenSet[str]:
-    value = noted.get("connection")
-    if not value:
-        return NO_MEMBERS
-    members = list_members(value)
+def connection_members(noted: Dict[str, str]) -> Members:
+    members = list_members(noted.get("connection", ""))
     if len(members) > MEMBERS_LIMIT:
         raise malformed("Connection has more than %d members" % MEMBERS_LIMIT)
     return members
 
 
-def strip_hop_by_hop(
-    text: str, dropped: Pattern[str], connection: FrozenSet[str]
-) -> str:
+def strip_hop_by_hop(text: str, dropped: Pattern[str], connection: Members) -> str:
     """The fields that go on (RFC 9110 7.6.1)."""
     text = dropped.sub("", text)
     if not connection <= OF_OUR_HOP:
@@ -2199,7 +2278,7 @@ def request_fields(raw: str, hop: Any) -> Section:
     return Section(*section, host=host, name=name)
 
 
-def request_connection(noted: Dict[str, str]) -> FrozenSet[str]:
+def request_connection(noted: Dict[str, str]) -> Members:
     """The members of Connection, if no field hides how the body is framed."""
     if "content_length" in noted or "transfer_encoding" in noted:
         raise malformed("a field looks like one that frames the body")
@@ -2227,9 +2306,7 @@ def request_framing(noted: Dict[str, str], minor: int) -> Tuple[bool, Optional[i
     return False, int(length)
 
 
-def requested_upgrade(
-    noted: Dict[str, str], connection: FrozenSet[str], minor: int
-) -> str:
+def requested_upgrade(noted: Dict[str, str], connection: Members, minor: int) -> str:
     """The protocols that the visitor asks for (RFC 9110 7.8), or "". h2c is refused: we
     would not see what it carries (RFC 7540 3.2)."""
     upgrade = noted.get("upgrade", "")
@@ -2261,18 +2338,14 @@ def request_hop(noted: Dict[str, str], upgrade: str, minor: int) -> str:
     return "".join(lines)
 
 
-class Lazy:
-    """An attribute that is made when it is first read, and can be replaced."""
+class LazyFields:
+    """The `fields` of a request. They are made when a hook first asks for them."""
 
-    def __init__(self, make: Callable[[Any], Any]) -> None:
-        self.make = make
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, thing: Any, owner: Any = None) -> Any:
-        value = thing.__dict__[self.name] = self.make(thing)
-        return value
+    def __get__(self, request: Any, owner: Any = None) -> Any:
+        lines = request.section.raw[:-4].split("\r\n")[1:]
+        parts = [line.partition(":") for line in lines]
+        request.fields = [(name, value.strip(" \t")) for name, _, value in parts]
+        return request.fields
 
 
 class Request:
@@ -2280,6 +2353,8 @@ class Request:
     or `*`), its `host` as it was sent, `name` (the host in lower case, without port),
     the `headers`, and the `address` of the visitor. What they take out of `fields`,
     (name, value) pairs, the service does not get. Raises HTTPError."""
+
+    fields: List[Tuple[str, str]] = LazyFields()  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -2326,13 +2401,6 @@ class Request:
         self.target = rest if rest.startswith(("/", "*")) else "/" + rest
         return match.group(2)
 
-    def read_fields(self) -> List[Tuple[str, str]]:
-        lines = self.section.raw[:-4].split("\r\n")[1:]
-        parts = [line.partition(":") for line in lines]
-        return [(name, value.strip(" \t")) for name, _, value in parts]
-
-    fields: List[Tuple[str, str]] = Lazy(read_fields)  # type: ignore[assignment]
-
     @property
     def headers(self) -> Fields:
         """The fields by name."""
@@ -2345,8 +2413,7 @@ class Request:
         return "close" not in self.connection
 
     def is_safe(self) -> bool:
-        """Whether the method is safe, so that the request may be sent twice (RFC 9110
-        9.2.1)."""
+        """Whether it may be sent twice (RFC 9110 9.2.1)."""
         return self.method in SAFE_METHODS
 
     def wants_html(self) -> bool:
@@ -2396,18 +2463,6 @@ def answer_fields(raw: str, status: int) -> Section:
     return Section(*section)
 
 
-def equal_length(value: str) -> Optional[int]:
-    """The length that is said once, or several times (RFC 9110 8.6). None if it is not
-    clear."""
-    if LENGTH.fullmatch(value):
-        return int(value)
-    members = {member.strip(" \t") for member in value.split(",")}
-    numbers = {member.lstrip("0") or "0" for member in members if member.isdecimal()}
-    number = numbers.pop() if len(numbers) == 1 else ""
-    clear = LENGTH.fullmatch(number) and all(map(str.isdecimal, members))
-    return int(number) if clear else None
-
-
 def answer_framing(noted: Dict[str, str], status: int) -> Tuple[bool, Optional[int]]:
     """Whether the body is chunked, or its length (RFC 9112 6.3). 204 and 304 have no
     body, so a fault in its framing changes nothing."""
@@ -2415,13 +2470,13 @@ def answer_framing(noted: Dict[str, str], status: int) -> Tuple[bool, Optional[i
     codings = list_members(coding) - {"identity"} if coding else NO_MEMBERS
     if codings == {"chunked"}:
         return True, None  # it overrides a length
-    number = None if length is None else equal_length(length)
+    match = EQUAL_LENGTHS.fullmatch(length or "")
     if status not in (204, 304):
         if codings:
             raise malformed("a transfer coding other than chunked")
-        if length is not None and number is None:
+        if length is not None and not match:
             raise malformed("Content-Length is not one number")
-    return False, number
+    return False, int(match.group(1)) if match else None
 
 
 class Answer:
@@ -2524,12 +2579,7 @@ class UntilClose(Body):
         return len(data)
 
 
-class Expect(enum.IntEnum):
-    """The line that comes next in a chunked body."""
-
-    SIZE = 0
-    END = 1  # the empty line behind a chunk
-    TRAILER = 2
+AT_SIZE, AT_END, AT_TRAILER = range(3)  # the line of a chunked body that comes next
 
 
 class Chunked(Body):
@@ -2544,7 +2594,7 @@ class Chunked(Body):
     def __init__(self, tolerant: bool = False, unwrap: bool = False) -> None:
         self.tolerant, self.unwrap = tolerant, unwrap
         self.left = 0  # bytes of the chunk
-        self.expect = Expect.SIZE
+        self.expect = AT_SIZE
         self.trailers = 0
 
     def feed(self, data: Any) -> int:
@@ -2576,7 +2626,7 @@ class Chunked(Body):
     def next_line(self, data: Any, at: int) -> Tuple[int, Optional[bytes]]:
         """Read the line at `at`. Returns where it ends, which is `at` if it is not
         whole, and what goes on in its place, or None."""
-        if self.expect == Expect.END:  # mostly the next size has come with it
+        if self.expect == AT_END:  # mostly the next size has come with it
             match = NEXT_CHUNK.match(data, at)
             if match:
                 self.left = int(match.group(1), 16)
@@ -2592,7 +2642,7 @@ class Chunked(Body):
     def find_line(self, data: Any, at: int) -> bytes:
         """The line at `at`, with its end; b"" while it is not whole. A trailer of an
         answer is whole when the next line has begun and is no fold."""
-        folds = self.tolerant and self.expect == Expect.TRAILER
+        folds = self.tolerant and self.expect == AT_TRAILER
         for size in (32, CHUNK_LINE_LIMIT):  # most lines are short
             start = bytes(data[at : at + size])
             if folds:
@@ -2608,13 +2658,15 @@ class Chunked(Body):
 
     def read_line(self, line: str) -> str:
         """Act on a line. Returns what goes on in its place."""
-        if self.expect == Expect.SIZE:
+        empty = line == "\r\n" or (self.tolerant and line == "\n")
+        if self.expect == AT_SIZE:
             return self.read_size(line)
-        if self.expect == Expect.TRAILER:
+        if self.expect == AT_TRAILER and not empty:
             return self.read_trailer(line)
-        if line != "\r\n" and not (self.tolerant and line == "\n"):
+        if not empty:
             raise malformed("a chunk is longer than it said")
-        self.expect = Expect.SIZE
+        self.done = self.expect == AT_TRAILER
+        self.expect = AT_SIZE
         return "\r\n"
 
     def read_size(self, line: str) -> str:
@@ -2623,71 +2675,48 @@ class Chunked(Body):
         if not match:
             raise malformed("a chunk size breaks the grammar (RFC 9112, 7.1)")
         self.left = int(match.group(1), 16)
-        self.expect = Expect.END if self.left else Expect.TRAILER
+        self.expect = AT_END if self.left else AT_TRAILER
         return line if plain else "%x\r\n" % self.left
 
     def read_trailer(self, line: str) -> str:
+        """A trailer of an answer is dropped if it is not clear, or must not be one (RFC
+        9110 6.5.1): browsers do not look at trailers."""
         self.trailers += 1
         if self.trailers > FIELD_LIMIT:
             raise malformed("more than %d trailers" % FIELD_LIMIT)
-        self.done = line == "\r\n" or (self.tolerant and line == "\n")
-        if self.done:
-            return "\r\n"
-        good = TRAILER.fullmatch(line) and not NO_TRAILER.match(line)
-        if good:
+        if TRAILER.fullmatch(line) and not NO_TRAILER.match(line):
             return line
-        if not self.tolerant:
+        if not self.tolerant or BARE_CR.search(line):
             raise malformed("a trailer breaks the grammar (RFC 9112, 7.1.2)")
-        return rewrite_trailer(line)
-
-
-def rewrite_trailer(line: str) -> str:
-    """A trailer of an answer by the grammar. It is dropped if it is not clear, or must
-    not be a trailer (RFC 9110 6.5.1): browsers do not look at trailers."""
-    if BARE_CR.search(line):
-        raise malformed("a trailer has a CR without LF")
-    match = ODD_FIELD.fullmatch(line)
-    text = rewrite_field(line)[2:] + "\r\n" if match else ""
-    return "" if NO_TRAILER.match(text) else text
-
-
-# Where a head ends.
+        text = rewrite_field(line)[2:] + "\r\n" if ODD_FIELD.fullmatch(line) else ""
+        return "" if NO_TRAILER.match(text) else text
 
 
 def find_request_head(buffer: bytearray, searched: int) -> int:
     """Where the head in `buffer` ends; 0 while it is not whole. The first `searched`
     bytes have been searched before. Raises HTTPError when it cannot become a head."""
     end = buffer.find(b"\r\n\r\n", max(0, searched - 3)) + 4
-    if end < 4:
-        end = 0
-        if BARE_LF.search(buffer, max(0, searched - 1)):
-            raise malformed("a line of the head ends without CR")
-    if (end or len(buffer)) > LINE_LIMIT:
-        check_size(buffer, end or len(buffer))
-    return end
+    if end < 4 and BARE_LF.search(buffer, max(0, searched - 1)):
+        raise malformed("a line of the head ends without CR")
+    return check_size(buffer, end if end > 3 else 0)
 
 
 def find_answer_head(buffer: bytearray, searched: int) -> int:
-    """Where an answer's head ends, as find_request_head() does; its lines may end with
-    LF."""
+    """The same for an answer, whose lines may end with LF."""
     start = max(0, searched - 2)
     end = buffer.find(b"\n\r\n", start) + 3
-    lf = buffer.find(b"\n\n", start, end - 1 if end > 2 else len(buffer))
-    if lf >= 0:
-        end = lf + 2
-    elif end < 3:
-        end = 0
-    if (end or len(buffer)) > LINE_LIMIT:
-        check_size(buffer, end or len(buffer))
-    return end
+    lf = buffer.find(b"\n\n", start, end - 1 if end > 2 else len(buffer)) + 2
+    return check_size(buffer, lf if lf > 1 else end if end > 2 else 0)
 
 
-def check_size(buffer: bytearray, size: int) -> None:
-    """Refuse a head of `size` bytes so far that is too long."""
-    if buffer.find(b"\n", 0, LINE_LIMIT + 2) < 0:
+def check_size(buffer: bytearray, end: int) -> int:
+    """Returns `end`. Raises HTTPError for a head that is too long."""
+    size = end or len(buffer)
+    if size > LINE_LIMIT and buffer.find(b"\n", 0, LINE_LIMIT + 2) < 0:
         raise HTTPError(414, "too-long", "a line of more than %d bytes" % LINE_LIMIT)
     if size >= HEAD_LIMIT:
         raise HTTPError(431, "too-long", "a head of more than %d bytes" % HEAD_LIMIT)
+    return end
 
 
 # -----------------------------------------------------------------------------------
@@ -2878,9 +2907,9 @@ class Registry:
         return pool.services.get(name) if pool else None
 
     def claim(self, tunnel: "Tunnel") -> bool:
-        """An id belongs to the session that has it until its link goes, or until another
-        one proves that it knows the token. False: the id is taken, but its owner has
-        to show that it lives."""
+        """An id belongs to the session that has it, until its link goes or another one
+        proves that it knows the token. False: the id is taken, and its owner has to
+        show that it lives."""
         pool = self.pools.get(tunnel.id)
         if pool and pool.tunnel.session == tunnel.session:
             pool.tunnel.link.close("the same client dialled again")
@@ -2926,7 +2955,7 @@ class Registry:
 
 
 class Tunnel:
-    """One client's link, from our 101 on. `host` is the Host that the client dialled."""
+    """One client's link, from our 101 on. `host` is the Host that was dialled."""
 
     def __init__(self, registry: Registry, connection: Connection, host: str) -> None:
         self.registry, self.host = registry, host
@@ -3054,11 +3083,11 @@ class Tunnel:
     def free_descriptors(self) -> None:
         """The client has none left: streams of visitors who have left go first, then
         some that are between two requests."""
-        streams = list(self.link.streams.values())
-        left = [s for s in streams if isinstance(s.owner, Exchange) and s.owner.is_left()]
-        kept = [s for s in streams if isinstance(s.owner, Kept)]
-        for stream in left or kept[:KEPT_TO_DROP]:
-            stream.owner.give_up()
+        owners = [stream.owner for stream in self.link.streams.values()]
+        left = [x for x in owners if isinstance(x, Exchange) and x.is_left()]
+        kept = [x for x in owners if isinstance(x, Kept)]
+        for owner in left or kept[:KEPT_TO_DROP]:
+            owner.give_up()
 
     def on_closed(self, cause: str) -> None:
         for timer in (self.timer, self.life_timer, self.list_timer):
@@ -3230,7 +3259,7 @@ class HTTPConnection:
         request = self.request
         if request is None or "close" not in request.connection or self.unparsed:
             return False
-        if self.connection.transport.more_to_say or not request.body.unread:
+        if self.connection.transport.has_last_word or not request.body.unread:
             return False
         return request.body.done and not self.connection.has_unread()
 
@@ -3265,7 +3294,7 @@ class HTTPConnection:
 # next request, and so more than half of what a small request costs.
 # -----------------------------------------------------------------------------------
 LEFT_TIME = 4.0  # seconds after a visitor's FIN in which nothing is written to it
-LEFT_LOOK = 0.5  # seconds between looks at a visitor of which the selector tells nothing
+LEFT_LOOK = 0.5  # seconds between looks at a visitor that the selector is silent of
 RESETS = {  # what a client's RESET means to the visitor
     "no-service": 404,
     "timeout": 504,
@@ -3325,7 +3354,9 @@ class Exchange:
         "keep reused retried interim failure code sent received quiet_since timer"
     ).split()
 
-    def __init__(self, http: HTTPConnection, request: Request, service: Service) -> None:
+    def __init__(
+        self, http: HTTPConnection, request: Request, service: Service
+    ) -> None:
         self.http, self.request, self.service = http, request, service
         self.connection, self.loop = http.connection, http.loop
         self.head = request.to_service()  # what of it is still to be pulled
@@ -3427,7 +3458,7 @@ class Exchange:
             self.stream.wake()
 
     def feed(self, body: Any, data: memoryview) -> int:
-        """How many bytes of a request's body are understood, as far as there is time."""
+        """How many bytes of the request's body are understood, while there is time."""
         good: int = body.feed(data)
         while good < len(data) and not (body.done or self.loop.tired()):
             more = body.feed(data[good:])
@@ -3472,8 +3503,8 @@ class Exchange:
             self.timer.set(LEFT_LOOK)
 
     def look(self) -> None:
-        """A FIN may be a half-close, but mostly the visitor has left: if it has, what is
-        written to it brings a reset; if nothing is, time tells."""
+        """A FIN may be a half-close, but mostly the visitor has left. If it has, what
+        is written to it brings a reset; if nothing is, time tells."""
         now, connection = self.loop.clock(), self.connection
         if connection.waiting() or not self.quiet_since:
             self.quiet_since = now
@@ -3590,8 +3621,8 @@ class Exchange:
         self.answer = answer
 
     def pass_on(self, head: bytes, data: memoryview) -> int:
-        """Write `head`, and of the body in `data` what is understood, as far as there
-        is time; return how many bytes that was. What is well-formed goes on as it is."""
+        """Write `head`, and of the body in `data` what is understood, while there is
+        time. Return how many bytes that was. What is well-formed goes on as it is."""
         body, at, start = self.body, 0, 0
         parts: List[Any] = [head]
         while at < len(data) and not body.done:
@@ -3849,8 +3880,8 @@ class Site:
         if id and id in self.registry.names.ids:
             cause = "the client of %s is not connected now" % id
             raise HTTPError(503, "offline", cause, [("Retry-After", RETRY_AFTER)])
-        cause = "no client serves " + request.name
-        raise HTTPError(404, "no-name", "nobody is connected as %s" % id if id else cause)
+        cause = "nobody is connected as %s" % id
+        raise HTTPError(404, "no-name", cause if id else "no client serves " + request.name)
 
     def index(self, request: Request, pool: Pool) -> Page:
         link = self.registry.names.link
@@ -3988,10 +4019,11 @@ class Server:
 
     def __init__(
         self,
-        config: Config = Config(),
+        config: Optional[Config] = None,
         router: Optional[Router] = None,
         loop: Optional[Loop] = None,
     ) -> None:
+        config = config or Config()
         names = Names(parse_domains(config.domain), set())
         plan = plan_ports(config)
         self.tokens = None

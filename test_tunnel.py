@@ -16,6 +16,7 @@ import hmac
 import http.client
 import http.server
 import io
+import itertools
 import json
 import logging
 import mmap
@@ -603,11 +604,11 @@ class Wire:
 
     def __init__(self, loop):
         self.loop, self.sock = loop, FakeSocket()
-        self.owner = self.lost = None
+        self.owner = self.send_error = None
         self.backlog = bytearray()
         self.sent = bytearray()
         self.room = 1 << 40
-        self.moved = 0.0
+        self.progress_at = 0.0
         self.ended = ""
         self.limits = []  # what the kernel was told to hold, from time to time
 
@@ -621,7 +622,7 @@ class Wire:
         taken = 0 if self.backlog else min(self.room, len(data))
         self.take(bytes(data[:taken]))
         if len(data) > taken and not self.backlog:
-            self.moved = self.loop.clock()
+            self.progress_at = self.loop.clock()
         self.backlog += data[taken:]
 
     def take(self, data):
@@ -635,7 +636,7 @@ class Wire:
         self.take(taken)
         del self.backlog[: len(taken)]
         if taken:
-            self.moved = self.loop.clock()
+            self.progress_at = self.loop.clock()
         if not self.backlog:
             self.owner.on_writable()
 
@@ -645,8 +646,8 @@ class Wire:
     def close(self):
         self.ended = self.ended or "closed"
 
-    def linger(self):
-        self.ended = self.ended or "lingered"
+    def close_when_drained(self, ending):
+        self.ended = self.ended or ending.name
 
 
 class End:
@@ -1268,7 +1269,7 @@ class Links(LinkCase):
         mine.stream.reset("done")
         self.settle()
         self.assertEqual(self.client.closed, "goodbye")
-        self.assertEqual(self.client.wire.ended, "lingered")
+        self.assertEqual(self.client.wire.ended, "LINGER")
 
     def test_last_end_of_a_leaving_link_is_sent_before_it_closes(self):
         mine, theirs = self.pair(b"x")
@@ -1280,7 +1281,7 @@ class Links(LinkCase):
         theirs.send(b"tail")
         self.settle()
         self.assertEqual((mine.got, mine.news), (b"tail", ["end"]))
-        self.assertEqual(self.client.wire.ended, "lingered")
+        self.assertEqual(self.client.wire.ended, "LINGER")
 
     def test_silent_peer_is_asked_then_given_up(self):
         mine, theirs = self.pair(b"x")
@@ -1647,7 +1648,7 @@ class Told(End):
         if not self.stream.open:
             self.tell("asked, and it is over")
         count = super().pull(view)
-        if self.hasty:
+        if self.hasty and count:
             self.stream.wake()
         return count
 
@@ -1879,7 +1880,7 @@ class Schedule:
         kinds = self.listen()
         demand(not self.model.owed, "%s, but not said: %r", cause, self.model.owed)
         demand(blocked or kinds[-1] == Kind.GOODBYE, "GOODBYE is not the last word")
-        ended = "closed" if self.wire.backlog else "lingered"
+        ended = "closed" if self.wire.backlog else "LINGER"
         demand(self.wire.ended == ended, "the last word may be lost")
 
     def number(self):
@@ -2061,7 +2062,7 @@ class Schedule:
         held = self.model.open[number].held
         waiting = self.dice.choice((0, held // 2, held))
         self.model.take(number, waiting)
-        end.stream.settle(waiting)
+        end.stream.acknowledge(waiting)
 
     def send(self, number, end):
         if not end.finished:
@@ -2173,8 +2174,7 @@ class RequestHeads(unittest.TestCase):
         (head(first="GET / / HTTP/1.1"), 400, "9112 3.2"),
         (head(first="GET /\x7f HTTP/1.1"), 400, "9112 3.2"),
         (head(first="GET /\x00 HTTP/1.1"), 400, "9112 3.2"),
-        (head(first="GET /\xa0 HTTP/1.1"), 400, "9112 3.2"),
-        (head(first="GET /\xe4 HTTP/1.1"), 400, "9112 3.2"),
+        (head(first="GET http://a.b\xe4/ HTTP/1.1"), 400, "3986 3.2.2"),
         (head(first="GET /a#b HTTP/1.1"), 400, "9112 3.2.1"),
         (head(first="GET /?a#b HTTP/1.1"), 400, "9112 3.2.1"),
         (head(first="GET a HTTP/1.1"), 400, "9112 3.2.1"),
@@ -2453,6 +2453,11 @@ class RequestHeads(unittest.TestCase):
             ("GET", '/"<>\\^`{|}[]', "a.b"),
             "9112 3.2",
         ),
+        (
+            head(first="GET /\xc3\xa0?\x80\x85\xff HTTP/1.1"),  # as curl sends them
+            ("GET", "/\xc3\xa0?\x80\x85\xff", "a.b"),
+            "9112 3.2",
+        ),
         (head(first="OPTIONS * HTTP/1.1"), ("OPTIONS", "*", "a.b"), "9112 3.2.4"),
         (
             head(first="GET http://c.d:80/x?y HTTP/1.1"),
@@ -2573,24 +2578,113 @@ class RequestHeads(unittest.TestCase):
         lines = ["Content-Length: 3", "Connection: close, X-Gone", "X-Gone: 1", "B: 2"]
         raw, old = head(*lines), head(*lines, first="GET /2 HTTP/1.0")
         absolute = head(*lines, first="GET http://c.d/3 HTTP/1.1")
-        hooked = parse_request(raw)
-        hooked.fields = [("C", "3")]
-        asked = [parse_request(data) for data in (raw, old, absolute, raw)]
-        asked.append(server_module.Request(raw, "192.0.2.2"))
-        asked.append(hooked)
-        shared = [request.to_service() for request in asked]
-        for request, said in zip(asked, shared):
-            request.section = server_module.Section(request.section.text + "\r\n\r\n")
-            self.assertEqual(request.to_service(), said)
-        self.assertEqual(len(set(shared)), 5)  # the first and the fourth are the same
-        self.assertIsNot(asked[0].body, asked[3].body)
-        self.assertIn(b"\r\nC: 3\r\n", shared[5])
+        asked = [(raw, "192.0.2.1"), (old, "192.0.2.1"), (absolute, "192.0.2.1")]
+        asked += [(raw, "192.0.2.2"), (raw, "192.0.2.1")]
+        recent, shared, alone = server_module.Recent(), [], []
+        for data, address in asked:
+            request = server_module.Request(data, address, recent=recent)
+            shared.append(request.to_service())
+        for data, address in asked:
+            server_module.recent_sections.clear()
+            alone.append(server_module.Request(data, address).to_service())
+        self.assertEqual(shared, alone)
+        self.assertEqual(len(set(shared)), 4)  # the first and the last are the same
+        once, twice = [server_module.Request(raw, "192.0.2.3") for _ in range(2)]
+        self.assertIs(once.section, twice.section)
+
+    def test_what_hooks_and_bodies_do_to_a_request_harms_no_later_one(self):
+        raw, recent = head("A: 1", "Content-Length: 3"), server_module.Recent()
+        first = server_module.Request(raw, "192.0.2.1", recent=recent)
+        first.fields.append(("B", "2"))
+        first.body.feed(b"abc")
+        self.assertIn(b"\r\nB: 2\r\n", first.to_service())
+        second = server_module.Request(raw, "192.0.2.1", recent=recent)
+        self.assertEqual(second.fields[1:], [("A", "1"), ("Content-Length", "3")])
+        self.assertNotIn(b"\r\nB: 2\r\n", second.to_service())
+        self.assertFalse(second.body.done)
+        empty = [parse_request(head()).body for _ in range(2)]
+        self.assertIsNot(*empty)
+
+    def test_hook_cannot_leave_what_no_head_can_hold(self):
+        for pair in [
+            ("A", "b\r\nC: d"),
+            ("A", "b\nC: d"),
+            ("A", "b\rC: d"),
+            ("A\r\nB", "c"),
+            ("A: b\r\nB", "c"),
+            ("A b", "c"),
+            ("", "b"),
+            ("A", "b\0"),
+            ("A", "\u0141ukasz"),
+            ("A", "b\r\n\r\nGET / HTTP/1.1"),
+        ]:
+            request = parse_request(head())
+            request.fields.append(pair)
+            with self.subTest(pair), self.assertRaises(ValueError):
+                request.to_service()
+
+    SECRETS = [
+        "Cookie: a=secret",
+        "cookie: a=secret",
+        "Authorization: secret",
+        "PROXY-AUTHORIZATION: secret",
+        "Referer: http://a/?secret",
+        "X-API-Key: secret",
+        "X-Auth-Token: secret",
+        "X-CSRF-Token: secret",
+        "X-Amz-Security-Token: secret",
+    ]
+
+    def test_no_common_cache_keeps_secrets(self):
+        server_module.recent_sections.clear()
+        recent = server_module.Recent()
+        for line in self.SECRETS:
+            raw = head("A: b", line)
+            server_module.Request(raw, "192.0.2.1", recent=recent).to_service()
+            self.assertNotIn("secret", str(server_module.recent_sections))
+            self.assertIn("secret", recent.request.raw)  # goes with its connection
+        for line in ("Set-Cookie: a=secret", "Location: /?secret"):
+            server_module.Answer(answer_head("A: b", line), "GET", recent)
+            self.assertNotIn("secret", str(server_module.recent_sections))
+            self.assertIn("secret", recent.answer.raw)
+
+    def test_what_is_remembered_is_bounded_in_number_and_size(self):
+        server_module.recent_sections.clear()
+        recent, most = server_module.Recent(), server_module.RECENT
+        for number in range(2 * most + 5):
+            parse_request(head("A: %d" % number))
+            self.assertLessEqual(len(server_module.recent_sections), most)
+        self.assertGreater(len(server_module.recent_sections), 0)
+        server_module.recent_sections.clear()
+        large = "A: " + "b" * server_module.RECENT_SIZE
+        server_module.Request(head(large), "192.0.2.1", recent=recent).to_service()
+        server_module.Answer(answer_head(large), "GET", recent)
+        self.assertFalse(server_module.recent_sections)
+        self.assertLess(len(recent.request.raw + recent.answer.raw), 100)
+
+    def test_safe_methods_are_known(self):
+        for method in ("GET", "HEAD", "OPTIONS"):
+            self.assertTrue(parse_request(head(first=method + " / HTTP/1.1")).is_safe())
+        for method in ("POST", "PUT", "DELETE", "get", "TRACE"):
+            raw = head(first=method + " / HTTP/1.1")
+            self.assertFalse(parse_request(raw).is_safe())
 
     def test_upgrade_and_trailers_are_passed_on_as_our_own(self):
         lines = ["Connection: Upgrade, TE", "Upgrade: websocket", "TE: trailers, gzip"]
         _, fields = self.to_service(*lines)
         for field in ("Upgrade: websocket", "TE: trailers", "Connection: Upgrade, TE"):
             self.assertIn(field, fields)
+
+    def test_empty_members_of_a_list_name_nothing(self):
+        _, fields = self.to_service("A: b", "Connection: ,close,, x,", "X: c")
+        self.assertEqual(fields[:2], ["Host: a.b", "A: b"])
+        self.assertNotIn("X: c", fields)
+
+    def test_upgrade_in_one_point_zero_is_dropped(self):
+        lines = ["Connection: Upgrade", "Upgrade: websocket"]
+        request = parse_request(head(*lines, first="GET / HTTP/1.0"))
+        self.assertEqual(request.upgrade, "")
+        self.assertNotIn(b"pgrade", request.to_service())
 
     def test_upgrade_to_h2c_is_dropped(self):
         _, fields = self.to_service("Connection: Upgrade", "Upgrade: h2c")
@@ -2613,15 +2707,17 @@ def answer_head(*lines, first="HTTP/1.1 200 OK"):
 
 
 class AnswerHeads(unittest.TestCase):
-    def answer(self, *lines, first="HTTP/1.1 200 OK"):
-        return server_module.Answer(answer_head(*lines, first=first))
+    def answer(self, *lines, first="HTTP/1.1 200 OK", method="GET"):
+        return server_module.Answer(answer_head(*lines, first=first), method)
 
     BAD = [
         # The status line.
         (answer_head(first="HTTP/2 200 OK"), "GET", "9112 4"),
-        (answer_head(first="HTTP/2.0 200 OK"), "GET", "9110 2.5"),
         (answer_head(first="HTTP/0.9 200 OK"), "GET", "9110 2.5"),
         (answer_head(first="HTTP/1.10 200 OK"), "GET", "9112 2.3"),
+        (answer_head(first="HTTP/1. 200 OK"), "GET", "9112 2.3"),
+        (answer_head(first="HTTP/1 200 OK"), "GET", "9112 2.3"),
+        (answer_head(first="HTTP/01.1 200 OK"), "GET", "9112 2.3"),
         (answer_head(first="http/1.1 200 OK"), "GET", "9112 2.3"),
         (answer_head(first="ICY 200 OK"), "GET", "9112 2.3"),
         (answer_head(first="200 OK"), "GET", "9112 4"),
@@ -2635,96 +2731,96 @@ class AnswerHeads(unittest.TestCase):
         (answer_head(first="HTTP/1.1 200OK"), "GET", "9112 4"),
         (answer_head(first="HTTP/1.1 000 X"), "GET", "9110 15"),
         (answer_head(first="HTTP/1.1 099 X"), "GET", "9110 15"),
-        (answer_head(first="HTTP/1.1 600 X"), "GET", "9110 15"),
-        (answer_head(first="HTTP/1.1 999 X"), "GET", "9110 15"),
-        (answer_head(first="HTTP/1.1  200 OK"), "GET", "9112 4"),
         (answer_head(first=" HTTP/1.1 200 OK"), "GET", "9112 4"),
         (answer_head(first="HTTP/1.1\t200 OK"), "GET", "9112 4"),
-        (answer_head(first="HTTP/1.1 200\tOK"), "GET", "9112 4"),
+        (answer_head(first="HTTP/1.1 \t200 OK"), "GET", "9112 4"),
         (answer_head(first="HTTP/1.1 200 O\x00K"), "GET", "9112 4"),
-        (answer_head(first="HTTP/1.1 200 O\x1bK"), "GET", "9112 4"),
         (answer_head(first="HTTP/1.1 200 O\rK"), "GET", "9112 2.2"),
         (answer_head(first="HTTP/1.1 200 OK\r"), "GET", "9112 2.2"),
-        (b"\r\nHTTP/1.1 200 OK\r\n\r\n", "GET", "9112 4"),
         (b"\0HTTP/1.1 200 OK\r\n\r\n", "GET", "9112 4"),
+        (b"\rHTTP/1.1 200 OK\r\n\r\n", "GET", "9112 4"),
+        (b"\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", "GET", "9112 4"),
+        (b"\n\nHTTP/1.1 200 OK\r\n\r\n", "GET", "9112 4"),
+        (b"<html>hello</html>\r\n\r\n", "GET", "9112 4"),
         # Where lines end.
-        (b"HTTP/1.1 200 OK\nA: b\n\n", "GET", "9112 2.2"),
-        (b"HTTP/1.1 200 OK\r\nA: b\n\r\n", "GET", "9112 2.2"),
-        (b"HTTP/1.1 200 OK\r\nA: b\r\n\n", "GET", "9112 2.2"),
         (b"HTTP/1.1 200 OK\r\nA: b\r\r\n\r\n", "GET", "9112 2.2"),
-        (b"\nHTTP/1.1 200 OK\r\nA: b\r\n\r\n", "GET", "9112 2.2"),
+        (b"HTTP/1.1 200 OK\rA: b\r\n\r\n", "GET", "9112 2.2"),
+        (b"HTTP/1.1 200 OK\nA: b\r\r\n\n", "GET", "9112 2.2"),
         # Fields.
-        (answer_head("A : b"), "GET", "9112 5.1"),
-        (answer_head("A: b", " c"), "GET", "9112 5.2"),
-        (answer_head("A\x00: b"), "GET", "9110 5.1"),
-        (answer_head("A\t: b"), "GET", "9112 5.1"),
-        (answer_head("Content-Length : 5"), "GET", "9112 5.1"),
-        (answer_head("Content-Length:", " 5"), "GET", "9112 5.2"),
-        (answer_head("Transfer-Encoding:", "\tchunked"), "GET", "9112 5.2"),
         (answer_head(" A: b"), "GET", "9112 2.2"),
+        (answer_head("\tA: b"), "GET", "9112 2.2"),
+        (answer_head(" "), "GET", "9112 2.2"),
+        (answer_head("A", " : b"), "GET", "9112 5.2"),
+        (answer_head("A", " b"), "GET", "9112 5.2"),
+        (answer_head("Content-Length", " : 5"), "GET", "9112 5.2"),
+        (answer_head("A: b", " c\x01"), "GET", "9112 5.2"),
+        (answer_head("A\x00: b"), "GET", "9110 5.1"),
+        (answer_head("A\x01: b"), "GET", "9110 5.1"),
         (answer_head(": b"), "GET", "9112 5"),
-        (answer_head("A"), "GET", "9112 5"),
+        (answer_head(" : b"), "GET", "9112 5"),
         (answer_head("A b: c"), "GET", "9112 5"),
-        (answer_head("A\xe4: b"), "GET", "9110 5.1"),
-        (answer_head("A@: b"), "GET", "9110 5.1"),
+        (answer_head("Content Length: 5"), "GET", "9112 5"),
+        (answer_head("A b : c"), "GET", "9112 5"),
+        (answer_head("A b"), "GET", "9112 5"),
+        (answer_head("A@ : b"), "GET", "9112 5"),
         (answer_head("A: b\x00c"), "GET", "9110 5.5"),
         (answer_head("A: b\x7fc"), "GET", "9110 5.5"),
+        (answer_head("A@: b\x01"), "GET", "9110 5.5"),
         (answer_head("A: b\rB: c"), "GET", "9110 5.5"),
-        (answer_head("A: b\nB: c"), "GET", "9112 2.2"),
         (answer_head(*["A: b"] * 201), "GET", "9110 5.4"),
+        (answer_head("A: b", *[" c"] * 201), "GET", "9110 5.4"),
         (answer_head("A: " + "b" * 70000), "GET", "9110 5.4"),
-        (answer_head("Connection: Content-Length"), "GET", "9110 7.6.1"),
-        (answer_head("Connection: Transfer-Encoding"), "GET", "9110 7.6.1"),
-        # Framing, also where no body follows.
-        (answer_head("Content-Length: 5", "Content-Length: 5"), "GET", "9112 6.3"),
+        # Framing.
         (answer_head("Content-Length: 5", "Content-Length: 6"), "GET", "9112 6.3"),
         (answer_head("Content-Length: 5", "Content-Length: 6"), "HEAD", "9112 6.3"),
-        (answer_head("Content-Length: 5, 5"), "GET", "9112 6.3"),
+        (answer_head("Content-Length: 5", "Content-Length :6"), "GET", "9112 6.3"),
+        (answer_head("Content-Length: 5", "Content-Length:"), "GET", "9112 6.3"),
+        (answer_head("Content-Length: 5, 6"), "GET", "9112 6.3"),
+        (answer_head("Content-Length: 5, 55"), "GET", "9112 6.3"),
+        (answer_head("Content-Length: 0, 5"), "GET", "9112 6.3"),
         (answer_head("Content-Length: 5,"), "GET", "9112 6.3"),
+        (answer_head("Content-Length: ,5"), "GET", "9112 6.3"),
+        (answer_head("Content-Length: 5 5"), "GET", "9112 6.3"),
+        (answer_head("Content-Length: 1", " 0"), "GET", "9112 6.3"),
         (answer_head("Content-Length:"), "GET", "9110 8.6"),
         (answer_head("Content-Length: +5"), "GET", "9110 8.6"),
         (answer_head("Content-Length: -5"), "GET", "9110 8.6"),
         (answer_head("Content-Length: 0x5"), "GET", "9110 8.6"),
         (answer_head("Content-Length: 5.0"), "GET", "9110 8.6"),
+        (answer_head("Content-Length: 5;"), "GET", "9110 8.6"),
         (answer_head("Content-Length: \xb2"), "GET", "9110 8.6"),
         (answer_head("Content-Length: 5\xa0"), "GET", "9110 8.6"),
-        (answer_head("Content-Length: " + "0" * 18 + "5"), "GET", "9110 8.6"),
+        (answer_head("Content-Length: " + "1" * 19), "GET", "9110 8.6"),
         (answer_head("Content-Length: 18446744073709551621"), "GET", "9110 8.6"),
-        (answer_head("Content-Length: x", first="HTTP/1.1 204 X"), "GET", "9110 8.6"),
-        (answer_head("Content-Length: x", first="HTTP/1.1 304 X"), "GET", "9110 8.6"),
         (
-            answer_head("Content-Length: 1", "Transfer-Encoding: chunked"),
+            answer_head("Content-Length: 5, 6", first="HTTP/1.1 100 X"),
             "GET",
-            "9112 6.1",
-        ),
-        (
-            answer_head("Transfer-Encoding: chunked", "Content-Length: 1"),
-            "HEAD",
-            "9112 6.1",
+            "9112 6.3",
         ),
         (
             answer_head("Transfer-Encoding: chunked", first="HTTP/1.0 200 OK"),
             "GET",
             "9112 6.1",
         ),
-        (answer_head("Transfer-Encoding:"), "GET", "9112 7"),
-        (answer_head("Transfer-Encoding: identity"), "GET", "9112 7"),
         (answer_head("Transfer-Encoding: gzip"), "GET", "9112 6.3"),
+        (answer_head("Transfer-Encoding: x", "Content-Length: 5"), "GET", "9112 6.3"),
         (answer_head("Transfer-Encoding: gzip, chunked"), "GET", "9112 6.1"),
         (answer_head("Transfer-Encoding: chunked, gzip"), "GET", "9112 6.1"),
-        (answer_head("Transfer-Encoding: chunked, chunked"), "GET", "9112 6.1"),
-        (answer_head(*["Transfer-Encoding: chunked"] * 2), "GET", "9112 6.1"),
-        (answer_head("Transfer-Encoding: chunked,"), "GET", "9112 6.1"),
         (answer_head("Transfer-Encoding: xchunked"), "GET", "9112 7"),
+        (answer_head("Transfer-Encoding: chunked x"), "GET", "9112 7"),
         (answer_head("Transfer-Encoding: chunked;q=1"), "GET", "9112 7"),
+        (answer_head('Transfer-Encoding: "chunked"'), "GET", "9112 7"),
         (answer_head("Transfer-Encoding: chunked\xa0"), "GET", "9112 7"),
+        (answer_head("Transfer-Encoding: chun", " ked"), "GET", "9112 7"),
         (answer_head("Transfer-Encoding: \x0bchunked"), "GET", "9110 5.5"),
     ]
+    BAD += [(answer_head("A: b%sc" % char), "GET", "9110 5.5") for char in CONTROLS
+            if char != "\n"]  # fmt: skip
 
     def test_broken_answers_are_refused(self):
         for raw, method, clause in self.BAD:
             for step in (None, 1):
-                for rest in (b"", b"HTTP/1.1 200 OK\r\n"):
+                for rest in (b"", b"HTTP/1.1 200 OK\r\n\r\n"):
                     with self.subTest(raw=raw[:80], rfc=clause, step=step, rest=rest):
                         with self.assertRaises(server_module.HTTPError):
                             parse_answer(raw + rest, method, step)
@@ -2733,8 +2829,21 @@ class AnswerHeads(unittest.TestCase):
         (answer_head(), (200, "OK"), "9112 4"),
         (answer_head(first="HTTP/1.1 200"), (200, ""), "9112 4"),
         (answer_head(first="HTTP/1.0 200 "), (200, ""), "9112 4"),
+        (answer_head(first="HTTP/1.2 200 OK"), (200, "OK"), "9110 2.5"),
+        (answer_head(first="HTTP/2.0 200 OK"), (200, "OK"), "9110 2.5"),
+        (answer_head(first="HTTP/1.1  200 OK"), (200, "OK"), "9112 4"),
+        (answer_head(first="HTTP/1.1 200  OK"), (200, " OK"), "9112 4"),
+        (answer_head(first="HTTP/1.1 200\tOK"), (200, "OK"), "9112 4"),
+        (answer_head(first="HTTP/1.1 200 O\x1bK"), (200, "O"), "9112 4"),
+        (answer_head(first="HTTP/1.1 200 \x7f"), (200, ""), "9112 4"),
         (answer_head(first="HTTP/1.1 599 a\tb; \xe4"), (599, "a\tb; \xe4"), "9112 4"),
+        (answer_head(first="HTTP/1.1 600 X"), (600, "X"), "9110 15"),
+        (answer_head(first="HTTP/1.1 999 Denied"), (999, "Denied"), "9110 15"),
         (answer_head(first="HTTP/1.1 100 X"), (100, "X"), "9110 15.2"),
+        (b"\r\nHTTP/1.1 200 OK\r\n\r\n", (200, "OK"), "9112 2.2"),
+        (b"\nHTTP/1.1 200 OK\n\n", (200, "OK"), "9112 2.2"),
+        (b"HTTP/1.1 200 OK\n\n", (200, "OK"), "9112 2.2"),
+        (b"HTTP/1.1 200\n\r\n", (200, ""), "9112 2.2"),
         (answer_head("A:", "B:c\xe4", "A_B: d"), (200, "OK"), "9110 5.5"),
         (answer_head("Set-Cookie: a", "Set-Cookie: b"), (200, "OK"), "9110 5.3"),
         (answer_head("Connection: Set-Cookie"), (200, "OK"), "9110 7.6.1"),
@@ -2750,41 +2859,171 @@ class AnswerHeads(unittest.TestCase):
                         answer, _ = parse_answer(raw + rest, "GET", step)
                         self.assertEqual((answer.status, answer.reason), expected)
 
+    LENGTH, CHUNKS = "Content-Length: 5", "Transfer-Encoding: chunked"
+    LF = [  # behind the status line: lines that end with LF; only some of them, too
+        ("\nContent-Length: 5\n\n", [LENGTH], "9112 2.2"),
+        ("\r\nContent-Length: 5\n\r\n", [LENGTH], "9112 2.2"),
+        ("\r\nContent-Length: 5\r\n\n", [LENGTH], "9112 2.2"),
+        ("\nContent-Length: 5\r\n\r\n", [LENGTH], "9112 2.2"),
+        ("\nA: b\nB: c\r\nContent-Length: 5\n\n", ["A: b", "B: c", LENGTH], "2.2"),
+        ("\nTransfer-Encoding: chunked\n\n", [CHUNKS], "9112 2.2"),
+        ("\nVia: a\nVia:b\n\n", ["Via: a", "Via: b"], "9112 2.2"),
+        ("\nA : b\n c\n\n", ["A: b c"], "9112 5.2"),
+    ]
+    ODD = [  # fields of the service, and what goes on
+        # White space before a colon.
+        ("Server : box", ["Server: box"], "9112 5.1"),
+        ("A \t :b", ["A: b"], "9112 5.1"),
+        ("Content-Length : 5", [LENGTH], "9112 5.1"),
+        ("Transfer-Encoding\t: chunked", [CHUNKS], "9112 5.1"),
+        ("Content-Length: 5\r\nContent-Length : 5", [LENGTH], "5.1"),
+        # Folds.
+        ("X-Long: a\r\n b", ["X-Long: a b"], "9112 5.2"),
+        ("A: b\r\n\tc\r\n \t d", ["A: b c d"], "9112 5.2"),
+        ("A:\r\n b", ["A: b"], "9112 5.2"),
+        ("A: b\r\n \r\n c", ["A: b  c"], "9112 5.2"),
+        ("A: b\r\n ", ["A: b"], "9112 5.2"),
+        ("Content-Length:\r\n 5", [LENGTH], "9112 5.2"),
+        ("A: b\r\n Content-Length: 6", ["A: b Content-Length: 6"], "5.2"),
+        ("Transfer-Encoding:\r\n\tchunked", [CHUNKS], "9112 5.2"),
+        # Lengths.
+        ("Content-Length: 5\r\nContent-Length: 5", [LENGTH], "9112 6.3"),
+        ("Content-Length: 5\r\ncontent-length: 05", [LENGTH], "6.3"),
+        ("Content-Length: 5, 5", [LENGTH], "9112 6.3"),
+        ("Content-Length: 5,5 ,\t5", [LENGTH], "9112 6.3"),
+        ("Content-Length: 05", [LENGTH], "9110 8.6"),
+        ("Content-Length: %s5" % ("0" * 30), [LENGTH], "9110 8.6"),
+        ("Content-Length: 00, 0", ["Content-Length: 0"], "9110 8.6"),
+        # Both: chunks win.
+        ("Content-Length: 5\r\nTransfer-Encoding: chunked", [CHUNKS], "6.3"),
+        ("Transfer-Encoding: chunked\r\nContent-Length: 9", [CHUNKS], "6.3"),
+        ("Transfer-Encoding: chunked\r\nContent-Length: x", [CHUNKS], "6.3"),
+        ("Content-Length: 5, 6\r\nTransfer-Encoding: chunked", [CHUNKS], "6.3"),
+        # Codings.
+        ("Transfer-Encoding: identity", [], "9112 7"),
+        ("Transfer-Encoding:", [], "9112 7"),
+        ("Transfer-Encoding: identity\r\nContent-Length: 5", [LENGTH], "7"),
+        ("Transfer-Encoding: Identity, chunked", [CHUNKS], "9112 7"),
+        ("Transfer-Encoding: chunked, identity", [CHUNKS], "9112 7"),
+        ("Transfer-Encoding: Chunked", [CHUNKS], "9112 7"),
+        ("Transfer-Encoding: chunked,", [CHUNKS], "9110 5.6.1"),
+        ("Transfer-Encoding: ,chunked", [CHUNKS], "9110 5.6.1"),
+        ("Transfer-Encoding: chunked, chunked", [CHUNKS], "9112 6.1"),
+        ("\r\n".join([CHUNKS, CHUNKS]), [CHUNKS], "9112 6.1"),
+        # What only looks like framing.
+        ("Content_Length: 7", ["Content_Length: 7"], "9110 5.1"),
+        ("Transfer_Encoding: chunked", ["Transfer_Encoding: chunked"], "5.1"),
+        ("Connection: Content-Length\r\nContent-Length: 5", [LENGTH], "7.6.1"),
+        ("Connection: Transfer-Encoding", [], "9110 7.6.1"),
+        # What is no field to any browser.
+        ("A@: b\r\nB: c", ["B: c"], "9110 5.1"),
+        ("A(x): b\r\n c\r\nB: c", ["B: c"], "9110 5.1"),
+        ("A\xe4: b", [], "9110 5.1"),
+        ('"Content-Length": 7\r\nContent-Length: 5', [LENGTH], "9110 5.1"),
+        ("word\r\nB: c", ["B: c"], "9112 5"),
+        ("HTTP/1.1 404 Not Found\r\nB: c", ["B: c"], "9112 5"),
+        # What concerns one hop, and broken protocols.
+        ("Connection: close, A\r\nA: b\r\nB: c", ["B: c"], "9110 7.6.1"),
+        ("Keep-Alive : 5\r\nB: c", ["B: c"], "9110 7.6.1"),
+        ("Connection: upgrade\r\nUpgrade: h2c;a", [], "9110 7.8"),
+    ]
+
+    def test_odd_heads_go_on_by_the_grammar(self):
+        table = [("HTTP/1.1 200 OK" + text, *row) for text, *row in self.LF]
+        first = "HTTP/1.1 200 OK\r\n"
+        table += [(first + text + "\r\n\r\n", *row) for text, *row in self.ODD]
+        for text, fields, clause in table:
+            raw, expected = text.encode("latin-1"), answer_head(*fields)
+            for step in (None, 1, 7):
+                for rest in (b"", b"\r\n\r\nbody", b"\n\n"):
+                    with self.subTest(raw=raw, rfc=clause, step=step, rest=rest):
+                        answer, _ = parse_answer(raw + rest, "GET", step)
+                        self.assertEqual(answer.to_visitor(""), expected)
+
+    def test_answer_without_content_needs_no_sound_framing(self):
+        odd = ["Content-Length: x", "Transfer-Encoding: gzip"]
+        for first in ("HTTP/1.1 204 X", "HTTP/1.1 304 X"):
+            for line in odd:
+                answer = self.answer(line, first=first)
+                self.assertEqual(answer.to_visitor(""), answer_head(first=first))
+                self.assertTrue(answer.frame().done)
+
+    def test_stream_is_not_kept_when_the_service_may_think_of_another_end(self):
+        length, chunked = "Content-Length: 5", "Transfer-Encoding: chunked"
+        table = [
+            ([length], True),
+            ([length, length], True),
+            ([chunked], True),
+            ([length, chunked], False),
+            ([chunked, length], False),
+            ([length, "Transfer-Encoding: identity"], False),
+            ([length, "Connection: close"], False),
+        ]
+        for lines, kept in table:
+            self.assertEqual(self.answer(*lines).keeps_alive(), kept, lines)
+        for version, kept in (("1.0", False), ("1.1", True), ("2.0", True)):
+            answer = self.answer(length, first="HTTP/%s 200 OK" % version)
+            self.assertEqual(answer.keeps_alive(), kept)
+
+    def test_long_odd_heads_are_understood_in_no_time(self):
+        for filler in (" ", "\t", "0", ",", "a", "\r\n ", "a:", ": "):
+            for start in ("A :", "A@:", "A", "A: b\r\n ", "Content-Length: "):
+                raw = answer_head(start + filler * (60000 // len(filler)) + "\x01")
+                with self.assertRaises(server_module.HTTPError):
+                    parse_answer(raw)
+
     def test_fields_that_come_again_go_on_as_they_would_alone(self):
         lines = ["Transfer-Encoding: chunked", "Upgrade: x", "Connection: upgrade"]
         firsts = ["HTTP/1.1 200 OK", "HTTP/1.1 426 No", "HTTP/1.1 204 None"]
         ways = [("", False), ("close", False), ("close", True)]
-        said = set()
+        said, recent = set(), server_module.Recent()
         for first in firsts:
             for way in ways:
-                shared, alone = [self.answer(*lines, first=first) for _ in range(2)]
-                alone.section = server_module.Section(shared.section.text + "\r\n\r\n")
-                self.assertEqual(shared.to_visitor(*way), alone.to_visitor(*way))
-                said.add(shared.to_visitor(*way))
+                raw = answer_head(*lines, first=first)
+                shared = server_module.Answer(raw, "GET", recent).to_visitor(*way)
+                server_module.recent_sections.clear()
+                alone = self.answer(*lines, first=first).to_visitor(*way)
+                self.assertEqual(shared, alone)
+                said.add(shared)
         self.assertGreater(len(said), 7)
 
     def test_framing_follows_rfc_9112_6_3(self):
         length, chunked = "Content-Length: 5", "Transfer-Encoding: chunked"
         table = [
-            ("GET", 200, [length], 5, False),
-            ("HEAD", 200, [length], 0, False),
-            ("GET", 204, [length], 0, False),
-            ("GET", 304, [length], 0, False),
-            ("GET", 100, [], 0, False),
-            ("GET", 200, [], sys.maxsize, True),
-            ("GET", 404, ["Content-Length: 0"], 0, False),
+            ("GET", 200, [length], server_module.Sized, False),
+            ("HEAD", 200, [length], server_module.Body, True),
+            ("HEAD", 200, [chunked], server_module.Body, True),
+            ("GET", 204, [length], server_module.Body, True),
+            ("GET", 304, [length], server_module.Body, True),
+            ("GET", 100, [], server_module.Body, True),
+            ("GET", 101, [], server_module.Body, True),
+            ("GET", 200, [], server_module.UntilClose, False),
+            ("GET", 200, ["Transfer-Encoding:"], server_module.UntilClose, False),
+            ("GET", 404, ["Content-Length: 0"], server_module.Sized, True),
+            ("GET", 200, [chunked], server_module.Chunked, False),
+            ("GET", 200, [length, chunked], server_module.Chunked, False),
         ]
-        for method, status, lines, left, until_end in table:
-            body = self.answer(*lines, first="HTTP/1.1 %d x" % status).frame(method)
-            self.assertEqual((body.left, body.until_end), (left, until_end))
-        body = self.answer(chunked).frame("GET")
-        self.assertIsInstance(body, server_module.Chunked)
+        for method, status, lines, kind, done in table:
+            first = "HTTP/1.1 %d x" % status
+            body = self.answer(*lines, first=first, method=method).frame()
+            with self.subTest(method=method, status=status, lines=lines):
+                self.assertIs(type(body), kind)
+                self.assertEqual(body.done, done)
+                self.assertEqual(body.until_close, kind is server_module.UntilClose)
+                self.assertTrue(body.unread)
 
     def test_upgrade_that_is_required_is_named(self):
         lines = ["Upgrade: x", "Connection: upgrade"]
         answer = self.answer(*lines, first="HTTP/1.1 426 No")
         text = answer.to_visitor("")
         self.assertIn(b"Upgrade: x\r\nConnection: Upgrade", text)
+
+    def test_upgrade_that_names_no_protocol_is_dropped(self):
+        lines = ["Upgrade: h2c;a", "Connection: upgrade"]
+        for status in (101, 426):
+            answer = self.answer(*lines, first="HTTP/1.1 %d X" % status)
+            self.assertEqual(answer.upgrade, "")
+            self.assertNotIn(b"pgrade", answer.to_visitor(""))
 
     def test_length_of_an_answer_that_has_no_body_is_dropped(self):
         answer = self.answer("Content-Length: 5", first="HTTP/1.1 204 No")
@@ -2802,16 +3041,38 @@ class AnswerHeads(unittest.TestCase):
         self.assertIn(b"Trailer: T\r\n", text)
 
 
+def feed_all(body, data):
+    """As who copies a body does: how much of it was consumed, and what goes on."""
+    at, went_on = 0, b""
+    while not body.done:
+        count = body.feed(memoryview(data)[at:])
+        said = data[at : at + count] if body.said is None else body.said
+        at, went_on = at + count, went_on + said
+        if not count:
+            break
+    return at, went_on
+
+
 def feed_body(body, data, step=None):
-    """How many bytes of `data` belong to the body, fed in pieces as a visitor does."""
-    taken, buffer = 0, b""
+    """Feed it in pieces: how many bytes of `data` belong to the body, and what goes
+    on."""
+    taken, buffer, went_on = 0, b"", b""
     step = step or max(1, len(data))
     for at in range(0, len(data), step):
         buffer += data[at : at + step]
-        good = body.feed(memoryview(buffer))
-        taken += good
-        buffer = buffer[good:]
-    return taken
+        good, said = feed_all(body, buffer)
+        taken, buffer, went_on = taken + good, buffer[good:], went_on + said
+    return taken, went_on
+
+
+class FakeFile:
+    """A socket that http.client can read from."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def makefile(self, mode):
+        return io.BytesIO(self.data)
 
 
 class Bodies(unittest.TestCase):
@@ -2854,7 +3115,8 @@ class Bodies(unittest.TestCase):
                 for rest in (b"", b"GET / HTTP/1.1\r\n"):
                     body = server_module.Chunked()
                     with self.subTest(data=data, rfc=clause, step=step, rest=rest):
-                        self.assertEqual(feed_body(body, data + rest, step), len(data))
+                        taken, went_on = feed_body(body, data + rest, step)
+                        self.assertEqual((taken, went_on), (len(data), data))
                         self.assertTrue(body.done)
 
     BROKEN = [
@@ -2961,32 +3223,205 @@ class Bodies(unittest.TestCase):
                             feed_body(server_module.Chunked(), data + rest, step)
                         self.assertEqual(caught.exception.status, status)
 
-    def test_content_of_chunks_is_known(self):
-        for data, expected, _ in self.CHUNKED:
-            body = server_module.Chunked()
-            body.feed(data)
-            content = b"".join(data[start:end] for start, end in body.spans)
-            self.assertEqual(content, expected)
+    def test_plain_bodies_of_answers_go_on_as_they_are(self):
+        for data, content, clause in self.CHUNKED:
+            for step in (None, 1, 3):
+                body = server_module.Chunked(tolerant=True)
+                with self.subTest(data=data, rfc=clause, step=step):
+                    taken, went_on = feed_body(body, data + b"\r\nHTTP", step)
+                    self.assertEqual((taken, went_on), (len(data), data))
+                    body = server_module.Chunked(tolerant=True, unwrap=True)
+                    taken, went_on = feed_body(body, data + b"\r\nHTTP", step)
+                    self.assertEqual((taken, went_on), (len(data), content))
+
+    HELLO = b"5\r\nhello\r\n0\r\n\r\n"
+    WITH_TRAILER = b"5\r\nhello\r\n0\r\nA: b\r\n\r\n"
+    ODD = [  # of answers: what the service says, and what goes on
+        (b"5\nhello\n0\n\n", HELLO, "9112 2.2"),
+        (b"5\r\nhello\n0\r\n\r\n", HELLO, "9112 2.2"),
+        (b"5\nhello\r\n0\r\n\n", HELLO, "9112 2.2"),
+        (b"5\r\nhello\r\n0\n\r\n", HELLO, "9112 2.2"),
+        (b"5   \r\nhello\r\n0   \r\n\r\n", HELLO, "9112 7.1"),
+        (b"5\t\nhello\n0 \n\n", HELLO, "9112 7.1"),
+        (b"000000005\r\nhello\r\n0\r\n\r\n", HELLO, "9112 7.1"),
+        (b"0" * 40 + b"5\r\nhello\r\n" + b"0" * 20 + b"\r\n\r\n", HELLO, "9112 7.1"),
+        (b"5;\r\nhello\r\n0;\r\n\r\n", HELLO, "9112 7.1.1"),
+        (b"5; a=\r\nhello\r\n0\r\n\r\n", HELLO, "9112 7.1.1"),
+        (b'5 ;a b"c\x01\xe4\r\nhello\r\n0\r\n\r\n', HELLO, "9112 7.1.1"),
+        (b"5;;\nhello\r\n0\r\n\r\n", HELLO, "9112 7.1.1"),
+        (b"5\r\nhello\r\n0\r\nA: b\n\n", WITH_TRAILER, "9112 2.2"),
+        (b"5\r\nhello\r\n0\r\nA : b\r\n\r\n", WITH_TRAILER, "9112 5.1"),
+        (b"5\r\nhello\r\n0\r\nA:\r\n b\r\n\r\n", WITH_TRAILER, "9112 5.2"),
+        (b"5\n12345\n0\nA: b\n\tc\n d\nE: f\n\n",
+         b"5\r\n12345\r\n0\r\nA: b c d\r\nE: f\r\n\r\n", "9112 5.2"),
+        (b"5\r\nhello\r\n0\r\nword\r\nA: b\r\n\r\n", WITH_TRAILER, "9112 7.1.2"),
+        (b"5\r\nhello\r\n0\r\n b\r\n\r\n", HELLO, "9112 7.1.2"),
+        (b"5\r\nhello\r\n0\r\nX y: z\r\n\r\n", HELLO, "9112 7.1.2"),
+        (b"5\r\nhello\r\n0\r\nX: \x01\r\n c\r\n\r\n", HELLO, "9110 5.5"),
+        (b"5\r\nhello\r\n0\r\nContent-Length: 7\r\n\r\n", HELLO, "9110 6.5.1"),
+        (b"5\r\nhello\r\n0\r\nContent-Length : 7\r\n\r\n", HELLO, "9110 6.5.1"),
+        (b"5\r\nhello\r\n0\r\nTransfer-Encoding:\r\n chunked\r\n\r\n", HELLO, "6.5.1"),
+    ]  # fmt: skip
+
+    def test_odd_bodies_of_answers_go_on_by_the_grammar(self):
+        for data, expected, clause in self.ODD:
+            content = expected.split(b"\r\n")[1]
+            for unwrap, wanted in ((False, expected), (True, content)):
+                for step in (None, 1, 2, 3):
+                    for rest in (b"", b"\nHTTP/1.1 200 OK\r\n"):
+                        body = server_module.Chunked(tolerant=True, unwrap=unwrap)
+                        with self.subTest(data=data, rfc=clause, step=step, rest=rest):
+                            taken, went_on = feed_body(body, data + rest, step)
+                            self.assertEqual((taken, went_on), (len(data), wanted))
+                            self.assertTrue(body.done)
+
+    def test_what_is_odd_in_an_answer_is_refused_in_a_request(self):
+        for data, _, clause in self.ODD:
+            for step in (None, 1):
+                with self.subTest(data=data, rfc=clause, step=step):
+                    with self.assertRaises(server_module.HTTPError):
+                        feed_body(server_module.Chunked(), data, step)
+
+    BROKEN_ANSWERS = [
+        b" 5\r\nhello\r\n0\r\n\r\n",
+        b"5 x\r\nhello\r\n0\r\n\r\n",
+        b"5,\r\nhello\r\n0\r\n\r\n",
+        b"0x5\r\nhello\r\n0\r\n\r\n",
+        b"+5\r\nhello\r\n0\r\n\r\n",
+        b"-5\r\nhello\r\n0\r\n\r\n",
+        b"5h\r\nhello\r\n0\r\n\r\n",
+        b"5\xa0\r\nhello\r\n0\r\n\r\n",
+        b"5\x0b\r\nhello\r\n0\r\n\r\n",
+        b"5\r\r\nhello\r\n0\r\n\r\n",
+        b"5;a\rb\r\nhello\r\n0\r\n\r\n",
+        b"5\rhello\r\n0\r\n\r\n",
+        b"\r\n5\r\nhello\r\n0\r\n\r\n",
+        b"\n5\nhello\n0\n\n",
+        b"5\r\nhello\r\n\r\n0\r\n\r\n",
+        b"5\r\nhellox\r\n0\r\n\r\n",
+        b"5\r\nhello0\r\n\r\n",
+        b"5\r\nhell\n0\r\n\r\n",
+        b"5\r\nhello\r\r\n0\r\n\r\n",
+        b"1000000000000000\r\n",
+        b"5\r\nhello\r\n0\r\n\r\r\n",
+        b"5\r\nhello\r\n0\r\nA: b\r\r\n\r\n",
+        b"5\r\nhello\r\n0\r\nA: b\rC: d\r\n\r\n",
+        b"5\r\nhello\r\n0\r\n" + b"A: b\n" * 300 + b"\n",
+        b"5\r\nhello\r\n0\r\nA: b\n" + b" c\n" * 3000 + b"\n",
+        b"5;" + b"a" * 3000 + b"\r\nhello\r\n0\r\n\r\n",
+    ]
+
+    def test_broken_bodies_of_answers_are_refused(self):
+        for data in self.BROKEN_ANSWERS:
+            for step in (None, 1):
+                with self.subTest(data=data[:40], step=step):
+                    body = server_module.Chunked(tolerant=True)
+                    with self.assertRaises(server_module.HTTPError):
+                        feed_body(body, data + b"\r\nHTTP/1.1 200 OK\r\n", step)
+
+    HEAD, HELLO_LF = "HTTP/1.1 200 OK\r\n", "5\nhello\n0\n\n"
+    FIELD = [  # answers of real services; the status, or None for a 502
+        (HEAD + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+         "5\r\nhello\r\n0\r\n\r\n", 200),
+        (HEAD + "Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", 200),
+        ("HTTP/1.1 200 OK\nContent-Length: 5\n\nhello", 200),
+        ("HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n" + HELLO_LF, 200),
+        ("HTTP/1.0 200 OK\n\nhello", 200),
+        (HEAD + "Server : box\r\nContent-Length: 5\r\n\r\nhello", 200),
+        (HEAD + "X-Long: a\r\n b\r\nContent-Length: 5\r\n\r\nhello", 200),
+        (HEAD + "Transfer-Encoding: identity\r\n\r\nhello", 200),
+        (HEAD + "Transfer-Encoding: chunked\r\n\r\n5   \r\nhello\r\n0   \r\n\r\n", 200),
+        ("HTTP/1.1 999 Request denied\r\nContent-Length: 5\r\n\r\nhello", 999),
+        (HEAD + "Content_Length: 7\r\nContent-Length: 5\r\n\r\nhello", 200),
+        (HEAD + "Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", None),
+        (HEAD + "X-A: a\x01b\r\nContent-Length: 5\r\n\r\nhello", None),
+        (HEAD + "Content-Length: +5\r\n\r\nhello", None),
+        ("http/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", None),
+    ]  # fmt: skip
+
+    def through(self, raw, step, unwrap):
+        """What the visitor gets of an answer that comes in pieces."""
+        buffer, searched, body, sent = bytearray(), 0, None, b""
+        for at in range(0, len(raw), step):
+            buffer += raw[at : at + step]
+            end = 0 if body else server_module.find_answer_head(buffer, searched)
+            if end:
+                answer = server_module.Answer(buffer[:end], "GET")
+                body = answer.frame(unwrap)
+                chunked = isinstance(body, server_module.Chunked)
+                sent = answer.to_visitor("", unwrap and chunked)
+                del buffer[:end]
+            searched = len(buffer)
+            if body:
+                count, said = feed_all(body, bytes(buffer))
+                del buffer[:count]
+                sent += said
+        return sent
+
+    def test_what_the_field_sends_is_read_by_a_strict_reader_behind_us(self):
+        for text, status in self.FIELD:
+            raw = text.encode("latin-1")
+            for step, unwrap in itertools.product((len(raw) + 9, 1, 3), (False, True)):
+                with self.subTest(raw=raw, step=step, unwrap=unwrap):
+                    if status is None:
+                        with self.assertRaises(server_module.HTTPError):
+                            self.through(raw, step, unwrap)
+                        continue
+                    ends = b"Length: 5" not in raw and b"chunked" not in raw
+                    rest = b"" if ends else b"\nmore\r\n"
+                    sent = self.through(raw + rest, step, unwrap)
+                    self.assertNotRegex(sent, rb"[^\r]\n|[ \t]:|\r\n[ \t]")
+                    found = http.client.HTTPResponse(FakeFile(sent))
+                    found.begin()
+                    self.assertEqual((found.status, found.read()), (status, b"hello"))
+
+    def test_the_middle_of_a_chunk_goes_on_without_a_look(self):
+        body = server_module.Chunked(tolerant=True)
+        self.assertEqual(body.feed(b"f\r\n0\r\n\r"), 7)
+        for piece in (b"\n5\n", b"0\r\n\r\n"):
+            self.assertEqual((body.feed(piece), body.said), (len(piece), None))
+        self.assertFalse(body.done)
 
     def test_a_chunk_line_is_passed_on_only_when_it_is_whole(self):
-        body = server_module.Chunked()
-        self.assertEqual(body.feed(b"5;a"), 0)
-        self.assertTrue(body.untouched)
-        self.assertEqual(body.feed(b"5;a=b\r\nhe"), 9)
+        for tolerant in (False, True):
+            body = server_module.Chunked(tolerant)
+            self.assertEqual(body.feed(b"5;a"), 0)
+            self.assertTrue(body.unread)
+            self.assertEqual(body.feed(b"5;a=b\r\nhe"), 9)
+            self.assertFalse(body.unread)
 
-    def test_many_small_chunks_take_many_turns(self):
-        body, data = server_module.Chunked(), b"1\r\nx\r\n" * 3000 + b"0\r\n\r\n"
-        turns, at = [], 0
-        while not body.done:
-            at += body.feed(data[at:], 1000)
-            turns.append((body.lines, body.more))
-        self.assertEqual(at, len(data))
-        self.assertEqual(turns, [(1000, True)] * 6 + [(2, False)])
+    def test_a_call_looks_at_few_lines(self):
+        data = b"1\r\nx\r\n" * 3000 + b"0\r\n\r\n"
+        most = server_module.FEED_LINES * len(b"1\r\nx\r\n") // 2
+        for tolerant, unwrap in ((False, False), (True, False), (True, True)):
+            body, at = server_module.Chunked(tolerant, unwrap), 0
+            while not body.done:
+                count = body.feed(memoryview(data)[at:])
+                self.assertTrue(0 < count <= most, count)
+                at += count
+            self.assertEqual(at, len(data))
+
+    def test_a_chunk_line_fits_into_the_least_turn(self):
+        # Else an upload stalls: a line goes on when it is whole, credit or not.
+        self.assertLess(server_module.CHUNK_LINE_LIMIT, server_module.LEAST_TURN)
 
     def test_body_of_a_length_takes_no_more(self):
-        self.assertEqual(feed_body(server_module.Body(5), b"hello, more"), 5)
-        self.assertEqual(feed_body(server_module.Body(0), b"more"), 0)
-        self.assertEqual(feed_body(server_module.Body(None), b"all of it"), 9)
+        body = server_module.Sized(5)
+        self.assertTrue(body.unread)
+        self.assertEqual((body.feed(b"hel"), body.done, body.read_limit), (3, False, 2))
+        self.assertEqual((body.feed(b"lo, more"), body.done), (2, True))
+        self.assertEqual(body.feed(b"more"), 0)
+        self.assertFalse(body.unread)
+        self.assertEqual(server_module.Body().feed(b"more"), 0)
+        self.assertTrue(server_module.Body().done)
+
+    def test_body_until_the_end_takes_everything(self):
+        body = server_module.UntilClose()
+        self.assertEqual(body.feed(b""), 0)
+        self.assertTrue(body.unread)
+        self.assertEqual(body.feed(b"all of it"), 9)
+        self.assertFalse(body.unread or body.done)
+        self.assertIsNone(body.said)
 
 
 # -----------------------------------------------------------------------------------
