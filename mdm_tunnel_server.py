@@ -15,7 +15,7 @@ wire and the machinery that the client has too, then HTTP, names, tunnels, visit
 the server. Nothing here needs more than the standard library of Python 3.6.
 """
 
-from typing import NamedTuple, Pattern
+from typing import FrozenSet, NamedTuple, Pattern
 
 # ===================================================================================
 # SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
@@ -39,7 +39,7 @@ import stat
 import struct
 import sys
 import time
-from typing import Any, Callable, Deque, Dict, FrozenSet, List, NoReturn, Optional
+from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional
 from typing import Set, Tuple
 
 VERSION = "1.0.0"
@@ -481,6 +481,7 @@ class Loop:
         self.sealed = memoryview(mmap.mmap(-1, SEALED))  # what TLS is to open
         self.capacity = file_limit(self.selector) - SPARE_FILES
         self.turn_started = clock()
+        self.handshakes = 0  # steps of TLS handshakes in this turn
         self.running = True
         self.caught: Dict[int, Any] = {}  # signals, and what they did before
         self.wake_receiver, self.wake_sender = socket.socketpair()
@@ -535,7 +536,7 @@ class Loop:
     def turn(self) -> None:
         """Wait for something, and do all that follows from it."""
         events = self.selector.select(self.select_timeout())
-        self.turn_started = self.clock()
+        self.turn_started, self.handshakes = self.clock(), 0
         for number, (key, mask) in enumerate(events, 1):
             self.dispatch(key.data, mask)
             if not number % PART:
@@ -1170,9 +1171,12 @@ class Connection:
         self.transport, self.phase = self.transport.under, Phase.OPEN
 
     def shake_hands(self) -> None:
-        """Go on with the handshake; then the owner's part begins. When a turn has had
-        many, the selector will say again that there is something to read."""
-        if self.loop.tired() or not self.transport.shake_hands():
+        """Go on with the handshake; then the owner's part begins. Each computes a while:
+        when a turn has had many, the selector will say again that there is one."""
+        if self.loop.handshakes and self.loop.tired():
+            return
+        self.loop.handshakes += 1
+        if not self.transport.shake_hands():
             return
         self.phase = Phase.OPEN
         if self.timer:
@@ -1197,15 +1201,11 @@ class Connection:
     def end(self) -> None:
         if self.ending == Ending.ABORT:
             self.abort()
-        elif self.ending == Ending.CLOSE:
-            self.close()
-        else:
-            self.linger()
-
-    def linger(self) -> None:
+            return
         self.phase, self.ending_write = Phase.LINGERING, True
-        self.on_drained()
-        if self.eof or self.send_error:
+        if self.ending == Ending.LINGER or self.transport.has_last_word:
+            self.on_drained()
+        if self.ending == Ending.CLOSE or self.eof or self.send_error:
             self.close()
         else:
             self.watch(LINGER)
@@ -3696,9 +3696,9 @@ class Exchange:
             self.code = "reset"
             cause = "%s: the service closed the connection too early" % self.said()
             self.failure = HTTPError(502, "reset", cause)
+        self.stream.reset("done" if self.stream.ended_in else "left")
         if self.code and self.retry():
             return
-        self.stream.reset("done" if self.stream.ended_in else "left")
         failure = self.failure
         self.end()
         self.http.fail(failure)

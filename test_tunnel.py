@@ -513,7 +513,7 @@ class Connections(unittest.TestCase):
         for at in range(0, len(data), 1 << 20):
             self.connection.write(memoryview(data)[at : at + (1 << 20)])
         self.assertTrue(self.connection.backlog)
-        self.connection.after_backlog(self.connection.finish)
+        self.connection.shutdown_write()
         got = []
         reader = threading.Thread(target=lambda: got.extend(self.read_all()))
         reader.start()
@@ -527,32 +527,32 @@ class Connections(unittest.TestCase):
     def test_last_word_is_read_after_a_failed_send(self):
         self.peer.sendall(b"last word")
         self.reset_by_peer()
-        self.turn_until(lambda: not self.connection.dry)
+        self.turn_until(lambda: self.connection.readable)
         self.connection.write(b"x")
-        self.assertIsNotNone(self.connection.lost)
+        self.assertIsNotNone(self.connection.send_error)
         count = self.connection.read_into(self.view)
         self.assertEqual(bytes(self.view[:count]), b"last word")
 
     def test_cut_does_not_look_like_an_end_after_a_failed_send(self):
         self.peer.sendall(b"part")
         self.reset_by_peer()
-        self.turn_until(lambda: not self.connection.dry)
+        self.turn_until(lambda: self.connection.readable)
         self.connection.write(b"x")  # this swallows the socket's error
         self.connection.read_into(self.view)
-        self.connection.dry = False
+        self.connection.readable = True
         with self.assertRaises(ConnectionResetError):
             self.connection.read_into(self.view)
 
     def test_end_is_told_again_and_again(self):
         self.peer.close()
-        self.turn_until(lambda: not self.connection.dry)
+        self.turn_until(lambda: self.connection.readable)
         self.assertEqual(self.connection.read_into(self.view), 0)
         self.assertEqual(self.connection.read_into(self.view), 0)
 
     def test_lingering_delivers_the_last_word_though_more_comes(self):
         self.peer.sendall(b"x" * 100000)
         self.connection.write(b"last word")
-        self.connection.after_backlog(self.connection.linger)
+        self.connection.close_when_drained(server_module.Ending.LINGER)
         self.peer.sendall(b"x" * 100000)
         got = []
         reader = threading.Thread(target=lambda: got.extend(self.read_all()))
@@ -565,14 +565,14 @@ class Connections(unittest.TestCase):
 
     def stop_the_clock(self):
         """From here on only the test moves the time, and nothing is read."""
-        self.loop.selector.unregister(self.loop.alarm)
+        self.loop.selector.unregister(self.loop.wake_receiver)
         self.loop.selector = NoSelector()
         self.loop.clock = Clock()
         return self.loop.clock
 
     def test_lingering_ends_after_its_time(self):
         clock = self.stop_the_clock()
-        self.connection.linger()
+        self.connection.close_when_drained(server_module.Ending.LINGER)
         clock.now += server_module.LINGER + 1
         self.loop.turn()
         self.assertTrue(self.connection.closed)
@@ -580,7 +580,7 @@ class Connections(unittest.TestCase):
     def test_peer_who_never_takes_the_last_word_is_given_up(self):
         clock = self.stop_the_clock()
         self.connection.write(b"x" * (20 << 20))
-        self.connection.end(self.connection.linger)
+        self.connection.close_when_drained(server_module.Ending.LINGER)
         clock.now += server_module.STALLED - 1
         self.loop.turn()
         self.assertFalse(self.connection.closed)
@@ -6597,23 +6597,25 @@ class Encryption(TLSCase):
         self.start_client({"web": 1})
 
     def test_ports_with_and_without_tls_are_told_apart(self):
-        plan = server_module.plan_ports
+        m = server_module
         table = [
-            ((1, 2, None, False), [(1, 1, 0, 0), (2, 0, 1, 0)]),
-            ((1, 1, None, False), [(1, 1, 1, 0)]),
-            ((1, 2, None, True), [(1, 1, 0, 0), (2, 0, 1, 1)]),
-            ((1, 2, 3, True), [(1, 1, 0, 0), (3, 1, 0, 1), (2, 0, 1, 1)]),
-            ((1, 2, 2, True), [(1, 1, 0, 0), (2, 1, 1, 1)]),
-            ((0, 0, 0, True), [(0, 1, 0, 0), (0, 1, 0, 1), (0, 0, 1, 1)]),
+            ((1, 2, None, None), [(1, m.Site, 0), (2, m.LinkSite, 0)]),
+            ((1, 1, None, None), [(1, m.SharedSite, 0)]),
+            ((1, 2, None, "x"), [(1, m.Site, 0), (2, m.LinkSite, 1)]),
+            ((1, 2, 3, "x"), [(1, m.Site, 0), (3, m.Site, 1), (2, m.LinkSite, 1)]),
+            ((1, 2, 2, "x"), [(1, m.Site, 0), (2, m.SharedSite, 1)]),
+            ((0, 0, 0, "x"), [(0, m.Site, 0), (0, m.Site, 1), (0, m.LinkSite, 1)]),
         ]
+        names = ("port", "client_port", "tls_port", "tls_cert")
         for arguments, ports in table:
-            self.assertEqual(plan(*arguments), ports)
-        for bad in ((1, 1, None, True), (1, 2, 1, True), (1, 2, 3, False)):
+            config = m.Config(**dict(zip(names, arguments)))
+            self.assertEqual(m.plan_ports(config), ports)
+        for bad in ((1, 1, None, "x"), (1, 2, 1, "x"), (1, 2, 3, None)):
             with self.assertRaises(ValueError):
-                plan(*bad)
+                m.plan_ports(m.Config(**dict(zip(names, bad))))
 
     def test_silent_handshake_ends_after_its_time_and_holds_up_nobody(self):
-        change(self, server_module, HANDSHAKE_TIME=PATIENCE, SHAKING_A_TURN=PATIENCE)
+        change(self, server_module, HANDSHAKE_TIME=PATIENCE, TURN_BUDGET=PATIENCE)
         change(self, server_module, FIRST_BYTE_TIME=3600)
         self.start()
         hello = ssl.MemoryBIO()
@@ -6625,7 +6627,8 @@ class Encryption(TLSCase):
             conn.sendall(begun)
         self.assertEqual(self.echoed("web.tim.x")["service"], "web")
         connections = self.server.loop.connections
-        shaking = self.server.do(lambda: sum(c.shaking for c in connections))
+        phase = server_module.Phase.HANDSHAKE
+        shaking = self.server.do(lambda: sum(c.phase == phase for c in connections))
         self.assertEqual(shaking, len(conns))
         self.server.pass_time(server_module.HANDSHAKE_TIME)
         for conn in conns:
@@ -6643,22 +6646,26 @@ class Encryption(TLSCase):
         port = self.service(lambda conn: conn.sendall(b"HTTP/1.1 400 Bad\r\n\r\n"))
         self.assertIn("no TLS", self.refused(port=port))
 
+    def stick(self, connection):
+        """From here on the kernel takes nothing of what TLS has for it."""
+
+        class Stuck(server_module.Plain):
+            def __init__(self, sock):
+                self.recv_into, self.sock = sock.recv_into, sock
+
+            def send(self, data):
+                raise BlockingIOError
+
+        connection.transport.under = Stuck(connection.sock)
+        connection.transport.pending += b"waits"
+
     def test_small_pieces_to_a_slow_reader_are_encrypted_together(self):
         connection, *_ = self.sealed_pair()
-        context = server_module.make_context(self.pem, self.pem)
-        sealed = []
-
-        class Counted(server_module.TLS):
-            def seal(self, data):
-                sealed.append(len(data))
-                return bytes(data)
-
-        connection.tls = Counted(context, True, None, b"")
-        connection.tls.ready = True
-        connection.backlog += b"waits"
+        self.stick(connection)
         for _ in range(1000):
             connection.write(b"x")
-        self.assertEqual((sealed, connection.waiting()), ([], 1005))
+        self.assertEqual(connection.transport.pending, b"waits")
+        self.assertEqual(connection.waiting(), 1005)
 
     def sealed_pair(self):
         """A connection of ours, the other end's socket, and what encrypts there."""
@@ -6672,7 +6679,7 @@ class Encryption(TLSCase):
         other.setblocking(False)
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         far = self.context.wrap_bio(incoming, outgoing)
-        while connection.shaking:
+        while connection.phase == server_module.Phase.HANDSHAKE:
             with contextlib.suppress(ssl.SSLWantReadError):
                 far.do_handshake()
             other.sendall(outgoing.read())
@@ -6689,7 +6696,7 @@ class Encryption(TLSCase):
 
     def read_again(self, connection):
         """What it reads when the selector has seen something."""
-        connection.dry = False
+        connection.readable = True
         view = connection.loop.scratch
         return bytes(view[: connection.read_into(view) or 0])
 
@@ -6702,14 +6709,12 @@ class Encryption(TLSCase):
                 sealed = sealed[other.send(sealed[: 256 * KIB]) :]
             got.append(self.read_again(connection))
         self.assertEqual(b"".join(got), data)
-        self.assertEqual(connection.tls.size, server_module.SEALED)
         self.assertGreater(max(map(len, got)), server_module.SEALED)
 
     def test_what_came_before_a_fault_is_read_first(self):
         for fault in ("cut", "reset", "garbage"):
             connection, other, seal = self.sealed_pair()
             sealed = seal(b"x" * 50000)
-            connection.tls.size = len(sealed)  # it does not come short, so we go on
             other.sendall(sealed)
             if fault == "garbage":
                 other.sendall(b"no TLS" * 100)
@@ -6731,75 +6736,86 @@ class Encryption(TLSCase):
             with contextlib.suppress(BlockingIOError):
                 while data:
                     data = data[other.send(data[: 16 * KIB]) :]
-            connection.dry = False
+            connection.readable = True
             connection.read_into(connection.loop.scratch[:20000])
 
         for _ in range(20):
             read_some()
-        connection.finish()
-        self.assertTrue(connection.tls.ending)  # OpenSSL would lose what is not read
+        connection.shutdown_write()
+        self.assertTrue(connection.transport.ending)  # OpenSSL would lose what is not read
         for _ in range(20):
             read_some()
-        self.assertFalse(connection.tls.ending)
+        self.assertFalse(connection.transport.ending)
         self.assertTrue(data)
 
     def thrifty(self, content, answer=b""):
-        """The connection of a peer of whose parts little is content."""
+        """The connection of a peer of whose parts little is content, and the bytes that
+        came at each read."""
         connection, other, _ = self.sealed_pair()
+        came = []
 
-        class Thrifty(server_module.TLS):
-            came = unread = 0
+        class Thrifty(server_module.Sealed):
+            unread = 0
 
-            def feed(self, data):
-                self.came += len(data)
+            def fill(self):
+                count = super().fill()
+                came[-1] += count
                 self.unread = content
                 self.outgoing.write(answer)
+                return count
 
-            def read_into(self, view):
+            def decrypt(self, view):
                 count, self.unread = min(self.unread, len(view)), 0
+                self.waste = max(0, self.waste - count * server_module.CONTENT_PART)
                 return count or None
 
         context = server_module.make_context(self.pem, self.pem)
-        tls = connection.tls = Thrifty(context, True, None, b"")
-        tls.ready, tls.size = True, server_module.FIRST_SEALED
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                other.send(bytes(4 * KIB))
-        return connection, tls
+        arguments = (connection.loop, connection.transport.under, context, True)
+        connection.transport = Thrifty(*arguments, None, b"")
+        connection.transport.ready = True
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+
+        def read():
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    other.send(bytes(64 * KIB))
+            came.append(0)
+            return self.read_again(connection)
+
+        return connection, read, came
 
     def test_one_read_takes_little_with_little_in_it(self):
-        connection, tls = self.thrifty(100)
-        self.assertTrue(self.read_again(connection))
-        self.assertLess(tls.came, server_module.WASTE_A_READ + server_module.SEALED)
+        connection, read, came = self.thrifty(100)
+        read()
+        self.assertEqual(len(came), 1)
+        self.assertLessEqual(came[0], server_module.SEALED)
+
+    def test_peer_who_sends_much_with_nothing_in_it_is_cut(self):
+        connection, read, came = self.thrifty(0)
+        with self.assertRaisesRegex(server_module.TLSError, "nothing was in it"):
+            for _ in range(100):
+                read()
+        self.assertLessEqual(sum(came), server_module.FRUITLESS + server_module.SEALED)
 
     def test_peer_who_wants_answers_and_does_not_read_is_cut(self):
-        connection, tls = self.thrifty(100, bytes(1000))
-        connection.backlog += b"waits"
+        connection, read, came = self.thrifty(20 * KIB, bytes(1000))
+        self.stick(connection)
         with self.assertRaisesRegex(OSError, "does not read"):
             for _ in range(100):
-                self.read_again(connection)
-        limit = server_module.ANSWERS + 20000
-        self.assertLess(len(connection.backlog), limit)
+                read()
+        limit = server_module.REPLIES + 20000
+        self.assertLess(len(connection.transport.pending), limit)
 
     def test_what_the_kernel_does_not_take_is_not_encrypted_yet(self):
         connection, *_ = self.sealed_pair()
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * KIB)
         connection.write(bytes(4 << 20))
-        waits = len(connection.tls.early)
+        waits = len(connection.backlog)
         self.assertGreater(waits, 2 << 20)
         self.assertLess(connection.waiting(), waits + 2 * server_module.SEALED)
 
-    def test_peer_who_sends_much_with_nothing_in_it_is_cut(self):
-        self.start()
-        context = server_module.make_context(self.pem, self.pem)
-        tls = server_module.TLS(context, True, None, b"")
-        tls.ready = True
-        with self.assertRaises(server_module.TLSError):
-            for _ in range(1000):
-                tls.feed(memoryview(b"x" * 1000))
-
     def test_crowd_of_handshakes_is_served_a_few_at_a_time(self):
-        change(self, server_module, HANDSHAKE_TIME=PATIENCE, SHAKING_A_TURN=0.0)
+        change(self, server_module, HANDSHAKE_TIME=PATIENCE, TURN_BUDGET=-1)
         self.start()
         conns = [self.connect() for _ in range(20)]
         visitors = [None] * len(conns)
@@ -7186,13 +7202,13 @@ server.loop.catch_signals(server.on_signal)
 def tell(number):
     os.kill(os.getpid(), number)
 def look():
-    heard.append("stopping" if server.stopping else "running")
+    heard.append("stopping" if server.visitors.stopping else "running")
     tell(signal.SIGTERM)
 timers = [s.Timer(server.loop, server, c) for c in (lambda: tell(signal.SIGUSR1), look)]
 timers[0].set(0.05)
 timers[1].set(0.2)
 server.run()
-assert heard == ["usr1", "running"] and server.stopping, heard
+assert heard == ["usr1", "running"] and server.visitors.stopping, heard
 assert signal.getsignal(signal.SIGINT) is before
 assert signal.set_wakeup_fd(-1) == -1
 """
