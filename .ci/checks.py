@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple, Union
 
+import skew
 from browser import Browser
 from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, World, curl
 from parts import free_ports, get, run, sha256, start_haproxy_front, start_nginx_front
@@ -686,6 +687,7 @@ CHECKS: List[Callable[[World], str]] = [
     client_told_to_end_while_a_visitor_idles,
     raw_inputs_beside_haproxy_and_nginx,
     tls_and_tokens,
+    *skew.CHECKS,
     network_that_swallows_everything,
     nothing_grows_in_20000_requests,
     nothing_was_printed,
