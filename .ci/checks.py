@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple, Union
 
+import leaving
 import skew
 from browser import Browser
 from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, World, curl
@@ -688,6 +689,7 @@ CHECKS: List[Callable[[World], str]] = [
     raw_inputs_beside_haproxy_and_nginx,
     tls_and_tokens,
     *skew.CHECKS,
+    *leaving.CHECKS,
     network_that_swallows_everything,
     nothing_grows_in_20000_requests,
     nothing_was_printed,
