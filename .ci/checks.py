@@ -18,43 +18,17 @@ import time
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple, Union
 
+import leaving
+import skew
 from browser import Browser
-from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, curl, free_ports
-from parts import get, make_big, run, sha256, start_haproxy_front, start_nginx_front
-from parts import start_services, wait_for
+from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, World, curl
+from parts import free_ports, get, run, sha256, start_haproxy_front, start_nginx_front
+from parts import wait_for
 from strictness import raw_inputs_beside_haproxy_and_nginx
 from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
-
-
-class World:
-    """What the checks share: one server, one client `tim`, and his services."""
-
-    def __init__(self) -> None:
-        self.web, self.other = start_services()
-        self.flask, self.sockets, self.crowd = free_ports(3)
-        service = str(REPOSITORY / ".ci" / "flask_service.py")
-        flask = Process("flask", sys.executable, service, str(self.flask))
-        flask.wait_until_listening(self.flask)
-        services = {
-            "web": self.web,
-            "other": self.other,
-            "flask": self.flask,
-            "sockets": self.sockets,
-            "crowd": self.crowd,
-        }
-        self.server = Server()
-        self.tim = Client(self.server, "tim", services)
-        parts = (self.server.process, self.tim.process)
-        self.idle = {part: part.descriptors_at_rest() for part in parts}
-        self.big_sum = ""
-
-    def big(self) -> str:
-        """The SHA-256 of the big file, which nginx has at /big."""
-        self.big_sum = self.big_sum or make_big(TMP / "web" / "big")
-        return self.big_sum
 
 
 # -----------------------------------------------------------------------------------
@@ -679,7 +653,7 @@ def nothing_was_printed(world: World) -> str:
 
 def benchmark_runs(world: World) -> str:
     """The benchmark measures what it is asked for; what it finds is for its readers."""
-    script = str(REPOSITORY / "examples" / "benchmark.py")
+    script = str(REPOSITORY / ".ci" / "benchmark.py")
     found = TMP / "benchmark.json"
     words = ["--quick", "--json", str(found), "--systems", "haproxy", "ours"]
     words += ["--only", "one download", "32 kept", "thin link", "start"]
@@ -714,6 +688,8 @@ CHECKS: List[Callable[[World], str]] = [
     client_told_to_end_while_a_visitor_idles,
     raw_inputs_beside_haproxy_and_nginx,
     tls_and_tokens,
+    *skew.CHECKS,
+    *leaving.CHECKS,
     network_that_swallows_everything,
     nothing_grows_in_20000_requests,
     nothing_was_printed,

@@ -1,5 +1,5 @@
 """What the checks of .ci/interop are made of: processes, ports, waiting, the tunnel,
-and the real programs at its two ends."""
+the real programs at its two ends, and the World that all checks share."""
 
 import atexit
 import functools
@@ -168,15 +168,16 @@ def clean_up() -> None:
 # The tunnel: both scripts as a user runs them, without -v, so they must print nothing.
 # -----------------------------------------------------------------------------------
 class Server:
-    """mdm_tunnel_server.py on two ports, which it keeps when it is started again."""
+    """mdm_tunnel_server.py of `scripts`, on two ports. It keeps them when it is started
+    again."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, scripts: Path = REPOSITORY) -> None:
         self.port, self.client_port = free_ports(2)
-        self.options = options
+        self.options, self.scripts = options, scripts
         self.start()
 
     def start(self) -> None:
-        script = str(REPOSITORY / "mdm_tunnel_server.py")
+        script = str(self.scripts / "mdm_tunnel_server.py")
         ports = ("-p", str(self.port), "-c", str(self.client_port))
         self.process = Process("server", sys.executable, script, *ports, *self.options)
         self.process.wait_until_listening(self.port, self.client_port)
@@ -185,7 +186,7 @@ class Server:
 class Client:
     """mdm_tunnel_client.py, which publishes `services` of 127.0.0.1 as `id`. It dials
     `through`, the port of a proxy, or the server itself. `token` is in its environment
-    and `options` before its other words."""
+    and `options` before its other words; `prefix` is what starts it."""
 
     def __init__(
         self,
@@ -195,20 +196,24 @@ class Client:
         through: Optional[int] = None,
         options: Tuple[str, ...] = (),
         token: str = "",
+        scripts: Path = REPOSITORY,
+        prefix: Tuple[str, ...] = (),
     ) -> None:
         self.server, self.id = server, id
         self.dials = through or server.client_port
         self.services = ["%s=%d" % pair for pair in services.items()]
-        self.options = options
+        self.options, self.scripts, self.prefix = options, scripts, prefix
         self.environment = {"MDM_TUNNEL_TOKEN": token} if token else {}
         self.start()
 
     def start(self) -> None:
-        script = str(REPOSITORY / "mdm_tunnel_client.py")
-        options = ("-h", "localhost:%d" % self.dials, "-i", self.id)
-        command = [sys.executable, script, *self.options, *options, *self.services]
-        self.process = Process("client", *command, **self.environment)
+        self.process = Process("client", *self.command(), **self.environment)
         wait_for("login of %s" % self.id, self.is_in)
+
+    def command(self) -> List[str]:
+        script = str(self.scripts / "mdm_tunnel_client.py")
+        options = (*self.options, "-h", "localhost:%d" % self.dials, "-i", self.id)
+        return [*self.prefix, sys.executable, script, *options, *self.services]
 
     def is_in(self) -> bool:
         """The server has its index page."""
@@ -378,3 +383,34 @@ def sha256(path: Path) -> str:
             if not block:
                 return digest.hexdigest()
             digest.update(block)
+
+
+# -----------------------------------------------------------------------------------
+# What the checks share
+# -----------------------------------------------------------------------------------
+class World:
+    """One server, one client `tim`, and its services."""
+
+    def __init__(self) -> None:
+        self.web, self.other = start_services()
+        self.flask, self.sockets, self.crowd = free_ports(3)
+        service = str(REPOSITORY / ".ci" / "flask_service.py")
+        flask = Process("flask", sys.executable, service, str(self.flask))
+        flask.wait_until_listening(self.flask)
+        services = {
+            "web": self.web,
+            "other": self.other,
+            "flask": self.flask,
+            "sockets": self.sockets,
+            "crowd": self.crowd,
+        }
+        self.server = Server()
+        self.tim = Client(self.server, "tim", services)
+        parts = (self.server.process, self.tim.process)
+        self.idle = {part: part.descriptors_at_rest() for part in parts}
+        self.big_sum = ""
+
+    def big(self) -> str:
+        """The SHA-256 of the big file, which nginx has at /big."""
+        self.big_sum = self.big_sum or make_big(TMP / "web" / "big")
+        return self.big_sum

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """How fast the tunnel is, beside what else could stand in its place, on this machine.
 
-    python3 examples/benchmark.py                    all of it, about ten minutes
-    python3 examples/benchmark.py --quick            one short round
-    python3 examples/benchmark.py --only download    what has this word in its name
-    python3 examples/benchmark.py --markdown FILE --json FILE
+    python3 .ci/benchmark.py                     all of it, about ten minutes
+    python3 .ci/benchmark.py --quick             one short round
+    python3 .ci/benchmark.py --only download     what has this word in its name
+    python3 .ci/benchmark.py --against dbf19a3   beside the scripts of that commit
+    python3 .ci/benchmark.py --markdown FILE --json FILE
 
     load --> system --> backend        system: nothing (direct), HAProxy (one hop),
                                        ssh -R, or this tunnel's server and client
@@ -14,6 +15,9 @@ the systems take turns, each freshly started for each measure; what counts is th
 median of the rounds. Numbers of different machines say little, so the bars are ratios
 to HAProxy: a C proxy that only passes on, with half the tunnel's hops. Nothing has to
 be installed but Linux, whose /proc it reads; what is missing is named and left out.
+
+With --against the systems are these scripts and those of a commit, with and without
+TLS on the link, and the bars are ratios of new to old, each of one round.
 
 Read on in this order: the bars; processes; visitors; loads; the backend; the relay;
 places; systems; measures; rounds; the report.
@@ -48,7 +52,8 @@ from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, NamedTuple
 from typing import Optional, Sequence, Tuple, Type
 
-ROOT = Path(__file__).resolve().parent.parent
+from history import ROOT, SCRIPTS, out_of_history
+
 MIB, GIB = 1 << 20, 1 << 30
 Figures = Dict[str, float]  # what one run of a measure found
 Words = Tuple[str, ...]
@@ -116,6 +121,30 @@ ROWS = [
     Row("memory", "per idle visitor", "KiB", "value", 12, 6),
     Row("memory", "idle, larger process", "MiB", "value", 18, 13),
     Row("memory", "idle, all", "MiB"),
+    Row("start", "to first answer", "ms", "value", 250, 150),
+]
+BY_TLS = "TLS / without"  # of the rate
+AGAINST = [  # new scripts to old ones; of what has no bar only the ratio is shown
+    Row("requests, 32 kept", "rate", "/s", "ratio", 1.05, 1.25),
+    Row("requests, 32 kept", "CPU per 1000", "s", "ratio", 0.92, 0.75),
+    Row("requests, 32 fresh", "rate", "/s", "ratio", 1.0, 1.1),
+    Row("one download", "rate", "MB/s", "ratio", 0.97, 1.1),
+    Row("one download", "CPU per GiB", "s"),
+    Row("one download", BY_TLS, "", "value", 0.45, 0.6),
+    Row("one upload", "rate", "MB/s", "ratio", 0.97, 1.1),
+    Row("one upload", "CPU per GiB", "s"),
+    Row("one upload", BY_TLS, ""),
+    Row("eight downloads", "rate", "MB/s", "ratio", 0.97, 1.1),
+    Row("beside four downloads", "p50", "ms", "value", 6, 2),
+    Row("beside four downloads", "fresh p50", "ms"),
+    Row("beside four downloads", "their rate", "MB/s"),
+    Row("thin link", "p50", "ms", "value", 40, 20),
+    Row("thin link", "their rate", "MB/s"),
+    Row("long link, 100 Mbit/s", "steady share", "%", "value", 97, 99),
+    Row("long link, 400 Mbit/s", "steady share", "%", "value", 85, 95),
+    Row("stalled reader", "growth", "MiB", "value", 2, 0.6),
+    Row("memory", "per idle visitor", "KiB", "value", 12, 6),
+    Row("memory", "idle, larger process", "MiB", "value", 18, 13),
     Row("start", "to first answer", "ms", "value", 250, 150),
 ]
 
@@ -813,15 +842,20 @@ class Ours(System):
 
     name, title = "ours", "mdm-tunnel"
 
+    def scripts(self) -> Words:
+        """The server's and the client's path."""
+        return self.options.server, self.options.client
+
     def launch(self, target: int) -> Address:
         for_server, for_client = self.secrets()
-        python, options = self.options.python, self.options
+        server_script, client_script = self.scripts()
+        python = self.options.python
         host, visitors, clients = self.place.near_host, free_port(), free_port()
         words = ("--bind", host, "-p", str(visitors), "-c", str(clients))
-        server = (python, options.server, *words, *for_server)
+        server = (python, server_script, *words, *for_server)
         dial = "%s:%d" % (host, self.place.dial(clients))
         service = "web=%s:%d" % (self.place.far_host, target)
-        client = (python, options.client, "-h", dial, "-i", "tim", service, *for_client)
+        client = (python, client_script, "-h", dial, "-i", "tim", service, *for_client)
         self.start("server", *server)
         self.start("client", *self.place.far, *client)
         return Address(host, visitors, "web.tim.localhost")
@@ -849,7 +883,22 @@ class Encrypted(Ours):
         return ("--tls-cert", str(pem)), ("--fingerprint", pin)
 
 
-SYSTEMS = [Direct, HAProxy, SSH, Ours, Encrypted]
+class Old(Ours):
+    """With the scripts of the commit that --against names."""
+
+    name, title = "old", "old"
+
+    def scripts(self) -> Words:
+        folder = World.directory / "old"
+        return str(folder / SCRIPTS[0]), str(folder / SCRIPTS[1])
+
+
+class OldEncrypted(Encrypted, Old):
+    name, title = "old encrypted", "old with TLS"
+
+
+SYSTEMS: List[Type[System]] = [Direct, HAProxy, SSH, Ours, Encrypted]
+PAIRS: List[Type[System]] = [Old, Ours, OldEncrypted, Encrypted]
 
 
 # -----------------------------------------------------------------------------------
@@ -1090,13 +1139,22 @@ def run_once(bench: Bench, measure: Measure, kind: Kind, number: int) -> Run:
         World.kill_from(already)
 
 
+def takes_part(kind: Kind, measure: Measure) -> bool:
+    """Old ones do where new ones do; those with TLS where a row is about it."""
+    name = {"old": "ours", "old encrypted": "encrypted"}.get(kind.name, kind.name)
+    rows = [row.figure for row in AGAINST if row.measure == measure.name]
+    if System.options.against and name == "encrypted" and BY_TLS not in rows:
+        return False
+    return name in measure.systems.split()
+
+
 def run_all(bench: Bench, measures: List[Measure], kinds: List[Kind]) -> List[Run]:
     runs: List[Run] = []
     for number in range(bench.scale.rounds):
         turn = number % len(kinds)
         for measure in measures:
             for kind in kinds[turn:] + kinds[:turn]:
-                if kind.name in measure.systems.split():
+                if takes_part(kind, measure):
                     runs.append(run_once(bench, measure, kind, number + 1))
                     tell(runs[-1], bench.scale.rounds)
     return runs
@@ -1106,7 +1164,7 @@ def tell(run: Run, rounds: int) -> None:
     found = ["%s %s" % (name, show(value)) for name, value in run.figures.items()]
     said = run.error or run.left_out or ", ".join(found)
     words = (run.round, rounds, run.measure, run.system, said)
-    print("%d/%d  %-20s %-8s %s" % words, file=sys.stderr, flush=True)
+    print("%d/%d  %-21s %-13s %s" % words, file=sys.stderr, flush=True)
 
 
 # -----------------------------------------------------------------------------------
@@ -1140,7 +1198,10 @@ class Table:
 
     def ratio(self, row: Row) -> Optional[float]:
         """The median of the rounds' ratios: those of one round ran side by side."""
-        ours, other = self.values(row, "ours"), self.values(row, "haproxy")
+        return self.divided(self.values(row, "ours"), self.values(row, "haproxy"))
+
+    @staticmethod
+    def divided(ours: Dict[int, float], other: Dict[int, float]) -> Optional[float]:
         return median(ours[n] / other[n] for n in ours if other.get(n))
 
     def cell(self, row: Row, system: str) -> str:
@@ -1164,12 +1225,34 @@ class Table:
         cells = [self.cell(row, kind.name) for kind in self.kinds]
         bars = [bar % show(row.must), bar % show(row.aim), self.mark(row)]
         title = "%s: %s, %s" % (row.measure, row.figure, row.unit)
-        return [title, *cells, show(self.ratio(row)), *bars]
+        return [title.rstrip(", "), *cells, show(self.ratio(row)), *bars]
 
     def lines(self) -> List[List[str]]:
         titles = [kind.title for kind in self.kinds]
         rows = [self.line(row) for row in ROWS if row.measure in self.measured]
         return [["measure", *titles, "to HAProxy", "must", "aim", ""], *rows]
+
+
+class Against(Table):
+    """The same for new and old scripts."""
+
+    def ratio(self, row: Row) -> Optional[float]:
+        return self.divided(self.values(row, "ours"), self.values(row, "old"))
+
+    def values(self, row: Row, system: str) -> Dict[int, float]:
+        if row.figure != BY_TLS:
+            return super().values(row, system)
+        with_tls = {"ours": "encrypted", "old": "old encrypted"}[system]
+        row = row._replace(figure="rate")
+        found, plain = super().values(row, with_tls), super().values(row, system)
+        return {n: found[n] / plain[n] for n in found if plain.get(n)}
+
+    def lines(self) -> List[List[str]]:
+        names = [kind.name for kind in self.kinds]
+        self.kinds = [kind for kind in (Old, Ours) if kind.name in names]
+        titles = [{"old": "old", "ours": "new"}[kind.name] for kind in self.kinds]
+        rows = [self.line(row) for row in AGAINST if row.measure in self.measured]
+        return [["measure", *titles, "new to old", "must", "aim", ""], *rows]
 
 
 NOTES = """Medians of the rounds; `to HAProxy` is the median of each round's own ratio.
@@ -1182,8 +1265,13 @@ Long link: one download, 100 ms there and back; steady is after the first second
 Stalled reader: growth of memory, after a first download, when 2 GiB are not read."""
 
 
+AGAINST_NOTES = """Medians of the rounds; `new to old`: of each round's ratio.
+Thin link: two downloads and small requests, 20 Mbit/s from the service to the visitors.
+Stalled reader: growth of memory, after a first download, when 2 GiB are not read."""
+
+
 def notes(runs: List[Run]) -> List[str]:
-    said = NOTES.splitlines()
+    said = (AGAINST_NOTES if System.options.against else NOTES).splitlines()
     if not shutil.which("wrk"):
         said.append("wrk is not installed: requests by a slower client, in Python.")
     reasons = {run.left_out for run in runs if run.left_out}
@@ -1214,6 +1302,7 @@ def machine(options: argparse.Namespace, scale: Scale) -> Dict[str, str]:
         "machine": "%s, %d cores, %.0f GiB" % (name, os.cpu_count() or 0, memory),
         "kernel": platform.system() + " " + platform.release().partition("-")[0],
         "mdm-tunnel": first_line(options.python, options.server, "-V"),
+        "against": options.against or "HAProxy",
         "its Python": first_line(options.python, "-V"),
         "nginx": first_line("nginx", "-v"),
         "HAProxy": first_line("haproxy", "-v"),
@@ -1235,14 +1324,15 @@ def as_text(lines: List[List[str]]) -> str:
 def as_markdown(lines: List[List[str]], about: Dict[str, str], said: List[str]) -> str:
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     rows.insert(1, "|---" + "|--:" * (len(lines[0]) - 2) + "|---|")
-    parts = ["# Benchmark", "`python3 examples/benchmark.py`", "\n".join(rows)]
+    parts = ["# Benchmark", "`python3 .ci/benchmark.py`", "\n".join(rows)]
     parts.append("\n".join("- " + line for line in said))
     parts.append("\n".join("- %s: %s" % pair for pair in about.items()))
     return "\n\n".join(parts) + "\n"
 
 
 def report(options: argparse.Namespace, about: Dict[str, str], runs: List[Run]) -> None:
-    lines, said = Table(runs, options.kinds).lines(), notes(runs)
+    kind = Against if options.against else Table
+    lines, said = kind(runs, options.kinds).lines(), notes(runs)
     print("\n".join([as_text(lines), "", *said]))
     if options.markdown:
         Path(options.markdown).write_text(as_markdown(lines, about, said))
@@ -1262,22 +1352,33 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--quick", action="store_true", help="one short round, in a minute")
     add("--only", nargs="+", metavar="WORD", help="measures with a WORD in their name")
     add("--systems", nargs="+", metavar="WORD", help="the same for systems")
-    add("--python", default=sys.executable, help="what runs the tunnel (this one)")
+    add("--against", metavar="COMMIT", help="measure its scripts beside these")
+    add("--python", default=debian_python(), help="what runs the tunnel (%(default)s)")
     add("--server", default=str(ROOT / "mdm_tunnel_server.py"), metavar="FILE")
     add("--client", default=str(ROOT / "mdm_tunnel_client.py"), metavar="FILE")
     add("--json", metavar="FILE", help="write every number there")
     add("--markdown", metavar="FILE", help="write the table there")
     options = parser.parse_args(argv)
     options.measures = chosen(MEASURES, options.only)
-    options.kinds = chosen(SYSTEMS, options.systems)
+    options.kinds = chosen(PAIRS if options.against else SYSTEMS, options.systems)
+    if options.against:
+        measured = {row.measure for row in AGAINST}
+        options.measures = [m for m in options.measures if m.name in measured]
     if not options.measures or not options.kinds:
         names = [m.name for m in MEASURES] + [kind.name for kind in SYSTEMS]
         parser.error("there are only: " + "; ".join(names))
     return options
 
 
+def debian_python() -> str:
+    """So that figures of different days compare, whoever starts this."""
+    path = "/usr/bin/python3"
+    return path if os.access(path, os.X_OK) else sys.executable
+
+
 def chosen(things: Sequence[Any], words: Optional[List[str]]) -> List[Any]:
-    words = [word.lower() for word in words or [""]]
+    """Those that have one of the words, which may have commas between them."""
+    words = ",".join(words or [""]).lower().split(",")
     return [each for each in things if any(word in each.name for word in words)]
 
 
@@ -1303,6 +1404,8 @@ def measure_all(scale: Scale, options: argparse.Namespace) -> List[Run]:
     with tempfile.TemporaryDirectory(dir=str(shm) if roomy else None) as directory:
         World.directory = Path(directory)
         try:
+            if options.against:
+                out_of_history(options.against, World.directory / "old")
             make_files(scale.size)
             uploads = files = start_own_backend()
             with contextlib.suppress(LeftOut):
@@ -1323,7 +1426,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     soft = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    runs = measure_all(scale, options)
+    try:
+        runs = measure_all(scale, options)
+    except LookupError as error:
+        sys.exit(str(error))
     report(options, machine(options, scale), runs)
     sys.exit(1 if any(run.error for run in runs) else 0)
 
