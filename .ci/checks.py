@@ -19,42 +19,14 @@ from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple, Union
 
 from browser import Browser
-from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, curl, free_ports
-from parts import get, make_big, run, sha256, start_haproxy_front, start_nginx_front
-from parts import start_services, wait_for
+from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, World, curl
+from parts import free_ports, get, run, sha256, start_haproxy_front, start_nginx_front
+from parts import wait_for
 from strictness import raw_inputs_beside_haproxy_and_nginx
 from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
-
-
-class World:
-    """What the checks share: one server, one client `tim`, and his services."""
-
-    def __init__(self) -> None:
-        self.web, self.other = start_services()
-        self.flask, self.sockets, self.crowd = free_ports(3)
-        service = str(REPOSITORY / ".ci" / "flask_service.py")
-        flask = Process("flask", sys.executable, service, str(self.flask))
-        flask.wait_until_listening(self.flask)
-        services = {
-            "web": self.web,
-            "other": self.other,
-            "flask": self.flask,
-            "sockets": self.sockets,
-            "crowd": self.crowd,
-        }
-        self.server = Server()
-        self.tim = Client(self.server, "tim", services)
-        parts = (self.server.process, self.tim.process)
-        self.idle = {part: part.descriptors_at_rest() for part in parts}
-        self.big_sum = ""
-
-    def big(self) -> str:
-        """The SHA-256 of the big file, which nginx has at /big."""
-        self.big_sum = self.big_sum or make_big(TMP / "web" / "big")
-        return self.big_sum
 
 
 # -----------------------------------------------------------------------------------

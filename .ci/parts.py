@@ -1,5 +1,5 @@
 """What the checks of .ci/interop are made of: processes, ports, waiting, the tunnel,
-and the real programs at its two ends."""
+the real programs at its two ends, and the World that all checks share."""
 
 import atexit
 import functools
@@ -378,3 +378,34 @@ def sha256(path: Path) -> str:
             if not block:
                 return digest.hexdigest()
             digest.update(block)
+
+
+# -----------------------------------------------------------------------------------
+# What the checks share
+# -----------------------------------------------------------------------------------
+class World:
+    """One server, one client `tim`, and its services."""
+
+    def __init__(self) -> None:
+        self.web, self.other = start_services()
+        self.flask, self.sockets, self.crowd = free_ports(3)
+        service = str(REPOSITORY / ".ci" / "flask_service.py")
+        flask = Process("flask", sys.executable, service, str(self.flask))
+        flask.wait_until_listening(self.flask)
+        services = {
+            "web": self.web,
+            "other": self.other,
+            "flask": self.flask,
+            "sockets": self.sockets,
+            "crowd": self.crowd,
+        }
+        self.server = Server()
+        self.tim = Client(self.server, "tim", services)
+        parts = (self.server.process, self.tim.process)
+        self.idle = {part: part.descriptors_at_rest() for part in parts}
+        self.big_sum = ""
+
+    def big(self) -> str:
+        """The SHA-256 of the big file, which nginx has at /big."""
+        self.big_sum = self.big_sum or make_big(TMP / "web" / "big")
+        return self.big_sum

@@ -25,7 +25,7 @@ from parts import HAPROXY, HAPROXY_FRONT, NGINX_FRONT, TMP, Client, Process, Ser
 from parts import free_ports, start_nginx
 
 if TYPE_CHECKING:
-    from checks import World
+    from parts import World
 
 LANES = 4  # rows that are under way at once through each of the three
 PATIENCE = 1.0  # seconds without a byte after which somebody waits for more
