@@ -33,8 +33,9 @@ from reference import CHUNKED, UNTIL_CLOSE, Faulty, Head, Message
 from reference import read_answer, read_body, read_request
 from rows import Row, read_rows, unescape
 
-LANES = 4  # rows that are under way at once through each system
+LANES = 8  # rows that are under way at once through each system
 PATIENCE = 1.0  # seconds without a byte after which somebody waits for more
+REFUSAL = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 LAST = b"GET /last HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
 
 
@@ -79,27 +80,33 @@ class Service:
     async def serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        data = b""
         try:
-            while True:
-                piece = await reader.read(1 << 16)
-                if not piece:
-                    break
-                data = self.take(data + piece, writer)
-        except Faulty as fault:
-            self.faults.append(str(fault))
-            refusal = (
-                b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-            )
-            writer.write(refusal)
-        except EOFError:
-            await reader.read()
+            await self.talk(reader, writer)
         except OSError:
             pass
         writer.close()
 
+    async def talk(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        data = b""
+        while True:
+            piece = await reader.read(1 << 16)
+            if not piece:
+                return
+            try:
+                data = self.take(data + piece, writer)
+            except Faulty as fault:
+                self.faults.append(str(fault))
+                writer.write(REFUSAL)
+                return
+            except EOFError:
+                await reader.read()
+                return
+
     def take(self, data: bytes, writer: asyncio.StreamWriter) -> bytes:
-        """Answer what is whole; the rest."""
+        """Answer what is whole; the rest. Raises Faulty, and EOFError when nothing more
+        will be answered."""
         while data:
             message = read_request(data)
             if not message:
