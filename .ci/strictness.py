@@ -23,8 +23,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Coroutine, Dict, Iterator, List, Mapping, NamedTuple
-from typing import Optional, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import parts
 from parts import HAPROXY_FRONT, NGINX_FRONT, Client, Process, Server, World
@@ -152,9 +151,9 @@ class Verdict(NamedTuple):
 
     @property
     def outcome(self) -> str:
-        """What a visitor gets of a service's answer: `status:body`, or `no`."""
+        """What a visitor gets of a service's answer, `status:body`, or "" of it."""
         if not self.answers or self.answers[0][0] in (500, 502, 503, 504):
-            return "no"
+            return ""
         return "%d:%s" % (self.answers[0][0], self.answers[0][1].decode("latin-1"))
 
     def __str__(self) -> str:
@@ -258,7 +257,7 @@ class Lane:
         verdict = read_answers(came, end, method)
         if b"poison" in came:
             verdict.faults.append("poison")
-        if verdict.accepted > 1 and verdict.answers[1:] != [(200, b"last")]:
+        if verdict.answers[1:] not in ([], [(200, b"last")]):
             verdict.faults.append("answers that nobody asked for")
         if "1.0" in row.options and re.search(rb"(?i)\ntransfer-encoding:", came):
             verdict.faults.append("chunks for a visitor of HTTP/1.0")
@@ -322,74 +321,12 @@ def open_nginx_kept(services: List[int]) -> List[int]:
 
 
 # -----------------------------------------------------------------------------------
-# Tables
+# Reasons; the rows by name
 # -----------------------------------------------------------------------------------
-Opener = Callable[[List[int]], List[int]]
-Walk = Callable[[Lane, Row], Coroutine[None, None, Verdict]]
-Verdicts = Dict[str, Verdict]  # by the name of a system, where nothing else is said
+Reasons = Dict[str, List[str]]
 
-
-class Table:
-    """What becomes of every row of a file through each system."""
-
-    def __init__(self, corpus: str, walk: Walk, systems: Mapping[str, Opener]) -> None:
-        self.rows = read_rows(corpus)
-        self.walk = walk
-        self.systems = systems
-        self.found: Dict[str, Verdicts] = {}  # by row
-
-    def measure(self, server: Server) -> None:
-        before = len(Process.all)
-        openers: Dict[str, Opener] = dict(ours=functools.partial(open_ours, server))
-        openers.update(self.systems)
-        lanes = {name: self.open_lanes(opener) for name, opener in openers.items()}
-        try:
-            asyncio.run(asyncio.wait_for(self.walk_all(lanes), 100))
-        finally:
-            for process in Process.all[before:]:
-                process.stop()
-
-    def open_lanes(self, opener: Opener) -> List[Lane]:
-        services = free_ports(LANES)
-        hosts = [name + ".strict.localhost" for name in NAMES]
-        return [Lane(*lane) for lane in zip(opener(services), services, hosts)]
-
-    async def walk_all(self, systems: Dict[str, List[Lane]]) -> None:
-        said: Dict[str, Verdicts] = {name: {} for name in systems}  # by row
-        servers, walks = [], []
-        for name, lanes in systems.items():
-            rows = iter(self.rows)  # which the lanes share
-            for lane in lanes:
-                service = lane.service.serve, "127.0.0.1", lane.service_port
-                servers.append(await asyncio.start_server(*service))
-                walks.append(self.walk_lane(lane, rows, said[name]))
-        await asyncio.gather(*walks)
-        for server in servers:
-            server.close()
-        for row in self.rows:
-            self.found[row.name] = {name: said[name][row.name] for name in systems}
-
-    async def walk_lane(self, lane: Lane, rows: Iterator[Row], said: Verdicts) -> None:
-        for row in rows:
-            said[row.name] = await self.walk(lane, row)
-
-
-def requests() -> Table:
-    others: Dict[str, Opener] = {"HAProxy": open_haproxy, "nginx": open_nginx}
-    return Table("requests.txt", Lane.ask, others)
-
-
-def answers() -> Table:
-    others: Dict[str, Opener] = {
-        "HAProxy": open_haproxy,
-        "nginx": open_nginx_kept,
-        "tolerant": functools.partial(open_haproxy, options=TOLERANT),
-    }
-    return Table("answers.txt", Lane.hear, others)
-
-
-# Why we accept what another refuses; the rows by name.
-REASONS = {
+# Why we accept what another refuses.
+REASONS: Reasons = {
     "a method is any token (RFC 9110 9.1); the service decides": [
         "line: TRACE / HTTP/1.1",
         "line: get / HTTP/1.1",
@@ -456,12 +393,10 @@ REASONS = {
         "long: 199 fields",
     ],
 }
-EXPLAINED = {name: reason for reason, names in REASONS.items() for name in names}
-
 
 # Why the visitor has to get something else than what HAProxy and nginx make of it: one
 # passes it on and we do not, they read it in two ways, or both refuse it.
-ANSWER_REASONS = {
+ANSWER_REASONS: Reasons = {
     "control characters: there is no way to say them (RFC 9110 5.5)": [
         r"byte in a value: \x00",
         r"byte in a value: \x01",
@@ -564,101 +499,184 @@ ANSWER_REASONS = {
         "answer: value of 20000",
     ],
 }
-ANSWERS_EXPLAINED = {row: why for why, rows in ANSWER_REASONS.items() for row in rows}
 
 
 # -----------------------------------------------------------------------------------
-# Judgement
+# Tables
 # -----------------------------------------------------------------------------------
-def judge_request(row: Row, verdicts: Verdicts) -> Iterator[str]:
-    """A request: what is wrong with what we do."""
-    ours = verdicts["ours"]
-    if ours.faults:
-        yield "; ".join(ours.faults)
-    elif ours.accepted > min(verdict.accepted for verdict in verdicts.values()):
-        if row.name not in EXPLAINED:
-            yield "we accept it, and another does not"
+Opener = Callable[[List[int]], List[int]]
+Verdicts = Dict[str, Verdict]  # by the name of a system, where nothing else is said
+
+
+class Table:
+    """What becomes of every row of a file through each system."""
+
+    def __init__(self, corpus: str, reasons: Reasons, **systems: Opener) -> None:
+        """`systems` are those beside which ours stands."""
+        self.rows = read_rows(corpus)
+        self.reasons = {row: why for why, rows in reasons.items() for row in rows}
+        self.systems = systems
+        self.found: Dict[str, Verdicts] = {}  # by row
+
+    async def walk(self, lane: Lane, row: Row) -> Verdict:
+        raise NotImplementedError
+
+    def passed(self, verdict: Verdict) -> object:
+        """What of it counts; it is false when the row was refused."""
+        raise NotImplementedError
+
+    def judge(self, row: Row, verdicts: Verdicts) -> Iterator[str]:
+        """What is wrong."""
+        raise NotImplementedError
+
+    def measure(self, server: Server) -> None:
+        before = len(Process.all)
+        openers: Dict[str, Opener] = dict(ours=functools.partial(open_ours, server))
+        openers.update(self.systems)
+        lanes = {name: self.open_lanes(opener) for name, opener in openers.items()}
+        try:
+            asyncio.run(asyncio.wait_for(self.walk_all(lanes), 100))
+        finally:
+            for process in Process.all[before:]:
+                process.stop()
+
+    def open_lanes(self, opener: Opener) -> List[Lane]:
+        services = free_ports(LANES)
+        hosts = [name + ".strict.localhost" for name in NAMES]
+        return [Lane(*lane) for lane in zip(opener(services), services, hosts)]
+
+    async def walk_all(self, systems: Dict[str, List[Lane]]) -> None:
+        said: Dict[str, Verdicts] = {name: {} for name in systems}  # by row
+        servers, walks = [], []
+        for name, lanes in systems.items():
+            rows = iter(self.rows)  # which the lanes share
+            for lane in lanes:
+                service = lane.service.serve, "127.0.0.1", lane.service_port
+                servers.append(await asyncio.start_server(*service))
+                walks.append(self.walk_lane(lane, rows, said[name]))
+        await asyncio.gather(*walks)
+        for server in servers:
+            server.close()
+        for row in self.rows:
+            self.found[row.name] = {name: said[name][row.name] for name in systems}
+
+    async def walk_lane(self, lane: Lane, rows: Iterator[Row], said: Verdicts) -> None:
+        for row in rows:
+            said[row.name] = await self.walk(lane, row)
+
+    def complain(self) -> List[str]:
+        wrong = [
+            "there is no row %s" % row for row in set(self.reasons) - set(self.found)
+        ]
+        for row in self.rows:
+            verdicts = self.found[row.name]
+            said = ", ".join("%s %s" % pair for pair in verdicts.items())
+            for why in self.judge(row, verdicts):
+                wrong.append("%s: %s (%s)" % (row.name, why, said))
+        return wrong
+
+    def count(self) -> str:
+        """How many each refuses."""
+        refused = []
+        for name in ("ours", *self.systems):
+            passed = [self.passed(said[name]) for said in self.found.values()]
+            refused.append("%d by %s" % (sum(not one for one in passed), name))
+        return "of %d are refused %s" % (len(self.rows), ", ".join(refused))
+
+    def check(self, server: Server) -> str:
+        self.measure(server)
+        wrong = self.complain()
+        assert not wrong, "%d faults:\n%s" % (len(wrong), "\n".join(wrong))
+        return self.count()
+
+
+class Requests(Table):
+    def __init__(self) -> None:
+        super().__init__(
+            "requests.txt", REASONS, HAProxy=open_haproxy, nginx=open_nginx
+        )
+
+    async def walk(self, lane: Lane, row: Row) -> Verdict:
+        return await lane.ask(row)
+
+    def passed(self, verdict: Verdict) -> object:
+        return verdict.accepted
+
+    def judge(self, row: Row, verdicts: Verdicts) -> Iterator[str]:
+        ours = verdicts["ours"]
+        if ours.faults:
+            yield "; ".join(ours.faults)
+        elif ours.accepted > min(verdict.accepted for verdict in verdicts.values()):
+            if row.name not in self.reasons:
+                yield "we accept it, and another does not"
+
+
+class Answers(Table):
+    def __init__(self) -> None:
+        others: Dict[str, Opener] = {
+            "HAProxy": open_haproxy,
+            "nginx": open_nginx_kept,
+            "tolerant": functools.partial(open_haproxy, options=TOLERANT),
+        }
+        super().__init__("answers.txt", ANSWER_REASONS, **others)
+
+    async def walk(self, lane: Lane, row: Row) -> Verdict:
+        return await lane.hear(row)
+
+    def passed(self, verdict: Verdict) -> object:
+        return verdict.outcome
+
+    def judge(self, row: Row, verdicts: Verdicts) -> Iterator[str]:
+        ours, want = verdicts["ours"], wanted(row)
+        if ours.outcome != want:
+            yield "the visitor has to get %r, not %r" % (
+                want or "no",
+                ours.outcome or "no",
+            )
+        if ours.faults:
+            yield "; ".join(ours.faults)
+        others = {verdicts[name].outcome for name in ("HAProxy", "nginx")}
+        passed = others - {""} or {""}
+        if passed != {want} and row.name not in self.reasons:
+            yield "%r is not what the others make of it" % want
 
 
 def wanted(row: Row) -> str:
     """The outcome that the corpus asks for; the body is `hello` where it says none."""
     status, colon, body = row.want.partition(":")
     if status == "no":
-        return "no"
+        return ""
     return "%s:%s" % (status, unescape(body).decode("latin-1") if colon else "hello")
-
-
-def judge_answer(row: Row, verdicts: Verdicts) -> Iterator[str]:
-    """An answer: what is wrong with what we do, or with what the corpus asks for."""
-    ours, want = verdicts["ours"], wanted(row)
-    if ours.outcome != want:
-        yield "the visitor has to get %r, not %r" % (want, ours.outcome)
-    if ours.faults:
-        yield "; ".join(ours.faults)
-    others = {verdicts[name].outcome for name in ("HAProxy", "nginx")}
-    passed = others - {"no"} or {"no"}
-    if passed != {want} and row.name not in ANSWERS_EXPLAINED:
-        yield "%r is not what the others make of it" % want
-
-
-Judge = Callable[[Row, Verdicts], Iterator[str]]
-Reasons = Dict[str, str]  # by row
-
-
-def complain(table: Table, judge: Judge, explained: Reasons) -> List[str]:
-    wrong = []
-    for row in table.rows:
-        verdicts = table.found[row.name]
-        said = ", ".join("%s %s" % pair for pair in verdicts.items())
-        wrong += ["%s: %s (%s)" % (row.name, why, said) for why in judge(row, verdicts)]
-    unknown = set(explained) - set(table.found)
-    return wrong + ["there is no row %s" % name for name in sorted(unknown)]
-
-
-def count(table: Table) -> str:
-    """How many each refuses."""
-    refused = []
-    for name in ("ours", *table.systems):
-        number = sum(not said[name].accepted for said in table.found.values())
-        refused.append("%d by %s" % (number, name))
-    return "of %d are refused %s" % (len(table.rows), ", ".join(refused))
-
-
-def check(table: Table, server: Server, judge: Judge, explained: Reasons) -> str:
-    table.measure(server)
-    wrong = complain(table, judge, explained)
-    assert not wrong, "%d faults:\n%s" % (len(wrong), "\n".join(wrong))
-    return count(table)
 
 
 def strictness_with_requests(world: World) -> str:
     """Where we accept what HAProxy or nginx refuses there is a reason."""
-    return check(requests(), world.server, judge_request, EXPLAINED)
+    return Requests().check(world.server)
 
 
 def strictness_with_answers(world: World) -> str:
     """What HAProxy or nginx passes on arrives, or there is a reason."""
-    return check(answers(), world.server, judge_answer, ANSWERS_EXPLAINED)
+    return Answers().check(world.server)
 
 
 # -----------------------------------------------------------------------------------
 # By hand
 # -----------------------------------------------------------------------------------
-def show(table: Table, judge: Judge, explained: Reasons, differing: bool) -> None:
+def show(table: Table, differing: bool) -> None:
     """One line a row: ! where something is wrong, * where there is a reason."""
     names = ["ours", *table.systems]
     print("\n  %-60s %s" % ("", " ".join("%-14s" % name for name in names)))
     for row in table.rows:
         verdicts = table.found[row.name]
-        wrong = list(judge(row, verdicts))
-        if differing and len({verdict.outcome for verdict in verdicts.values()}) == 1:
-            if not wrong:
-                continue
-        mark = "!" if wrong else "*" if row.name in explained else " "
+        wrong = list(table.judge(row, verdicts))
+        same = len({table.passed(verdict) for verdict in verdicts.values()}) == 1
+        if same and differing and not wrong:
+            continue
+        mark = "!" if wrong else "*" if row.name in table.reasons else " "
         cells = " ".join("%-14s" % str(verdict)[:14] for verdict in verdicts.values())
-        note = "; ".join(wrong) or explained.get(row.name, "")
+        note = "; ".join(wrong) or table.reasons.get(row.name, "")
         print("%s %-60s %s %s" % (mark, row.name[:60], cells, note))
-    print(count(table))
+    print(table.count())
 
 
 def main(words: List[str]) -> None:
@@ -666,13 +684,10 @@ def main(words: List[str]) -> None:
         parts.REPOSITORY = Path(words[words.index("in") + 1]).resolve()
     start = time.monotonic()
     server = Server()
-    for name, table, judge, explained in (
-        ("requests", requests(), judge_request, EXPLAINED),
-        ("answers", answers(), judge_answer, ANSWERS_EXPLAINED),
-    ):
+    for name, table in (("requests", Requests()), ("answers", Answers())):
         if name in words or not {"requests", "answers"} & set(words):
             table.measure(server)
-            show(table, judge, explained, "differ" in words)
+            show(table, "differ" in words)
     print("%.1f s" % (time.monotonic() - start))
 
 
