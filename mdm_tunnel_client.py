@@ -16,7 +16,7 @@ that order: the wire and the machinery that the server has too, then services, d
 bridges, the client. Nothing here needs more than the standard library of Python 3.6.
 """
 
-from typing import Union
+from typing import NamedTuple, Union
 
 # ===================================================================================
 # SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
@@ -324,7 +324,7 @@ class Pairs(List[Tuple[str, Any]]):
 def parse_object(data: bytes) -> Pairs:
     """The JSON object that a file holds. Raises ValueError."""
     try:
-        pairs = json.loads(data.decode(), object_pairs_hook=Pairs)
+        pairs = json.loads(data.decode("utf-8-sig"), object_pairs_hook=Pairs)
     except (ValueError, RecursionError) as error:
         raise ValueError("not JSON: %s" % error) from None
     if not isinstance(pairs, Pairs):
@@ -1182,8 +1182,8 @@ class Connection:
         self.transport, self.phase = self.transport.under, Phase.OPEN
 
     def shake_hands(self) -> None:
-        """Go on with the handshake; then the owner's part begins. Each computes a while:
-        when a turn has had many, the selector will say again that there is one."""
+        """Go on with the handshake; then the owner's part begins. Each step computes a
+        while. When a turn has had many, the selector says again that there is one."""
         if self.loop.handshakes and self.loop.tired():
             return
         self.loop.handshakes += 1
@@ -1953,8 +1953,10 @@ class Pipe:
 
     def fail(self, error: Exception) -> None:
         """The connection is broken."""
-        said = "reset the connection" if isinstance(error, ConnectionError) else error
-        self.stream.reset(self.code, "%s: %s" % (self.name, said))
+        cause = "%s reset the connection" % self
+        if not isinstance(error, ConnectionError):
+            cause = "%s: %s" % (self, error)
+        self.stream.reset(self.code, cause)
         self.connection.abort()
 
 
@@ -2081,12 +2083,12 @@ def parse_services(pairs: List[Tuple[str, Any]]) -> Dict[str, Target]:
             services[name.lower()] = parse_target(value)
         except ValueError as error:
             raise ValueError("service %r: %s" % (name, error)) from None
-    if len(pack_json(offer(services))) > TEXT_LIMIT:
+    if len(pack_json(services_message(services))) > TEXT_LIMIT:
         raise ValueError("more than %d bytes of services" % TEXT_LIMIT)
     return services
 
 
-def offer(services: Dict[str, Target]) -> Dict[str, Any]:
+def services_message(services: Dict[str, Target]) -> Dict[str, Any]:
     """What the server is told of them."""
     return {name: {"target": target.text} for name, target in services.items()}
 
@@ -2097,17 +2099,15 @@ def parse_file(data: bytes) -> Tuple[str, Dict[str, Target]]:
     ValueError."""
     pairs, token = parse_object(data), ""
     top = dict(pairs)
-    if isinstance(top.get("token"), str) and "services" not in top:
-        raise ValueError('beside a token all that is published stands in "services"')
-    inner = top.get("services")
-    a_service = isinstance(inner, Pairs) and set(dict(inner)) == {"target"}
-    if isinstance(inner, Pairs) and ("token" in top or not a_service):
+    if isinstance(top.get("services"), Pairs):
         extra = sorted(set(top) - {"token", "services"})
         if extra or len(pairs) > len(top):
             wrong = "unknown option %r" % extra[0] if extra else "an option twice"
             raise ValueError("%s beside services" % wrong)
         token = check_token(top["token"]) if "token" in top else ""
-        pairs = inner
+        pairs = top["services"]
+    elif isinstance(top.get("token"), str):
+        raise ValueError('beside a token all that is published stands in "services"')
     named = [(name, dict(v) if isinstance(v, Pairs) else v) for name, v in pairs]
     return token, parse_services(named)
 
@@ -2138,157 +2138,207 @@ class Services:
 
 
 # -----------------------------------------------------------------------------------
-# Dialling: names are looked up in one helper thread, the only one there is, since the
-# system's resolver blocks; then the addresses are tried in turn.
+# Dial: reaches something in steps: connect, TLS, a request whose answer must be the
+# wanted one. Each step says go_on() until it is done; then the next begins. A local
+# target takes one step, the server three, and a proxy before it would take two more.
 # -----------------------------------------------------------------------------------
 RETRY_TIME = 0.05  # seconds until a unix socket whose queue is full is tried again
+ANSWER_LIMIT = 16 << 10  # bytes of the head of an answer
+STATUS = re.compile(rb"HTTP/1[.]\d (\d{3})[ \r]")
 Address = Tuple[int, Any]  # family, and what connect() takes
 
 
-class Resolver:
-    """Looks up names. Numeric addresses and localhost need no thread."""
+class Unreachable(OSError):
+    """Why a dial did not succeed; `code` is what the server is told."""
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
-        self.asked: Any = None  # a queue of (host, port, dial), for the thread
+    def __init__(self, code: str, cause: str) -> None:
+        super().__init__(cause)
+        self.code = code
 
-    def resolve(self, host: str, port: int, dial: "Dial") -> None:
-        """Call dial.on_addresses(list or OSError), at once or later."""
-        if port == 0:
-            dial.on_addresses([(socket.AF_UNIX, host)])
-        elif host == "localhost":
-            both = [
-                (socket.AF_INET, ("127.0.0.1", port)),
-                (socket.AF_INET6, ("::1", port)),
-            ]
-            dial.on_addresses(both)
+
+class Answered(OSError):
+    """An HTTP server answered, but not as wanted."""
+
+    def __init__(self, status: int, head: bytes) -> None:
+        super().__init__("answered %d" % status)
+        self.status, self.head = status, head
+
+
+class Connect:
+    """Connects to a target, to one of its addresses after the other. Each has its share
+    of the time that is left."""
+
+    interest = WRITE
+
+    def __init__(self, resolver: "Resolver", target: Target) -> None:
+        self.resolver, self.target = resolver, target
+        self.addresses: Optional[List[Address]] = None  # to be tried; None: not known
+        self.failure: Optional[Unreachable] = None  # of the first address
+
+    def go_on(self, dial: "Dial") -> bool:
+        if self.addresses is None:
+            self.addresses = self.resolver.resolve(self.target, dial, self)
+            if self.addresses is None:
+                return False  # the resolver will tell
+        if dial.connection is None:
+            return self.connect(dial, self.addresses)
+        sock = dial.connection.sock
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return self.is_connected(sock, code)
+
+    def connect(self, dial: "Dial", addresses: List[Address]) -> bool:
+        """Begin with the next address."""
+        if not addresses:
+            raise OSError("%s has no address" % self.target.text)
+        dial.timer.set(dial.time_left() / len(addresses))
+        family, address = addresses[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        dial.connection = Connection(dial.loop, sock, dial)
+        code = sock.connect_ex(address)
+        if code == errno.EAGAIN and not self.target.port:
+            dial.drop()  # the queue of a unix socket is full, and no event will tell
+            dial.retry.set(RETRY_TIME)
+            return False
+        return self.is_connected(sock, code)
+
+    def is_connected(self, sock: socket.socket, code: int) -> bool:
+        """What connect() has said so far. A port of this machine is connected before
+        the selector can tell."""
+        if code in (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY):
+            try:
+                return bool(sock.getpeername())
+            except OSError:
+                return False
+        if code not in (0, errno.EISCONN):
+            raise OSError(code, os.strerror(code))
+        return True
+
+    def on_failure(self, error: OSError) -> bool:
+        """This address does not answer; is there another?"""
+        name, code = self.target.text, "refused"
+        if error.errno == errno.ECONNREFUSED:
+            cause = "%s refused the connection" % name
+        elif error.errno == errno.ETIMEDOUT:
+            code, cause = "timeout", "%s did not answer in time" % name
         else:
-            try:
-                dial.on_addresses(self.look_up(host, port, socket.AI_NUMERICHOST))
-            except (OSError, UnicodeError):  # a name
-                self.ask(host, port, dial)
+            code = "busy" if error.errno in (errno.EMFILE, errno.ENFILE) else code
+            cause = "%s: %s" % (name, error.strerror or error)
+        self.failure = self.failure or Unreachable(code, cause)
+        del (self.addresses or [])[:1]
+        return bool(self.addresses)
 
-    def ask(self, host: str, port: int, dial: "Dial") -> None:
-        if self.asked is None:
-            import queue
-            import threading
 
-            self.asked = queue.Queue()
-            threading.Thread(target=self.work, daemon=True).start()
-        self.asked.put((host, port, dial))
+class StartTLS:
+    """From here on all is encrypted. The next step waits for the handshake."""
 
-    def work(self) -> None:
-        """The helper thread: one name after the other."""
-        while True:
-            host, port, dial = self.asked.get()
-            try:
-                found: Any = self.look_up(host, port, 0)
-            except (OSError, UnicodeError) as error:
-                found = OSError("cannot find %s: %s" % (host, error))
-            self.loop.from_thread(dial, dial.on_addresses, found)
+    interest = READ
+    failure = None
 
-    @staticmethod
-    def look_up(host: str, port: int, flags: int) -> List[Address]:
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, flags)
-        return [(entry[0], entry[4]) for entry in found]
+    def __init__(self, context: Any, name: str, pin: bytes) -> None:
+        self.context, self.name, self.pin = context, name, pin
+
+    def go_on(self, dial: "Dial") -> bool:
+        if dial.connection:
+            dial.connection.start_tls(self.context, False, self.name, self.pin)
+        return True
+
+    def on_failure(self, error: OSError) -> bool:
+        return False
+
+
+class Ask:
+    """Sends the head of an HTTP request, and reads that of the answer, whose status has
+    to be `want`: 101 for our Upgrade, 200 for a proxy's CONNECT."""
+
+    interest = READ
+    failure = None
+
+    def __init__(self, request: bytes, want: int) -> None:
+        self.request, self.want = request, want
+        self.answer = bytearray()
+
+    def go_on(self, dial: "Dial") -> bool:
+        connection = dial.connection
+        if connection is None:
+            return False
+        if self.request:
+            connection.write(self.request)
+            self.request = b""
+        view = dial.loop.scratch[:ANSWER_LIMIT]
+        count = connection.read_into(view)
+        if count == 0:
+            raise OSError("the server closed the connection")
+        self.answer += view[: count or 0]
+        if not self.answer.startswith(b"HTTP/1."[: len(self.answer)]):
+            raise OSError("whoever listens there does not speak HTTP")
+        end = self.answer.find(b"\r\n\r\n") + 4
+        if end < 4 and len(self.answer) >= ANSWER_LIMIT:
+            raise OSError("the server's answer does not end")
+        return end > 3 and self.is_wanted(dial, end)
+
+    def is_wanted(self, dial: "Dial", end: int) -> bool:
+        head, dial.early = bytes(self.answer[:end]), bytes(self.answer[end:])
+        status = int((STATUS.match(head) or [b"", b"0"])[1])
+        if status != self.want:
+            raise Answered(status, head)
+        return True
+
+    def on_failure(self, error: OSError) -> bool:
+        return False
 
 
 class Dial:
-    """One attempt to reach `target`, in at most `seconds`. It ends with a call of
-    owner.on_connected(connection) or of owner.on_unreachable(code, cause)."""
+    """Takes the steps, in at most `seconds`. It ends with one call: of
+    owner.on_dialled(connection, early), where `early` was read behind the last step, or
+    of owner.on_undialled(error)."""
 
     def __init__(
-        self, loop: Loop, resolver: Resolver, target: Target, seconds: float, owner: Any
+        self, loop: Loop, steps: List[Any], seconds: float, owner: Any
     ) -> None:
-        self.loop, self.target, self.owner = loop, target, owner
-        self.resolver = resolver
+        self.loop, self.steps, self.owner = loop, steps, owner
         self.until = loop.clock() + seconds
-        self.addresses: List[Address] = []
         self.connection: Optional[Connection] = None
-        self.failure: Optional[Tuple[str, str]] = None  # of the first address
-        self.over = False
+        self.early = b""
         self.timer = Timer(loop, self, self.on_late)
         self.timer.set(seconds)
-        self.retry = Timer(loop, self, self.try_next)
+        self.retry = Timer(loop, self, self.advance)
+
+    def __str__(self) -> str:
+        return "dial for %s" % self.owner
+
+    def time_left(self) -> float:
+        return max(0.0, self.until - self.loop.clock())
 
     def begin(self) -> None:
         """There is a place for it."""
-        self.resolver.resolve(self.target.host, self.target.port, self)
+        self.loop.guard(self, self.advance)
 
-    def __str__(self) -> str:
-        return "dial %s" % self.target.text
-
-    def on_addresses(self, found: Any) -> None:
-        if isinstance(found, OSError):
-            self.note("refused", str(found))
-        else:
-            self.addresses = list(found)
-        self.try_next()
-
-    def try_next(self) -> None:
-        """Begin with the next address; each has its share of the time that is left."""
-        if self.over or self.connection:
-            return
-        if not self.addresses:
-            self.end()
-            self.note("refused", "%s has no address" % self.target.text)
-            self.owner.on_unreachable(*(self.failure or ()))
-            return
-        left = max(0.0, self.until - self.loop.clock())
-        self.timer.set(left / len(self.addresses))
-        family, address = self.addresses[0]
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            self.connection = Connection(self.loop, sock, self)
-            code = sock.connect_ex(address)
-            if code == errno.EAGAIN and not self.target.port:
-                self.drop()  # a unix socket's queue is full, and tells no more
-                self.retry.set(RETRY_TIME)
-            else:
-                self.judge(code)
-        except OSError as error:
-            self.on_failure(error.errno or 0, str(error))
-
-    def judge(self, code: int) -> None:
-        """What connect() has said so far."""
-        if code in (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY):
-            if not self.is_there():
-                return
-            code = 0
-        if code not in (0, errno.EISCONN):
-            self.on_failure(code)
-        elif self.connection:
+    def advance(self) -> None:
+        """Go on, until a step has to wait."""
+        while self.steps and self.steps[0].go_on(self):
+            del self.steps[0]
+            self.timer.set(self.time_left())
+        if not self.steps and self.connection:
             connection, self.connection = self.connection, None
             self.end()
-            self.owner.on_connected(connection)
+            self.owner.on_dialled(connection, self.early)
 
-    def is_there(self) -> bool:
-        """A port of this machine is connected before the selector can tell."""
-        try:
-            return bool(self.connection and self.connection.sock.getpeername())
-        except OSError:
-            return False
-
-    def on_failure(self, code: int, said: str = "") -> None:
-        """This address does not answer: the next?"""
-        name = self.target.text
-        self.addresses = self.addresses[1:]
-        if code == errno.ECONNREFUSED:
-            self.note("refused", "%s refused the connection" % name)
-        elif code == errno.ETIMEDOUT:
-            self.note("timeout", "%s did not answer in time" % name)
-        else:
-            full = code in (errno.EMFILE, errno.ENFILE)
-            said = os.strerror(code) if code else said
-            self.note("busy" if full else "refused", "%s: %s" % (name, said))
+    def fail(self, error: Exception) -> None:
+        """The step has failed: has it another way?"""
+        if not self.steps:
+            return  # it is over
         self.drop()
-        self.loop.soon(self, self.try_next)
-
-    def note(self, code: str, cause: str) -> None:
-        self.failure = self.failure or (code, cause)
+        step = self.steps[0]
+        if not isinstance(error, OSError):
+            error = OSError(str(error))
+        if step.on_failure(error):
+            self.loop.soon(self, self.advance)
+        else:
+            self.end()
+            self.owner.on_undialled(step.failure or error)
 
     def on_late(self) -> None:
-        self.on_failure(errno.ETIMEDOUT)
+        raise OSError(errno.ETIMEDOUT, "no answer in time")
 
     def drop(self) -> None:
         if self.connection:
@@ -2296,150 +2346,122 @@ class Dial:
             self.connection = None
 
     def end(self) -> None:
-        """Stop trying. The owner is not told."""
-        self.over = True
+        """Stop. The owner is not told."""
+        self.steps = []
         self.timer.clear()
         self.retry.clear()
         self.drop()
 
     def interest(self) -> int:
-        return 0 if self.over else WRITE
+        return self.steps[0].interest if self.steps else 0
 
     def on_readable(self) -> None:
-        pass
+        self.advance()
 
     def on_writable(self) -> None:
-        if self.connection:
-            sock = self.connection.sock
-            self.judge(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-
-    def fail(self, error: Exception) -> None:
-        self.on_failure(0, str(error))
+        self.advance()
 
 
 # -----------------------------------------------------------------------------------
-# Bridge: joins a stream to a local socket. Until the dial has ended what comes waits
-# here, an end is remembered, and a reset gives the dial up.
+# Bridge: a stream that waits for its target: a Dial, and then a Pipe. Meanwhile what
+# comes waits here, an end is remembered, and a reset gives the dial up. A Gate lets so
+# many dials to one target go at once; the rest wait their turn.
 # -----------------------------------------------------------------------------------
 DIAL_TIME = 5.0  # seconds from OPEN to a connected target, waiting for a place included
 DIALS = 128  # at once to a target: one that hangs holds up its own visitors only
 
 
+class Gate:
+    """The dials to one target."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.running: Set[Dial] = set()
+        self.waiting: Dict[Dial, None] = collections.OrderedDict()
+
+    def admit(self, dial: Dial) -> None:
+        if len(self.running) < DIALS and not self.waiting:
+            self.running.add(dial)
+            dial.begin()
+        else:
+            self.waiting[dial] = None
+
+    def leave(self, dial: Dial) -> None:
+        """A dial is over. The next begins on a fresh stack."""
+        self.waiting.pop(dial, None)
+        if dial in self.running:
+            self.running.discard(dial)
+            if self.waiting:
+                self.loop.soon(self, self.admit_next)
+
+    def admit_next(self) -> None:
+        if self.waiting and len(self.running) < DIALS:
+            dial = next(iter(self.waiting))
+            del self.waiting[dial]
+            self.running.add(dial)
+            dial.begin()
+
+    def fail(self, error: Exception) -> None:
+        log.error("dials: %s", error)
+
+
 class Bridge:
-    """One stream and its local connection."""
+    """Owns the stream until the target is connected."""
 
     def __init__(
-        self, tunnel: "Tunnel", stream: Stream, service: str, target: Target
+        self, tunnel: "Tunnel", stream: Stream, service: str, target: Target, gate: Gate
     ) -> None:
-        self.tunnel, self.stream = tunnel, stream
+        self.tunnel, self.stream, self.gate = tunnel, stream, gate
         self.service, self.target = service, target
-        self.loop = tunnel.link.loop
         self.early = bytearray()  # what came before there was a connection
-        self.dial = Dial(self.loop, tunnel.client.resolver, target, DIAL_TIME, self)
-        self.connection: Optional[Connection] = None
+        steps = [Connect(tunnel.client.resolver, target)]
+        self.dial = Dial(tunnel.link.loop, steps, DIAL_TIME, self)
         stream.owner = self
 
     def __str__(self) -> str:
         return "%s %s" % (self.tunnel, self.service)
 
-    # The dial.
-
-    def on_connected(self, connection: Connection) -> None:
-        self.tunnel.dialled(self)
-        self.connection = connection
-        connection.owner = self
-        early, self.early = self.early, bytearray()
-        connection.write(early)
+    def on_dialled(self, connection: Connection, early: bytes) -> None:
+        self.gate.leave(self.dial)
+        pipe = Pipe(self.stream, connection, self.target.text, "reset")
+        if self.early:
+            pipe.receive(memoryview(self.early))
         if self.stream.ended_in:
-            connection.shutdown_write()
-        self.settle()
+            pipe.on_end()
 
-    def on_unreachable(self, code: str, cause: str) -> None:
-        self.stream.reset(code, cause)
-        self.tunnel.dialled(self)
-        log.info("%s: %s", self, cause)
+    def on_undialled(self, error: OSError) -> None:
+        self.gate.leave(self.dial)
+        self.stream.reset(getattr(error, "code", "refused"), str(error))
+        log.info("%s: %s", self, error)
 
-    # The stream's side.
-
-    def pull(self, view: memoryview) -> Optional[int]:
-        if self.connection is None:
-            return None
-        count = self.connection.read_into(view)
-        if count == 0 and self.stream.ended_in:
-            self.connection.close_when_drained(Ending.CLOSE)
-        return count
+    def pull(self, view: memoryview) -> None:
+        pass
 
     def receive(self, data: memoryview) -> None:
-        if self.connection is None:
-            self.early += data
-        else:
-            self.connection.write(data)
-            self.settle()
-
-    def settle(self) -> None:
-        if self.connection:
-            self.stream.acknowledge(self.connection.waiting())
+        self.early += data
 
     def on_end(self) -> None:
-        connection = self.connection
-        if connection and connection.eof:
-            connection.close_when_drained(Ending.CLOSE)
-        elif connection:
-            connection.shutdown_write()
+        pass
 
     def on_reset(self, code: str, cause: str) -> None:
-        """The other side gives it up: the service learns it by a reset, but for code
-        `done`, which is the ordinary end of a connection."""
         self.dial.end()
-        self.tunnel.dialled(self)
-        if self.connection and code == "done" and not self.connection.backlog:
-            self.connection.close()
-        elif self.connection:
-            self.connection.abort()
+        self.gate.leave(self.dial)
 
     def fail(self, error: Exception) -> None:
-        """The local connection is broken."""
-        cause = "%s reset the connection" % self.target.text
-        if not isinstance(error, ConnectionError):
-            cause = "%s: %s" % (self.target.text, error)
-        self.stream.reset("reset", cause)
-        self.on_reset("reset", cause)
-
-    # The local side.
-
-    def interest(self) -> int:
-        return READ if self.stream.open and self.stream.wants_read() else 0
-
-    def on_readable(self) -> None:
-        self.stream.wake()
-
-    def on_writable(self) -> None:
-        self.settle()
+        self.stream.reset("error", str(error))
+        self.on_reset("error", "")
 
 
 # -----------------------------------------------------------------------------------
 # Tunnel: one link, from the server's first word to its end.
 # -----------------------------------------------------------------------------------
-WELCOME_TIME = 10.0  # seconds: the server may be asking the old owner of our id
-ANSWER_LIMIT = 16 << 10  # bytes of the answer to our request to upgrade
-STATUS = re.compile(rb"HTTP/1[.]\d (\d{3})[ \r]")
+WELCOME_TIME = 10.0  # seconds from the 101 to the end of the login
 UNPROVEN = "the server cannot prove that it knows the token: has it --tokens?"
-LIKELY = {
-    400: "does this port want --tls?",
-    404: "is this the visitors' port? clients dial the server's --client-port",
-    426: "client and server are of different versions, or a proxy drops Upgrade",
-    502: "a proxy answered that does not reach the server",
-    503: "a proxy answered that does not reach the server",
-}
-ADVICE = (  # for what TLS says
-    ("signed certificate", "trust it with --tls-ca, or name it with --fingerprint"),
-    ("local issuer", "trust its authority with --tls-ca, or use --fingerprint"),
-    ("speaks no TLS", "has the server --tls-cert, and is this its client port?"),
-)
 
 
 class Refused(ProtocolError):
-    """The server does not want us, or is none: dialling again would not help."""
+    """The server does not want us, or is none: dialling again would not help. `status`
+    is the exit status."""
 
     def __init__(self, status: int, cause: str) -> None:
         super().__init__(cause)
@@ -2447,85 +2469,26 @@ class Refused(ProtocolError):
 
 
 class Tunnel:
-    """One link at the client. Before the link stands, it owns the connection."""
+    """One link at the client."""
 
     link: Link
 
-    def __init__(self, client: "Client", connection: Connection) -> None:
-        self.client, self.connection = client, connection
-        self.head = bytearray()  # of the answer, while it is not whole
+    def __init__(self, uplink: "Uplink", connection: Connection) -> None:
+        self.uplink, self.client = uplink, uplink.client
         self.logged_in = False
         self.nonces = "", ""  # the server's and ours
         self.token = ""  # with which we log in
-        self.dials: Dict[Target, Set[Bridge]] = {}
-        self.waiting: Dict[Target, Dict[Bridge, None]] = {}  # for a place to dial
-        self.since = client.loop.clock()
-        self.timer = Timer(client.loop, connection, self.on_late)
+        self.gates: Dict[Target, Gate] = {}
+        self.since = uplink.loop.clock()  # when it logged in
+        self.link = Link(uplink.loop, connection, self, "client")
+        self.timer = Timer(uplink.loop, self.link, self.on_late)
         self.timer.set(WELCOME_TIME)
-        connection.owner = self
-
-    def begin(self) -> None:
-        """Ask to go over to our protocol."""
-        client = self.client
-        if client.tls:
-            self.connection.start_tls(client.tls, False, client.target.host, client.pin)
-        lines = (
-            "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n"
-        )
-        lines %= (LINK_PATH, client.server, PROTOCOL)
-        self.connection.write(lines.encode())
 
     def __str__(self) -> str:
         return self.client.id
 
     def on_late(self) -> None:
         raise OSError("no welcome within %d s" % WELCOME_TIME)
-
-    # Until the 101.
-
-    def interest(self) -> int:
-        return READ
-
-    def on_writable(self) -> None:
-        pass
-
-    def on_readable(self) -> None:
-        """The answer to our request to upgrade."""
-        view = self.client.loop.scratch[:ANSWER_LIMIT]
-        count = self.connection.read_into(view)
-        if count == 0:
-            raise OSError("the server closed the connection")
-        self.head += view[: count or 0]
-        end = self.head.find(b"\r\n\r\n")
-        if not self.head.startswith(b"HTTP/1."[: len(self.head)]):
-            raise OSError("whoever listens there does not speak HTTP")
-        if end >= 0:
-            self.on_answer(bytes(self.head[: end + 4]))
-        elif len(self.head) >= ANSWER_LIMIT:
-            raise OSError("the server's answer does not end")
-
-    def on_answer(self, head: bytes) -> None:
-        status = int((STATUS.match(head) or [b"", b"0"])[1])
-        rest = memoryview(self.head)[len(head) :]
-        if status != 101:
-            hint = LIKELY.get(status, "whoever listens there is no mdm-tunnel server")
-            server = self.client.server
-            raise Refused(1, "%s answered %d: %s" % (server, status, hint))
-        self.link = Link(self.client.loop, self.connection, self, "client")
-        if rest:
-            self.link.receive(rest)
-
-    def fail(self, error: Exception) -> None:
-        """It ends before there is a link."""
-        if isinstance(error, TLSError):
-            advice = [help for word, help in ADVICE if word in str(error)][:1]
-            said = ": ".join([self.client.server, str(error)] + advice)
-            error = Refused(1, said)
-        self.timer.clear()
-        self.connection.close()
-        self.client.on_lost(self, error)
-
-    # The link.
 
     def on_message(self, kind: int, message: Dict[str, Any]) -> None:
         if kind == Kind.CHALLENGE:
@@ -2537,7 +2500,7 @@ class Tunnel:
             self.client.on_urls(message)
         elif kind == Kind.GOODBYE:
             code, reason = map(peer_text, (message.get("code"), message.get("reason")))
-            self.client.on_goodbye(self, code, reason)
+            self.uplink.on_goodbye(self, code, reason)
 
     def log_in(self) -> None:
         client, nonces, self.token = self.client, self.nonces, self.client.token
@@ -2552,21 +2515,21 @@ class Tunnel:
 
     def on_welcome(self, message: Dict[str, Any]) -> None:
         """The id is ours; but with a token we serve only a server that knows it too."""
-        client = self.client
         if self.token:
-            proof = prove(self.token, "server", self.nonces, client.id)
+            proof = prove(self.token, "server", self.nonces, self.client.id)
             if not is_proof(message.get("proof"), proof):
-                client.end(Refused(3, UNPROVEN))
+                self.client.end(Refused(3, UNPROVEN))
                 return
         self.timer.clear()
-        self.logged_in = True
-        client.on_login(self)
+        self.logged_in, self.since = True, self.link.loop.clock()
+        self.uplink.on_login()
         self.publish()
 
     def publish(self) -> None:
         """Send the list of services, whole."""
         if self.logged_in and not self.link.draining:
-            self.link.send(Kind.SERVICES, offer(self.client.services.all))
+            message = services_message(self.client.services.all)
+            self.link.send(Kind.SERVICES, message)
 
     def on_open(self, stream: Stream, message: Dict[str, Any]) -> None:
         """Only what our own list names is dialled."""
@@ -2574,48 +2537,371 @@ class Tunnel:
         target = self.client.services.all.get(service)
         if target is None:
             stream.reset("no-service", "the client has no such service")
-        elif self.client.loop.full():
+        elif self.link.loop.full():
             stream.reset("busy", "the client has no descriptors left")
         else:
-            waiting = self.waiting.setdefault(target, collections.OrderedDict())
-            waiting[Bridge(self, stream, service, target)] = None
-            self.dial_next(target)
-
-    def dial_next(self, target: Target) -> None:
-        """Begin as many dials to the target as there are places."""
-        waiting = self.waiting.get(target, {})
-        dials = self.dials.setdefault(target, set())
-        while waiting and len(dials) < DIALS:
-            bridge = next(iter(waiting))
-            del waiting[bridge]
-            dials.add(bridge)
-            bridge.dial.begin()
-        if not dials and not waiting:
-            self.dials.pop(target, None)
-            self.waiting.pop(target, None)
-
-    def dialled(self, bridge: Bridge) -> None:
-        """A dial has ended, one way or the other."""
-        dials = self.dials.get(bridge.target, set())
-        self.waiting.get(bridge.target, {}).pop(bridge, None)
-        if bridge in dials:
-            dials.discard(bridge)
-            self.client.loop.soon(self, self.dial_next, bridge.target)
+            gate = self.gates.get(target)
+            if gate is None:
+                gate = self.gates[target] = Gate(self.link.loop)
+            gate.admit(Bridge(self, stream, service, target, gate).dial)
 
     def on_closed(self, cause: str) -> None:
         self.timer.clear()
-        self.client.on_lost(self, OSError(cause))
+        self.uplink.on_lost(self, OSError(cause))
 
 
 # -----------------------------------------------------------------------------------
-# Client: keeps one tunnel up, and ends when there is a reason to.
+# Uplink: dials, has a tunnel as long as it lives, and dials again.
 # -----------------------------------------------------------------------------------
-SERVER_TIME = 10.0  # seconds for all addresses of the server
+SERVER_TIME = 10.0  # seconds for all steps to the server
 FIRST_WAIT = 0.05  # seconds until the first attempt to come back; it doubles
 LONGEST_WAIT = 10.0  # seconds: a server that is back has its clients back soon
 STEADY = 5.0  # seconds a link must have lived for the wait to be short again
+TAKEN_TIME = 4.0  # seconds in which a first login that finds its id taken is repeated:
+TAKEN_WAIT = 0.6  # the server asks the owner for a sign of life, which has 3 s
+PASSING = (429, 502, 503, 504)  # of a front that stands before the server is there
+LIKELY = {  # what an answer that is no 101 probably means
+    200: "no mdm-tunnel server; is this a network that wants a login in the browser?",
+    400: "does this port want --tls?",
+    404: "is this the visitors' port? clients dial the server's --client-port",
+    407: "a proxy in between wants a password",
+    426: "client and server are of different versions, or a proxy drops Upgrade",
+}
+ELSEWHERE = "it leads to %s; is this a network that wants a login in the browser?"
+LOCATION = re.compile(rb"(?i)\r\nlocation:[ \t]*([^\r]*)")
+ADVICE = (  # for what TLS says
+    ("signed certificate", "trust it with --tls-ca, or name it with --fingerprint"),
+    ("local issuer", "trust its authority with --tls-ca, or use --fingerprint"),
+    ("speaks no TLS", "has the server --tls-cert, and is this its client port?"),
+)
+
+
+class Uplink:
+    """One link to the server, and the attempts to have it."""
+
+    def __init__(self, client: "Client") -> None:
+        self.client, self.loop = client, client.loop
+        self.tunnel: Optional[Tunnel] = None  # the newest
+        self.failures = 0  # attempts in a row that led to no login
+        self.wait = FIRST_WAIT
+        self.ever = False  # logged in at least once
+        self.taken_since: Optional[float] = None  # when our id was first found taken
+        self.timer = Timer(self.loop, self, self.dial)
+
+    def __str__(self) -> str:
+        return str(self.client)
+
+    def fail(self, error: Exception) -> None:
+        log.error("%s: %s", self, error)
+
+    def dial(self) -> None:
+        Dial(self.loop, self.steps(), SERVER_TIME, self).begin()
+
+    def steps(self) -> List[Any]:
+        """The way to the server."""
+        client = self.client
+        lines = "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: %s"
+        request = lines % (LINK_PATH, client.server, PROTOCOL) + "\r\n\r\n"
+        steps: List[Any] = [Connect(client.resolver, client.target)]
+        if client.config.tls:
+            name = client.target.host
+            steps.append(StartTLS(client.config.tls, name, client.config.pin))
+        return steps + [Ask(request.encode(), 101)]
+
+    def on_dialled(self, connection: Connection, early: bytes) -> None:
+        if self.client.stopping:
+            connection.close()
+            return
+        self.tunnel = Tunnel(self, connection)
+        if early:
+            link = self.tunnel.link
+            self.loop.guard(link, link.receive, memoryview(early))
+
+    def on_undialled(self, error: OSError) -> None:
+        """There is no link. An answer that will stay the same ends the first dial."""
+        server, lasting, cause = self.client.server, False, str(error)
+        if isinstance(error, Answered):
+            lasting = error.status not in PASSING
+            cause = "%s answered %d: %s" % (server, error.status, likely(error))
+        elif isinstance(error, TLSError):
+            lasting = True
+            advice = [help for word, help in ADVICE if word in cause][:1]
+            cause = ": ".join([server, cause] + advice)
+        elif not isinstance(error, Unreachable):
+            cause = "%s: %s" % (server, error.strerror or error)
+        if lasting and not self.ever:
+            self.client.end(Refused(1, cause))
+        else:
+            self.retry(cause)
+
+    def on_login(self) -> None:
+        log.info("logged in at %s as %s", self.client.server, self.client.id)
+        self.ever, self.failures = True, 0
+
+    def on_goodbye(self, tunnel: Tunnel, code: str, reason: str) -> None:
+        """The server takes leave: for good, or until it is back? A token that is no
+        longer valid may have changed here too."""
+        client = self.client
+        if code == "refused":
+            client.look()
+        if code == "replaced" or code == "refused" and tunnel.token == client.token:
+            client.end(Refused(3, reason))
+        elif code == "taken" and not self.ever:
+            self.on_taken(tunnel, reason)
+        else:
+            self.on_lost(tunnel, OSError(reason))
+
+    def on_taken(self, tunnel: Tunnel, reason: str) -> None:
+        """Its owner may be dead: the server finds out."""
+        now = self.loop.clock()
+        self.taken_since = now if self.taken_since is None else self.taken_since
+        if now - self.taken_since >= TAKEN_TIME:
+            cause = reason + " by another client: choose one with -i"
+            self.client.end(Refused(3, cause))
+        elif tunnel is self.tunnel:
+            self.tunnel = None
+            self.dial_later(TAKEN_WAIT, reason)
+
+    def on_lost(self, tunnel: Tunnel, error: Exception) -> None:
+        """The tunnel is of no more use; what runs in it may still end."""
+        if tunnel is not self.tunnel or self.client.refusal:
+            return
+        self.tunnel = None
+        if tunnel.logged_in and self.loop.clock() - tunnel.since >= STEADY:
+            self.wait = FIRST_WAIT
+        cause = "%s: %s" % (self.client.server, error)
+        self.retry(cause, 0 if tunnel.logged_in else 1)
+
+    def retry(self, cause: str, failures: int = 1) -> None:
+        """Dial again, after a while that grows and is never the same for all."""
+        if self.client.stopping:
+            return
+        self.failures += failures
+        if failures and self.failures == self.client.config.max_attempts:
+            cause = "gave up after %d: %s" % (self.failures, cause)
+            self.client.end(Refused(4, cause))
+        else:
+            self.dial_later(self.wait, cause)
+            self.wait = min(2 * self.wait, LONGEST_WAIT)
+
+    def dial_later(self, most: float, cause: str) -> None:
+        import random
+
+        wait = most * random.uniform(0.5, 1.0)
+        log.info("%s; dialling again in %.1f s", cause, wait)
+        self.timer.set(wait)
+
+
+def likely(error: Answered) -> str:
+    """What an answer that is no 101 probably means."""
+    where = LOCATION.search(error.head)
+    if 300 <= error.status < 400 and where:
+        return ELSEWHERE % peer_text(where.group(1).decode("latin-1"))
+    if error.status in PASSING:
+        return "a proxy answered that does not reach the server"
+    return LIKELY.get(error.status, "whoever listens there is no mdm-tunnel server")
+
+
+# -----------------------------------------------------------------------------------
+# Client: keeps its uplink up, and ends when there is a reason to.
+# -----------------------------------------------------------------------------------
 DRAIN = 4.0  # seconds for running streams after SIGTERM
 DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
+
+
+class Config(NamedTuple):
+    """What the command line says, with its files read. `token` is that of the id, or
+    the watched file that holds it; "" leaves it to the services' file. `tls` is an
+    SSLContext, `pin` the SHA-256 of the server's certificate."""
+
+    services: Services
+    host: str = "localhost"
+    port: int = 8001
+    id: str = "admin"
+    max_attempts: int = 0
+    token: Union[str, Watched] = ""
+    tls: Any = None
+    pin: bytes = b""
+
+
+class Client:
+    """Dials the server and serves. run() ends after stop(), or raises Refused: by the
+    server, or after `max_attempts` failures in a row."""
+
+    def __init__(self, config: Config, loop: Optional[Loop] = None) -> None:
+        if config.pin and config.tls is None:
+            raise ValueError("a fingerprint is of no use without TLS")
+        self.config, self.services, self.id = config, config.services, config.id.lower()
+        if self.token:
+            forbid_core_dumps()
+        self.loop = loop or Loop()
+        shown = "[%s]" % config.host if ":" in config.host else config.host
+        self.server = "%s:%d" % (shown, config.port)  # as the Host field has it
+        self.target = Target(self.server, config.host, config.port)
+        self.session = os.urandom(16).hex()
+        self.resolver = Resolver(self.loop)
+        self.urls: Dict[str, str] = {}
+        self.stopping = False
+        self.refusal: Optional[Refused] = None
+        self.uplink = Uplink(self)
+        self.timer = Timer(self.loop, self, self.drain)
+        self.look_timer = Timer(self.loop, self, self.look)
+
+    def __str__(self) -> str:
+        return self.id
+
+    @property
+    def token(self) -> str:
+        """That of our id; "" when there is none. Those in files may change."""
+        given = self.config.token
+        given = given.value if isinstance(given, Watched) else given
+        return given or self.services.token
+
+    def run(self) -> None:
+        """Serve until stop(). Raises Refused."""
+        self.uplink.timer.set(0)
+        self.look_timer.set(LOOK_TIME)
+        self.loop.run()
+        self.stopping = True
+        tunnel = self.uplink.tunnel
+        if tunnel and tunnel.logged_in:
+            tunnel.link.close("the client is stopping")
+        self.loop.close()
+        if self.refusal:
+            raise self.refusal
+
+    def fail(self, error: Exception) -> None:
+        log.error("%s: %s", self, error)
+
+    def look(self) -> None:
+        """Has the service file changed, or that of the token?"""
+        self.look_timer.set(LOOK_TIME)
+        given, tunnel = self.config.token, self.uplink.tunnel
+        if isinstance(given, Watched) and given.look():
+            log.info("%s has changed", given)
+        if self.services.look():
+            log.info("%s has changed", self.services.file)
+            if tunnel:
+                tunnel.publish()
+
+    def on_urls(self, message: Dict[str, Any]) -> None:
+        """Where the services are reached; -v prints it."""
+        names = [name for name in message if name in self.services.all or name == "*"]
+        urls = {name: peer_text(message[name]) for name in names}
+        if urls != self.urls:
+            self.urls = urls
+            width = max(map(len, urls), default=0)
+            for name in sorted(urls):
+                self.show("%-*s  %s" % (width, name, urls[name]))
+
+    def show(self, line: str) -> None:
+        """A line on stdout, with -v."""
+        if log.hears(INFO):
+            with contextlib.suppress(OSError, ValueError):
+                print(printable(line), flush=True)
+
+    # Stopping.
+
+    def end(self, refusal: Refused) -> None:
+        """There is no point in going on."""
+        self.refusal = self.refusal or refusal
+        self.loop.running = False
+
+    def on_signal(self, number: int) -> None:
+        """SIGTERM lets what runs end; SIGINT, or a second signal, does not."""
+        if self.stopping or number == signal.SIGINT:
+            log.info("stopping at once")
+            self.loop.running = False
+        else:
+            self.stop()
+
+    def stop(self) -> None:
+        """Take no new streams, give the running ones DRAIN seconds, and end."""
+        log.info("stopping")
+        self.stopping = True
+        self.until = self.loop.clock() + DRAIN
+        self.uplink.timer.clear()
+        tunnel = self.uplink.tunnel
+        if tunnel and tunnel.logged_in:
+            tunnel.link.goodbye("stopping", "the client is stopping")
+            self.drain()
+        else:
+            self.loop.running = False
+
+    def drain(self) -> None:
+        """Is there anything still to wait for?"""
+        late = self.loop.clock() >= self.until
+        if late or not self.loop.connections:
+            self.loop.running = False
+        self.timer.set(DRAIN_LOOK)
+
+
+# -----------------------------------------------------------------------------------
+# Resolver: names are looked up in one helper thread, the only one there is, since the
+# system's resolver blocks. Numeric addresses and localhost need none.
+# -----------------------------------------------------------------------------------
+class Resolver:
+    """Finds the addresses of a target."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.asked: Any = None  # a queue of (target, dial, step), for the thread
+
+    def resolve(
+        self, target: Target, dial: Dial, step: Connect
+    ) -> Optional[List[Address]]:
+        """The addresses; None: they are set in `step` later, and `dial` goes on."""
+        if target.port == 0:
+            return [(socket.AF_UNIX, target.host)]
+        if target.host == "localhost":
+            first = (socket.AF_INET, ("127.0.0.1", target.port))
+            return [first, (socket.AF_INET6, ("::1", target.port))]
+        try:
+            return self.look_up(target.host, target.port, socket.AI_NUMERICHOST)
+        except (OSError, UnicodeError):  # a name
+            self.ask(target, dial, step)
+            return None
+
+    def ask(self, target: Target, dial: Dial, step: Connect) -> None:
+        if self.asked is None:
+            import queue
+            import threading
+
+            self.asked = queue.Queue()
+            threading.Thread(target=self.work, daemon=True).start()
+        self.asked.put((target, dial, step))
+
+    def work(self) -> None:
+        """The helper thread: one name after the other."""
+        while True:
+            target, dial, step = self.asked.get()
+            found: Any
+            try:
+                found = self.look_up(target.host, target.port, 0)
+            except (OSError, UnicodeError) as error:
+                found = OSError("cannot find %s: %s" % (target.host, error))
+            self.loop.from_thread(dial, self.tell, dial, step, found)
+
+    def tell(self, dial: Dial, step: Connect, found: Any) -> None:
+        """In the loop again."""
+        if isinstance(found, OSError):
+            step.failure, found = Unreachable("refused", str(found)), []
+        step.addresses = found
+        if dial.steps:
+            dial.advance()
+
+    @staticmethod
+    def look_up(host: str, port: int, flags: int) -> List[Address]:
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, flags)
+        return [(entry[0], entry[4]) for entry in found]
+
+
+# -----------------------------------------------------------------------------------
+# Command line
+# -----------------------------------------------------------------------------------
+HELP = "\0"  # what -h has for a value when it stands alone
+DEFAULT_FILE = os.path.join("~", ".tunnel-services.json")
+TOKEN_VARIABLE = "MDM_TUNNEL_TOKEN"
 
 
 def make_context(ca: Optional[str], pinned: bool) -> Any:
@@ -2638,204 +2924,6 @@ def parse_fingerprint(text: str) -> bytes:
     if not re.fullmatch("[0-9A-Fa-f]{64}", digits):
         raise ValueError("a SHA-256 fingerprint has 64 hexadecimal digits")
     return bytes.fromhex(digits)
-
-
-class Client:
-    """Dials `host`:`port` as `id` and serves `services`. run() ends after stop(), or
-    raises Refused: by the server, or after `max_attempts` failures in a row. `token` is
-    that of the id, or the file that holds it; "" leaves it to the services' file."""
-
-    def __init__(
-        self,
-        services: Services,
-        host: str = "localhost",
-        port: int = 8001,
-        id: str = "admin",
-        max_attempts: int = 0,
-        loop: Optional[Loop] = None,
-        token: Union[str, Watched] = "",
-        tls: Any = None,
-        pin: bytes = b"",
-    ) -> None:
-        if pin and tls is None:
-            raise ValueError("a fingerprint is of no use without TLS")
-        self.services, self.id, self.given_token = services, id.lower(), token
-        if self.token:
-            forbid_core_dumps()
-        self.loop = loop or Loop()
-        self.tls, self.pin = tls, pin  # an SSLContext; the certificate's SHA-256
-        shown = "[%s]" % host if ":" in host else host
-        self.server = "%s:%d" % (shown, port)  # as the Host field has it
-        self.target = Target(self.server, host, port)
-        self.session = os.urandom(16).hex()
-        self.resolver = Resolver(self.loop)
-        self.max_attempts = max_attempts
-        self.failures = 0  # attempts in a row that led to no login
-        self.wait = FIRST_WAIT
-        self.ever = False  # logged in at least once
-        self.tunnel: Optional[Tunnel] = None  # the newest
-        self.urls: Dict[str, str] = {}
-        self.stopping = False
-        self.refusal: Optional[Refused] = None
-        self.timer = Timer(self.loop, self, self.dial)
-        self.look_timer = Timer(self.loop, self, self.look)
-
-    def __str__(self) -> str:
-        return self.id
-
-    @property
-    def token(self) -> str:
-        """That of our id; "" when there is none. Those in files may change."""
-        given = self.given_token
-        given = given.value if isinstance(given, Watched) else given
-        return given or self.services.token
-
-    def run(self) -> None:
-        """Serve until stop(). Raises Refused."""
-        self.timer.set(0)
-        self.look_timer.set(LOOK_TIME)
-        self.loop.run()
-        self.stopping = True
-        if self.tunnel and self.tunnel.logged_in:
-            self.tunnel.link.close("the client is stopping")
-        self.loop.close()
-        if self.refusal:
-            raise self.refusal
-
-    def fail(self, error: Exception) -> None:
-        log.error("%s: %s", self, error)
-
-    def look(self) -> None:
-        """Has the service file changed, or that of the token?"""
-        self.look_timer.set(LOOK_TIME)
-        if isinstance(self.given_token, Watched) and self.given_token.look():
-            log.info("%s has changed", self.given_token)
-        if self.services.look():
-            log.info("%s has changed", self.services.file)
-            if self.tunnel:
-                self.tunnel.publish()
-
-    # The tunnel comes and goes.
-
-    def dial(self) -> None:
-        Dial(self.loop, self.resolver, self.target, SERVER_TIME, self).begin()
-
-    def on_connected(self, connection: Connection) -> None:
-        if self.stopping:
-            connection.close()
-        else:
-            self.tunnel = Tunnel(self, connection)
-            self.loop.guard(connection, self.tunnel.begin)
-
-    def on_unreachable(self, code: str, cause: str) -> None:
-        self.again(cause)
-
-    def on_login(self, tunnel: Tunnel) -> None:
-        log.info("logged in at %s as %s", self.server, self.id)
-        self.ever = True
-        self.failures = 0
-        tunnel.since = self.loop.clock()
-
-    def on_urls(self, message: Dict[str, Any]) -> None:
-        """Where the services are reached; -v prints it."""
-        names = [name for name in message if name in self.services.all or name == "*"]
-        urls = {name: peer_text(message[name]) for name in names}
-        if urls != self.urls:
-            self.urls = urls
-            width = max(map(len, urls), default=0)
-            for name in sorted(urls):
-                self.show("%-*s  %s" % (width, name, urls[name]))
-
-    def show(self, line: str) -> None:
-        """A line on stdout, with -v."""
-        if log.hears(INFO):
-            with contextlib.suppress(OSError, ValueError):
-                print(printable(line), flush=True)
-
-    def on_goodbye(self, tunnel: Tunnel, code: str, reason: str) -> None:
-        """The server takes leave: for good, or until it is back? A token that is no
-        longer valid may have changed here too."""
-        if code == "refused":
-            self.look()
-        if code == "replaced" or code == "refused" and tunnel.token == self.token:
-            self.end(Refused(3, reason))
-        elif code == "taken" and not self.ever:
-            self.end(Refused(3, reason + " by another client: choose one with -i"))
-        else:
-            self.on_lost(tunnel, OSError(reason))
-
-    def on_lost(self, tunnel: Tunnel, error: Exception) -> None:
-        """The tunnel is of no more use; what runs in it may still end."""
-        if tunnel is not self.tunnel or self.refusal:
-            return
-        self.tunnel = None
-        if isinstance(error, Refused) and not self.ever:
-            self.end(error)
-        else:
-            lived = self.loop.clock() - tunnel.since
-            if tunnel.logged_in and lived >= STEADY:
-                self.wait = FIRST_WAIT
-            refused = isinstance(error, Refused)  # and that names the server
-            cause = str(error) if refused else "%s: %s" % (self.server, error)
-            self.again(cause, 0 if tunnel.logged_in else 1)
-
-    def again(self, cause: str, failures: int = 1) -> None:
-        """Dial again, after a while that grows and is never the same for all."""
-        import random
-
-        if self.stopping:
-            return
-        self.failures += failures
-        if failures and self.failures == self.max_attempts:
-            self.end(Refused(4, "gave up after %d: %s" % (self.failures, cause)))
-        else:
-            wait = self.wait * random.uniform(0.5, 1.0)
-            log.info("%s; dialling again in %.1f s", cause, wait)
-            self.timer.set(wait)
-            self.wait = min(2 * self.wait, LONGEST_WAIT)
-
-    # Stopping.
-
-    def end(self, refusal: Refused) -> None:
-        """There is no point in going on."""
-        self.refusal = self.refusal or refusal
-        self.loop.running = False
-
-    def on_signal(self, number: int) -> None:
-        """SIGTERM lets what runs end; SIGINT, or a second signal, does not."""
-        if self.stopping or number == signal.SIGINT:
-            log.info("stopping at once")
-            self.loop.running = False
-        else:
-            self.stop()
-
-    def stop(self) -> None:
-        """Take no new streams, give the running ones DRAIN seconds, and end."""
-        log.info("stopping")
-        self.stopping = True
-        self.until = self.loop.clock() + DRAIN
-        self.timer.clear()
-        self.timer = Timer(self.loop, self, self.drain)
-        if self.tunnel and self.tunnel.logged_in:
-            self.tunnel.link.goodbye("stopping", "the client is stopping")
-            self.drain()
-        else:
-            self.loop.running = False
-
-    def drain(self) -> None:
-        """Is there anything still to wait for?"""
-        late = self.loop.clock() >= self.until
-        if late or not self.loop.connections:
-            self.loop.running = False
-        self.timer.set(DRAIN_LOOK)
-
-
-# -----------------------------------------------------------------------------------
-# Command line
-# -----------------------------------------------------------------------------------
-HELP = "\0"  # what -h has for a value when it stands alone
-DEFAULT_FILE = os.path.join("~", ".tunnel-services.json")
-TOKEN_VARIABLE = "MDM_TUNNEL_TOKEN"
 
 
 def port_number(text: str) -> int:
@@ -2935,6 +3023,7 @@ def load_services(options: argparse.Namespace) -> Services:
 def parse_token(data: bytes) -> str:
     """The file of --token-file. Raises ValueError."""
     text = data.decode("latin-1").strip("\r\n")
+    text = text[3:] if text.startswith("\xef\xbb\xbf") else text  # UTF-8's BOM
     if text.startswith("{"):
         raise ValueError("this is JSON; here stands a token, and nothing else")
     return check_token(text)
@@ -2966,22 +3055,26 @@ def load_context(options: argparse.Namespace) -> Any:
         die(2, "%s: %s" % (options.tls_ca, getattr(error, "reason", None) or error))
 
 
+def load_config(options: argparse.Namespace) -> Config:
+    """What the client needs. Exits with 2 when something is wrong."""
+    return Config(
+        load_services(options),
+        options.host,
+        options.port,
+        options.id,
+        options.max_attempts,
+        load_token(options),
+        load_context(options),
+        options.pin,
+    )
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     """Serve until a signal. Exit status: 0, 1, 2 (usage, configuration), 3 (login
     refused) or 4 (attempts used up)."""
     options = parse_arguments(argv)
     set_up_log(options.verbose)
-    services = load_services(options)
-    client = Client(
-        services,
-        options.host,
-        options.port,
-        options.id,
-        options.max_attempts,
-        token=load_token(options),
-        tls=load_context(options),
-        pin=options.pin,
-    )
+    client = Client(load_config(options))
     be_deaf()
     client.loop.catch_signals(client.on_signal)
     try:

@@ -323,7 +323,7 @@ class Pairs(List[Tuple[str, Any]]):
 def parse_object(data: bytes) -> Pairs:
     """The JSON object that a file holds. Raises ValueError."""
     try:
-        pairs = json.loads(data.decode(), object_pairs_hook=Pairs)
+        pairs = json.loads(data.decode("utf-8-sig"), object_pairs_hook=Pairs)
     except (ValueError, RecursionError) as error:
         raise ValueError("not JSON: %s" % error) from None
     if not isinstance(pairs, Pairs):
@@ -1181,8 +1181,8 @@ class Connection:
         self.transport, self.phase = self.transport.under, Phase.OPEN
 
     def shake_hands(self) -> None:
-        """Go on with the handshake; then the owner's part begins. Each computes a while:
-        when a turn has had many, the selector will say again that there is one."""
+        """Go on with the handshake; then the owner's part begins. Each step computes a
+        while. When a turn has had many, the selector says again that there is one."""
         if self.loop.handshakes and self.loop.tired():
             return
         self.loop.handshakes += 1
@@ -1952,8 +1952,10 @@ class Pipe:
 
     def fail(self, error: Exception) -> None:
         """The connection is broken."""
-        said = "reset the connection" if isinstance(error, ConnectionError) else error
-        self.stream.reset(self.code, "%s: %s" % (self.name, said))
+        cause = "%s reset the connection" % self
+        if not isinstance(error, ConnectionError):
+            cause = "%s: %s" % (self, error)
+        self.stream.reset(self.code, cause)
         self.connection.abort()
 
 
@@ -3893,8 +3895,9 @@ class Site:
         if id and id in self.registry.names.ids:
             cause = "the client of %s is not connected now" % id
             raise HTTPError(503, "offline", cause, [("Retry-After", RETRY_AFTER)])
-        cause = "nobody is connected as %s" % id
-        raise HTTPError(404, "no-name", cause if id else "no client serves " + request.name)
+        cause = "no client serves " + request.name
+        cause = "nobody is connected as %s" % id if id else cause
+        raise HTTPError(404, "no-name", cause)
 
     def index(self, request: Request, pool: Pool) -> Page:
         link = self.registry.names.link

@@ -44,6 +44,7 @@ import mdm_tunnel_server as server_module
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = ("mdm_tunnel_server.py", "mdm_tunnel_client.py")
 Kind = server_module.Kind
+LINGER = server_module.Ending.LINGER
 PATIENCE = 20  # seconds after which a wait has failed; nothing here takes that long
 HANG = 120  # seconds after which a test says where it stands, and ends the run
 KIB = 1 << 10
@@ -552,7 +553,7 @@ class Connections(unittest.TestCase):
     def test_lingering_delivers_the_last_word_though_more_comes(self):
         self.peer.sendall(b"x" * 100000)
         self.connection.write(b"last word")
-        self.connection.close_when_drained(server_module.Ending.LINGER)
+        self.connection.close_when_drained(LINGER)
         self.peer.sendall(b"x" * 100000)
         got = []
         reader = threading.Thread(target=lambda: got.extend(self.read_all()))
@@ -572,7 +573,7 @@ class Connections(unittest.TestCase):
 
     def test_lingering_ends_after_its_time(self):
         clock = self.stop_the_clock()
-        self.connection.close_when_drained(server_module.Ending.LINGER)
+        self.connection.close_when_drained(LINGER)
         clock.now += server_module.LINGER + 1
         self.loop.turn()
         self.assertTrue(self.connection.closed)
@@ -580,7 +581,7 @@ class Connections(unittest.TestCase):
     def test_peer_who_never_takes_the_last_word_is_given_up(self):
         clock = self.stop_the_clock()
         self.connection.write(b"x" * (20 << 20))
-        self.connection.close_when_drained(server_module.Ending.LINGER)
+        self.connection.close_when_drained(LINGER)
         clock.now += server_module.STALLED - 1
         self.loop.turn()
         self.assertFalse(self.connection.closed)
@@ -3619,7 +3620,8 @@ class ServiceFiles(unittest.TestCase):
             (b'{"token": "s", "services": {"target": 9}}', "s", ["target"]),
             (b'{"token": 9}', "", ["token"]),
             (b'{"services": 9, "token": 8}', "", ["services", "token"]),
-            (b'{"services": {"target": 9}}', "", ["services"]),
+            (b'{"services": {"target": 9}}', "", ["target"]),
+            (b'\xef\xbb\xbf{"web": 9}', "", ["web"]),  # as Windows saves it
         ]
         for data, token, names in table:
             found, services = client_module.parse_file(data)
@@ -3906,6 +3908,11 @@ def make_server(loop=None, router=None, **options):
     return server_module.Server(server_module.Config(**options), router, loop)
 
 
+def make_client(services, loop=None, **options):
+    options = dict({"host": "127.0.0.1"}, **options)
+    return QuietClient(client_module.Config(services, **options), loop)
+
+
 class QuietClient(client_module.Client):
     def show(self, line):
         """The log is on in these tests, but stdout is theirs."""
@@ -4031,9 +4038,7 @@ class TunnelCase(unittest.TestCase):
         port = options.pop("port", 0) or self.server.program.client_address[1]
         client = Backstage(
             client_module,
-            lambda loop: QuietClient(
-                found, options.pop("host", "127.0.0.1"), port, id, loop=loop, **options
-            ),
+            lambda loop: make_client(found, loop, port=port, id=id, **options),
             self.selector,
         )
         self.addCleanup(client.end)
@@ -4089,6 +4094,20 @@ class TunnelCase(unittest.TestCase):
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept()
         listener.close()
+
+    def relay(self, one, other):
+        """Carry bytes both ways until either side ends."""
+
+        def carry(source, sink):
+            with contextlib.suppress(OSError, ValueError):
+                for data in iter(lambda: source.recv(65536), b""):
+                    sink.sendall(data)
+            for conn in (one, other):
+                with contextlib.suppress(OSError):
+                    conn.shutdown(socket.SHUT_RDWR)
+
+        threading.Thread(target=carry, args=(other, one), daemon=True).start()
+        carry(one, other)
 
     def answering(self, *pieces):
         """The port of a service that reads a head, and says these bytes."""
@@ -4176,8 +4195,16 @@ class TunnelCase(unittest.TestCase):
 
     def wait_for_answer(self):
         """Until an answer is here to its last byte; its Exchange."""
-        self.server.until(lambda: any(x.answer and x.body.done for x in self.exchanges()))
+        def whole():
+            return [x for x in self.exchanges() if x.answer and x.body.done]
+
+        self.server.until(whole)
         return self.exchanges()[0]
+
+    def dials(self):
+        """How many dials of the client go on, and how many wait for a place."""
+        gates = self.client.program.uplink.tunnel.gates.values()
+        return [sum(len(g.running) for g in gates), sum(len(g.waiting) for g in gates)]
 
     def wait_for_streams(self, count):
         """Until so many streams are open on tim's link, as the server sees it."""
@@ -4572,7 +4599,7 @@ class EndToEnd(TunnelCase):
         self.start(web=target)
         conn = self.visit()
         conn.sendall(self.ask("web.tim.x"))
-        self.client.until(lambda: self.client.program.tunnel.dials)
+        self.client.until(lambda: self.dials()[0])
         self.service(self.unix_handler, listener)  # from here on it accepts
         self.assertIn(b"unix", self.raw(b"", conn))
 
@@ -4583,7 +4610,7 @@ class EndToEnd(TunnelCase):
         conns = [self.visit() for _ in range(200)]  # times 4: select has 1024
         for conn in conns:
             conn.sendall(self.ask("web.tim.x"))
-        link = self.client.program.tunnel.link
+        link = self.client.program.uplink.tunnel.link
         self.client.until(lambda: link.last_id == len(conns))
         listener.listen(len(conns) + 1)  # from here on each is connected at once
         self.service(self.unix_handler, listener)
@@ -5093,7 +5120,7 @@ class Faults(TunnelCase):
                 conn.send(b"x" * 65536)
         for _ in range(20):
             self.echoed("echo.tim.x")
-        held = self.client.do(lambda: self.client.program.tunnel.link.unread)
+        held = self.client.do(lambda: self.client.program.uplink.tunnel.link.unread)
         self.assertLessEqual(held, client_module.WINDOW)
 
     def test_dead_kept_stream_is_asked_once_more(self):
@@ -5139,7 +5166,7 @@ class Faults(TunnelCase):
         for name in ("bad", "long"):
             self.assertEqual(self.get(name + ".tim.x").status, 502)
         self.echoed("web.tim.x")
-        self.assertEqual(self.client.program.failures, 0)
+        self.assertEqual(self.client.program.uplink.failures, 0)
 
     def test_hanging_target_holds_up_no_other(self):
         half = 2 * PATIENCE  # for each of the target's two addresses
@@ -5147,10 +5174,10 @@ class Faults(TunnelCase):
         self.start(hang=self.deaf_port(), web=self.echo())
         for _ in range(5):
             self.visit().sendall(self.ask("hang.tim.x"))
-        tunnel = self.client.program.tunnel
+        tunnel = self.client.program.uplink.tunnel
         self.client.until(lambda: tunnel.link.last_id == 5)
         self.echoed("web.tim.x")
-        self.assertTrue(tunnel.waiting)
+        self.assertEqual(self.dials(), [2, 3])
 
     def test_endless_interim_answers_are_a_502(self):
         hint = b"HTTP/1.1 103 Early Hints\r\n\r\n"
@@ -5190,7 +5217,7 @@ class Faults(TunnelCase):
         conn.close()
         self.wait_for_streams(0)
         self.client.until(lambda: len(self.client.loop.connections) == 1)
-        self.assertEqual(len(self.client.program.tunnel.link.streams), 0)
+        self.assertEqual(len(self.client.program.uplink.tunnel.link.streams), 0)
         self.server.until(lambda: len(self.server.loop.connections) == 1)
         if os.path.isdir("/proc"):  # the service's threads close theirs later
             self.server.until(lambda: len(os.listdir("/proc/self/fd")) < before + 20)
@@ -5237,6 +5264,46 @@ class Stopping(TunnelCase):
             with self.assertRaises(ConnectionResetError):
                 while conn.recv(100):
                     pass
+
+    def test_server_ends_in_time_whatever_its_visitors_do(self):
+        """One reads nothing of a large answer, one is in the middle of an upload, one
+        in that of a head, one is idle, and one has changed the protocol."""
+        self.assertLess(server_module.DRAIN + server_module.LAST_WORDS, 5)
+        change(self, server_module, DRAIN=2 * PATIENCE, LAST_WORDS=2 * PATIENCE)
+        upgrade = b"HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+
+        def handler(conn):
+            head = read_head(conn)[0]
+            if b"upgrade" in head:
+                conn.sendall(upgrade)
+                conn.recv(1)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 90000000\r\n\r\n")
+            conn.sendall(bytes(90000000))
+
+        self.start(web=self.service(handler))
+        asks = [
+            self.ask("web.tim.x"),
+            self.ask("web.tim.x", "Content-Length: 9", first="POST / HTTP/1.1"),
+            b"GET / HTTP",
+            b"",
+            self.ask("web.tim.x", "Connection: upgrade", "Upgrade: x", close=False),
+        ]
+        conns = [self.visit() for _ in asks]
+        for conn, ask in zip(conns, asks):
+            conn.sendall(ask)
+        self.wait_for_streams(3)
+        read_head(conns[-1])
+        self.server.loop.from_thread(self.server.program, self.server.program.stop)
+        self.server.until(lambda: self.server.program.visitors.stopping)
+        self.server.pass_time(server_module.DRAIN)
+        self.server.until(lambda: self.server.program.said_goodbye)
+        self.server.loop.from_thread(self.server.loop, self.jump, 2 * PATIENCE)
+        self.server.thread.join(PATIENCE)
+        self.assertFalse(self.server.thread.is_alive())
+
+    def jump(self, seconds):
+        loop, clock = self.server.loop, self.server.loop.clock
+        loop.clock = lambda: clock() + seconds
 
 
 class Overload(TunnelCase):
@@ -5439,7 +5506,7 @@ class Logins(TunnelCase):
             self.assertEqual(json.loads(payload.decode())["code"], "refused")
 
     def test_id_belongs_to_the_session_that_has_it(self):
-        self.assertTrue(True)
+        change(self, client_module, TAKEN_TIME=0.2)
         self.start()
         rival = self.start_client({"web": 1}, wait=False)
         rival.until(lambda: rival.error)
@@ -5505,14 +5572,44 @@ class Logins(TunnelCase):
         self.start(**services)
         self.client.until(lambda: self.client.program.urls)
         self.echoed("web.tim.x")
-        self.assertEqual(self.client.program.failures, 0)
+        self.assertEqual(self.client.program.uplink.failures, 0)
 
     def test_answers_that_are_no_tunnel_end_the_first_dial(self):
-        for answer in (b"HTTP/1.0 404 No\r\n\r\n", b"HTTP/1.1 \xb2 X\r\n\r\n"):
+        location = b"HTTP/1.1 302 Found\r\nLocation: http://login.test/\x1b[2J\r\n\r\n"
+        table = [
+            (b"HTTP/1.0 404 No\r\n\r\n", "--client-port"),
+            (b"HTTP/1.1 \xb2 X\r\n\r\n", "no mdm-tunnel server"),
+            (b"HTTP/1.1 200 OK\r\n\r\n<html>", "in the browser"),
+            (location, "http://login.test/"),
+            (b"HTTP/1.1 407 Auth\r\n\r\n", "a proxy in between wants a password"),
+            (b"HTTP/1.1 500 Oops\r\n\r\n", "500"),
+        ]
+        for answer, likely in table:
             port = self.answering(answer)
             client = self.start_client({"web": 1}, port=port, wait=False)
             client.until(lambda client=client: client.error)
             self.assertEqual(client.error.status, 1)
+            self.assertIn(likely, str(client.error))
+
+    def test_front_that_starts_first_is_tried_again(self):
+        """So are garbage and silence; whoever comes up behind it is found."""
+        self.start_server()
+        real = self.server.program.client_address[:2]
+        starts = [b"HTTP/1.1 %d Wait\r\n\r\n" % code for code in (429, 502, 503, 504)]
+        starts += [b"garbage\r\n\r\n", b""]
+        change(self, client_module, FIRST_WAIT=0.01, LONGEST_WAIT=0.02)
+
+        def handler(conn):
+            if starts:
+                read_head(conn)
+                conn.sendall(starts.pop(0))
+                return
+            with socket.create_connection(real) as onward:
+                self.relay(conn, onward)
+
+        self.start_client({"web": self.echo()}, port=self.service(handler))
+        self.assertEqual(starts, [])
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
 
     def test_same_session_replaces_its_old_link(self):
         self.start_server()
@@ -5760,13 +5857,13 @@ class Tokens(TunnelCase):
         tunnel = client_module.Tunnel.__new__(client_module.Tunnel)
         tunnel.client, tunnel.token = client.program, "secret"
         tunnel.nonces = server_module.make_nonce(), server_module.make_nonce()
-        client.program.given_token, client.program.refusal = "", None
+        client.program.refusal = None
         tunnel.on_welcome({})
         self.assertEqual(client.program.refusal.status, 3)
 
     def test_fingerprint_without_tls_is_a_mistake(self):
         with self.assertRaises(ValueError):
-            client_module.Client(client_module.Services(None, {}), pin=b"x" * 32)
+            make_client(client_module.Services(None, {}), pin=b"x" * 32)
 
     def test_token_file_that_others_can_read_is_warned_about(self):
         if os.name == "nt":
@@ -5878,11 +5975,11 @@ class Reconnects(TunnelCase):
         services = client_module.Services(None, {})
         loop = fake_loop(client_module)
         self.addCleanup(loop.close)
-        client = client_module.Client(services, loop=loop)
+        uplink = make_client(services, loop).uplink
         waits = []
         for _ in range(12):
-            client.again("down")
-            waits.append(client.timer.due - loop.clock())
+            uplink.retry("down")
+            waits.append(uplink.timer.due - loop.clock())
         self.assertLessEqual(waits[0], client_module.FIRST_WAIT)
         self.assertLessEqual(max(waits), client_module.LONGEST_WAIT)
         self.assertGreater(waits[-1], client_module.LONGEST_WAIT / 2 - 0.01)
@@ -5917,9 +6014,7 @@ class Reconnects(TunnelCase):
         services = client_module.Services(path, {})
         client = Backstage(
             client_module,
-            lambda loop: QuietClient(
-                services, "127.0.0.1", port, "tim", loop=loop
-            ),
+            lambda loop: make_client(services, loop, port=port, id="tim"),
             self.selector,
         )
         self.addCleanup(client.end)
@@ -5943,7 +6038,7 @@ class Reconnects(TunnelCase):
         pool = self.server.program.registry.pools["tim"]
         before = dict(pool.services)
         program.services.all = new
-        self.client.do(program.tunnel.publish)
+        self.client.do(program.uplink.tunnel.publish)
         self.server.until(lambda: pool.services != before)
         self.assertEqual(self.echoed("web.tim.x", conn=conn)["service"], "new")
 
@@ -6052,11 +6147,9 @@ class Hostile(TunnelCase):
         self.start(web=self.deaf_port())
         for _ in range(5):
             self.visit().sendall(self.ask("web.tim.x"))
-        tunnel = self.client.program.tunnel
+        tunnel = self.client.program.uplink.tunnel
         self.client.until(lambda: tunnel.link.last_id == 5)
-        both = tunnel.dials, tunnel.waiting
-        counts = self.client.do(lambda: [list(map(len, x.values())) for x in both])
-        self.assertEqual(counts, [[2], [3]])
+        self.assertEqual(self.client.do(self.dials), [2, 3])
 
     def test_dials_beyond_the_limit_wait_their_turn(self):
         change(self, client_module, DIALS=2)
@@ -6267,6 +6360,32 @@ class Hostile(TunnelCase):
             self.client.end()
             self.server.until(lambda: not visitors)
 
+    def test_crowd_from_one_network_keeps_out_no_other(self):
+        """Who has one address of IPv6 has a /64 of them."""
+        change(self, server_module, UNAUTHENTICATED=5)
+        waiting = server_module.Unauthenticated()
+        seen, dropped = {}, []
+        change(self, server_module, address_of=lambda sock: seen[sock])
+
+        class Stranger(Witness):
+            closed = False
+
+            def __init__(self, address):
+                self.sock = self
+                seen[self] = address
+
+            def fail(self, error):
+                dropped.append(seen[self])
+
+        honest = Stranger("2001:db8:1:1::7")
+        waiting.admit(honest)
+        for number in range(200):
+            waiting.admit(Stranger("2001:db8:2:2:%x::%x" % (number, number)))
+        self.assertIn(honest, waiting.networks)
+        self.assertEqual(len(waiting.networks), 5)
+        self.assertEqual(len(dropped), 196)
+        self.assertNotIn("2001:db8:1:1::7", dropped)
+
     def test_crowd_from_one_address_keeps_out_no_other(self):
         change(self, server_module, UNAUTHENTICATED=5)
         self.start_server()
@@ -6332,12 +6451,12 @@ class Hostile(TunnelCase):
         conns = [self.visit() for _ in range(5)]
         for conn in conns:
             conn.sendall(self.ask("web.tim.x"))
-        tunnel = self.client.program.tunnel
+        tunnel = self.client.program.uplink.tunnel
         self.client.until(lambda: tunnel.link.last_id == 5)
         for conn in conns[1:]:
             reset_on_close(conn)
             conn.close()
-        self.client.until(lambda: not any(tunnel.waiting.values()))
+        self.client.until(lambda: self.dials()[1] == 0)
 
     def test_index_of_a_thousand_services_names_the_first(self):
         self.start(**{"s%d" % number: 9 for number in range(1000)})
@@ -6538,6 +6657,35 @@ class Encryption(TLSCase):
         ]
         self.assertRegex(self.refused(tls=wrong, pin=pin), "self|verify failed")
         self.start_client({"web": 1}, tls=right, pin=pin)
+
+    def test_server_is_reached_through_a_proxy_by_tls_in_tls(self):
+        self.start_server()
+        real = self.server.program.client_address[:2]
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.pem)
+        asked = []
+
+        def proxy(conn):
+            conn = context.wrap_socket(conn, server_side=True)
+            asked.append(read_head(conn)[0].split(b"\r\n")[0])
+            conn.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+            with socket.create_connection(real) as onward:
+                self.relay(conn, onward)
+
+        m, port = client_module, self.service(proxy)
+        trusted = m.make_context(self.pem, False)
+
+        class ByProxy(m.Uplink):
+            def steps(self):
+                first = m.Connect(self.client.resolver, m.parse_target(port))
+                connect = b"CONNECT tunnel.test:1 HTTP/1.1\r\n\r\n"
+                before = [first, m.StartTLS(trusted, "localhost", b"")]
+                return before + [m.Ask(connect, 200)] + super().steps()[1:]
+
+        change(self, m, Uplink=ByProxy)
+        self.start_client({"web": self.echo()})
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+        self.assertEqual(asked, [b"CONNECT tunnel.test:1 HTTP/1.1"])
 
     def test_nothing_is_sent_before_the_fingerprint_is_known_to_be_right(self):
         got = []
