@@ -626,10 +626,9 @@ class Loop:
         try:
             return call(*args)
         except Exception as error:
-            self.failed(owner, error)
-            return None
+            return self.failed(owner, error)
 
-    def failed(self, owner: Any, error: Exception) -> None:
+    def failed(self, owner: Any, error: Exception) -> Any:
         """The one catcher: serving `owner` raised `error`. A peer's fault is told to
         the owner only; a bug of ours is logged with its traceback as well."""
         if isinstance(error, MemoryError):
@@ -640,6 +639,7 @@ class Loop:
             owner.fail(error)
         except Exception as worse:
             log.error("%s: %s", owner, worse, trace=worse)
+        return None
 
     def fail(self, error: Exception) -> None:
         """The wake-up socket is broken. Nothing can mend that; timers go on."""
@@ -1309,8 +1309,8 @@ class Stream:
 
     __slots__ = (
         "link id owner credit window receive_window granted widened unread uncredited "
-        "sent last_turn since queued owing open ended_out ended_in open_frame "
-        "reset_frame"
+        "sent last_turn since queued wants_turn owing open ended_out ended_in "
+        "open_frame reset_frame"
     ).split()
 
     def __init__(self, link: "Link", number: int, owner: Any) -> None:
@@ -1324,7 +1324,8 @@ class Stream:
         self.sent = 0  # bytes sent since `since`
         self.last_turn = 0  # bytes sent in the last turn
         self.since = 0.0
-        self.queued = False  # stands in a ring
+        self.queued = False  # stands in a ring, or has its turn
+        self.wants_turn = False  # was woken since its turn began
         self.owing = False  # stands among the streams that owe control
         self.open = True
         self.ended_out = self.ended_in = False  # END was sent, END was received
@@ -1335,6 +1336,7 @@ class Stream:
 
     def wake(self) -> None:
         """The owner may have something: it is pulled when the link can send."""
+        self.wants_turn = True
         if self.queued or self.credit < LEAST_TURN or self.ended_out or not self.open:
             return
         self.queued = True
@@ -1388,9 +1390,9 @@ class Stream:
 
     def note_sent(self, count: int, now: float) -> None:
         """`count` bytes have gone in one turn."""
-        self.credit -= count
         if now - self.since >= QUIET_TIME:
             self.since, self.sent = now, 0
+        self.credit -= count
         self.sent += count
         self.last_turn = count
 
@@ -1751,16 +1753,18 @@ class Link:
 
     def put_turn(self, stream: Stream, fill: int, limit: int) -> int:
         """One turn of a stream: the owner writes right behind the header."""
-        stream.queued = False
         if stream.ended_out or stream.credit < LEAST_TURN or not stream.open:
+            stream.queued = False
             return fill  # with no room in its view a source would seem to be at its end
         start, size = fill + HEADER.size, min(limit, stream.credit)
         view = self.loop.frames[start : start + size]
+        stream.queued = True  # in its turn: wake() notes that it wants another
+        stream.wants_turn = False
         try:
             count = stream.owner.pull(view)
         except Exception as error:
-            self.loop.failed(stream.owner, error)
-            return fill
+            count = self.loop.failed(stream.owner, error)
+        stream.queued = False
         if count is None or not stream.open:
             return fill
         if count == 0:
@@ -1769,7 +1773,7 @@ class Link:
                 stream.detach()
             return self.put(Kind.END, stream.id, b"", fill)
         stream.note_sent(count, self.loop.clock())
-        if count == size:
+        if count == size or stream.wants_turn:
             stream.wake()  # a source that came short is watched instead
         return self.put(DATA, stream.id, view[:count], fill)
 

@@ -6892,7 +6892,7 @@ class Encryption(TLSCase):
         for _ in range(20):
             read_some()
         connection.shutdown_write()
-        self.assertTrue(connection.transport.ending)  # OpenSSL would lose what is not read
+        self.assertTrue(connection.transport.ending)  # unread bytes would be lost
         for _ in range(20):
             read_some()
         self.assertFalse(connection.transport.ending)
