@@ -1894,8 +1894,8 @@ class Pipe:
         self.name, self.code, self.early = name, code, bytearray(early)
         stream.owner = connection.owner = self
         connection.loop.dirty.add(connection)
-        if early:
-            stream.wake()
+        if early or connection.eof:
+            stream.wake()  # no socket will announce it
 
     def __str__(self) -> str:
         return self.name

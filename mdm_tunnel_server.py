@@ -1893,8 +1893,8 @@ class Pipe:
         self.name, self.code, self.early = name, code, bytearray(early)
         stream.owner = connection.owner = self
         connection.loop.dirty.add(connection)
-        if early:
-            stream.wake()
+        if early or connection.eof:
+            stream.wake()  # no socket will announce it
 
     def __str__(self) -> str:
         return self.name
@@ -3802,7 +3802,7 @@ def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
 # over, or returns a page of our own.
 # -----------------------------------------------------------------------------------
 DRAIN = 4.0  # seconds for running requests after SIGTERM
-LAST_WORDS = 0.8  # seconds after that for what was said last: DRAIN + this is under 5
+LAST_WORDS = 0.5  # seconds after that for what was said last: together under 5
 DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
 
 

@@ -5041,6 +5041,28 @@ class Faults(TunnelCase):
         self.server.until(lambda: any(x.timer for x in self.exchanges()))
         return conn, go, seen
 
+    def test_end_that_comes_before_the_101_goes_on_after_it(self):
+        upgrade = b"HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+        go, seen = threading.Event(), queue.Queue()
+
+        def handler(conn):
+            read_head(conn)
+            go.wait(PATIENCE)
+            conn.sendall(upgrade)
+            seen.put(b"".join(iter(lambda: conn.recv(100), b"")))
+            conn.sendall(b"bye")
+
+        self.start(web=self.service(handler))
+        conn = self.visit()
+        lines = ["Connection: upgrade", "Upgrade: x"]
+        conn.sendall(self.ask("web.tim.x", *lines, close=False) + b"early")
+        self.wait_for_streams(1)
+        conn.shutdown(socket.SHUT_WR)
+        self.server.until(lambda: self.exchanges()[0].connection.eof)
+        go.set()
+        self.assertEqual(seen.get(timeout=PATIENCE), b"early")
+        self.assertTrue(self.raw(b"", conn).endswith(b"\r\n\r\nbye"))
+
     def test_visitor_who_half_closes_gets_an_answer_that_begins_in_time(self):
         answer = [b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nlate"]
         conn, go, _ = self.half_closed(answer, LEFT_TIME=2 * PATIENCE)
