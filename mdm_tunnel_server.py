@@ -128,6 +128,9 @@ class ProtocolError(Exception):
 # comes, so that nothing is put together only to be taken apart again; every other
 # payload is small and comes whole.
 # -----------------------------------------------------------------------------------
+NO_DATA = memoryview(b"")
+
+
 class FrameReader:
     """Cuts what comes from `peer`, "server" or "client", into frames."""
 
@@ -135,7 +138,7 @@ class FrameReader:
         self.peer = peer
         self.rules = {k: r[1:] for k, r in RULES.items() if r[0] in ("both", peer)}
         self.held = b""  # the beginning of a header or of a small frame
-        self.data = memoryview(b"")  # what was pushed; from `at` on nobody has seen it
+        self.data = NO_DATA  # what was pushed; from `at` on nobody has seen it
         self.at = 0
         self.kind = self.stream = 0
         self.left = 0  # bytes of the current DATA still to come
@@ -150,6 +153,9 @@ class FrameReader:
         """The next (kind, stream, payload), or None: more bytes must come first.
         Raises ProtocolError."""
         data, start = self.data, self.at
+        if start == len(data):
+            self.data, self.at = NO_DATA, 0
+            return None
         if not self.left:
             start += HEADER.size
             if start > len(data):
@@ -164,9 +170,8 @@ class FrameReader:
                 self.at = end
                 return self.kind, self.stream, data[start:end]
             self.left, self.at = length, start
-        if start == len(data):
-            self.hold()
-            return None
+            if start == len(data):
+                return self.next()
         end = self.at = min(len(data), start + self.left)
         self.left -= end - start
         return DATA, self.stream, data[start:end]
@@ -174,7 +179,7 @@ class FrameReader:
     def hold(self) -> None:
         """What is left is the beginning of a frame."""
         self.held += bytes(self.data[self.at :])
-        self.data, self.at = memoryview(b""), 0
+        self.data, self.at = NO_DATA, 0
 
     def keep(self) -> None:
         """Whoever reads stops here for now, and the buffer of `data` is not theirs."""
@@ -465,6 +470,7 @@ class Loop:
     ) -> None:
         self.selector = selector or selectors.DefaultSelector()
         self.clock = clock
+        self.unseen: List[Tuple[Any, int]] = []  # events that no selector tells
         self.serial = itertools.count()  # keeps equal deadlines in order
         self.timers: List[Tuple[float, int, Timer]] = []
         self.crowded = 1000  # timers that make it worth looking for cleared ones
@@ -537,10 +543,7 @@ class Loop:
         """Wait for something, and do all that follows from it."""
         events = self.selector.select(self.select_timeout())
         self.turn_started, self.handshakes = self.clock(), 0
-        for number, (key, mask) in enumerate(events, 1):
-            self.dispatch(key.data, mask)
-            if not number % PART:
-                self.send()
+        self.read_on(events)
         for _ in range(len(self.calls)):
             owner, call, args = self.calls.popleft()
             self.guard(owner, call, *args)
@@ -556,20 +559,27 @@ class Loop:
             except Exception as error:
                 self.failed(connection, error)
 
-    def dispatch(self, target: Any, mask: int) -> None:
-        """A socket is ready: first for itself, then for its owner."""
-        try:
-            told = target.on_events(mask)
-            if told & WRITE:
-                target.owner.on_writable()
-            if told & READ and target.phase == OPEN_PHASE:
-                target.owner.on_readable()
-        except Exception as error:
-            self.failed(target, error)
+    def read_on(self, events: List[Tuple[Any, int]]) -> None:
+        """Sockets are ready: each first for itself, then for its owner. Some have more
+        to read than the selector can see."""
+        events, self.unseen = self.unseen + events, []
+        for number, (key, mask) in enumerate(events, 1):
+            target = key.data
+            try:
+                told = target.on_events(mask)
+                if told & WRITE:
+                    target.owner.on_writable()
+                if told & READ and target.phase == OPEN_PHASE:
+                    target.owner.on_readable()
+            except Exception as error:
+                self.failed(target, error)
+            if not number % PART:
+                self.send()
 
     def again(self, connection: Any) -> None:
         """It has more to read than the selector can see."""
-        self.soon(self, self.dispatch, connection, READ)
+        key = selectors.SelectorKey(connection.sock, 0, READ, connection)
+        self.unseen.append((key, READ))
 
     def send(self) -> None:
         """What the links owe, and what quiet streams have."""
@@ -587,7 +597,7 @@ class Loop:
 
     def select_timeout(self) -> Optional[float]:
         """Seconds that the selector may wait; None is for ever."""
-        if self.calls or self.dirty or self.ready_links:
+        if self.calls or self.dirty or self.ready_links or self.unseen:
             return 0
         if not self.timers:
             return POLL
@@ -1443,15 +1453,9 @@ class Pacer:
         self.was_idle = True  # since `measured` there was a moment with nothing to send
         connection.limit_queue(self.quantum)
 
-    def note_sent(self, count: int) -> None:
-        """The kernel has taken all before; `count` bytes more are about to be sent."""
-        now = self.loop.clock()
-        if now - self.measured >= TURN_TIME:
-            self.measure(now)
-        self.sent_since += count
-
     def measure(self, now: float) -> None:
-        """With nothing to send for a moment, the link delivered at least so much."""
+        """The kernel has taken everything up to now. With nothing to send for a moment
+        the link could have delivered more."""
         delivered = int(self.sent_since * TURN_TIME / (now - self.measured))
         if delivered > self.quantum or not self.was_idle:
             most = min(2 * self.quantum, DATA_LIMIT)
@@ -1506,47 +1510,52 @@ class Link:
 
     def on_readable(self) -> None:
         """Read once; what is left keeps the socket readable."""
-        if self.reader.data:
-            return
-        count = self.connection.read_into(self.loop.scratch)
-        if count == 0:
-            raise OSError("the other side closed the connection")
-        if count:
-            self.receive(self.loop.scratch[:count])
+        if not self.reader.data:
+            count = self.connection.read_into(self.loop.scratch)
+            if count == 0:
+                raise OSError("the other side closed the connection")
+            if count:
+                self.heard = self.loop.clock()
+                self.reader.push(self.loop.scratch[:count])
+                self.read_frames()
 
     def receive(self, data: memoryview) -> None:
-        """Act on what was read. `data` is not ours: the next read overwrites it."""
+        """What was read before the connection was a link."""
         self.heard = self.loop.clock()
         self.reader.push(data)
         self.read_frames()
 
     def read_frames(self) -> None:
-        """Frame by frame; with too many for one turn of the loop go on in the next."""
+        """Act on each; with too many for one turn of the loop go on in the next. What
+        was pushed is not ours: the next read overwrites it."""
         reader, count = self.reader, 0
         while not self.closed:
             frame = reader.next()
             if frame is None:
                 break
-            self.on_frame(*frame)
-            count += 1
-            # a frame of JSON takes as long as many others
-            if count % LOOK_EVERY and frame[0] in STREAM_FRAMES:
-                continue
+            kind, number, payload = frame
+            if self.tracing:
+                self.trace("<", kind, number, payload)
+            stream = self.streams.get(number)
+            if stream and kind in STREAM_FRAMES and self.step == len(HANDSHAKE):
+                STREAM_FRAMES[kind](self, stream, payload)
+                count += 1
+                if count % LOOK_EVERY:
+                    continue
+            else:  # a frame of JSON takes as long as many others
+                self.on_other_frame(kind, number, payload)
             if self.loop.tired():
                 reader.keep()
                 self.loop.soon(self, self.read_frames)
                 break
         self.loop.dirty.add(self.connection)  # it may be read again
 
-    def on_frame(self, kind: int, number: int, payload: memoryview) -> None:
-        if self.tracing:
-            self.trace("<", kind, number, payload)
+    def on_other_frame(self, kind: int, number: int, payload: memoryview) -> None:
+        """One of the link's own, OPEN, or one for a stream that is over."""
         if self.step < len(HANDSHAKE) or kind in HANDSHAKE:
             self.check_order(kind)
         if number == 0:
             LINK_FRAMES.get(kind, Link.on_text)(self, kind, payload)
-        elif number in self.streams and kind != OPEN:
-            STREAM_FRAMES[kind](self, self.streams[number], payload)
         elif kind == OPEN:
             self.on_open(number, payload)
         elif number > self.last_id:
@@ -1678,21 +1687,24 @@ class Link:
     def flush(self, busy: int = 0) -> None:
         """Send what is owed, what quiet streams have, and `busy` busy frames, as long
         as the kernel takes all of it."""
-        connection = self.connection
-        while not (self.closed or connection.waiting()):
+        connection, pacer = self.connection, self.pacer
+        while not (self.closed or connection.backlog or connection.transport.unsent):
             fill = self.put_control(0) if self.owed or self.owing else 0
             if self.quiet:
                 fill = self.put_quiet(fill)
             if busy and self.busy:
                 busy = 0
-                size = self.pacer.quantum // min(SHARES, len(self.busy))
+                size = pacer.quantum // min(SHARES, len(self.busy))
                 size = max(LEAST_TURN, size)
                 fill = self.put_turn(self.busy.popleft(), fill, size)
             if not fill:
                 break
-            self.pacer.note_sent(fill)
+            now = self.loop.clock()
+            if now - pacer.measured >= TURN_TIME:
+                pacer.measure(now)
+            pacer.sent_since += fill
             connection.write(self.loop.frames[:fill])
-        self.pacer.was_idle |= not (self.busy or connection.backlog)
+        pacer.was_idle |= not (self.busy or connection.backlog)
         self.loop.dirty.add(connection)
         if self.draining:
             self.close_when_done()
@@ -3246,7 +3258,7 @@ class HTTPConnection:
             self.close(Ending.CLOSE if plain else Ending.LINGER)
             return
         self.request = None
-        self.visitors.note_idle(self)
+        self.visitors.idle[self] = None
         self.timer.set(IDLE_TIME)
         if self.unparsed or self.connection.eof:
             self.loop.soon(self, self.next)
@@ -3320,7 +3332,7 @@ class Kept:
         stream = self.stream
         if self.service is not service or not stream.open or stream.link.draining:
             return False
-        return can_retry(request) or stream.link.loop.clock() - self.since < KEPT_TIME
+        return stream.link.loop.clock() - self.since < KEPT_TIME or can_retry(request)
 
     def give_up(self) -> None:
         self.stream.reset("done")
@@ -3392,7 +3404,7 @@ class Exchange:
                 kept.give_up()
             self.stream = self.service.open(self, self.request)
         self.connection.owner = self
-        http.visitors.note_busy(http)
+        http.visitors.idle.pop(http, None)
         self.loop.dirty.add(self.connection)
         http.service = self.service
         self.stream.wake()
@@ -3415,10 +3427,6 @@ class Exchange:
         self.head, self.failure, self.code = self.request.to_service(), None, ""
         self.stream.wake()
         return True
-
-    def is_uploading(self) -> bool:
-        """Whether what the visitor sends belongs to the stream."""
-        return not self.request.body.done and self.stream.open
 
     def pull(self, view: memoryview) -> Optional[int]:
         """The stream's turn: the head, then the body."""
@@ -3472,14 +3480,16 @@ class Exchange:
     def interest(self) -> int:
         """The body is read when its stream's turn comes; anything else is read ahead,
         so that a reset is seen."""
-        if self.is_uploading() and self.stream.queued:
-            return 0
-        if self.is_uploading() and self.stream.wants_read():
-            return READ
+        stream = self.stream
+        if stream.open and not self.request.body.done:
+            if stream.queued:
+                return 0
+            if stream.wants_read():
+                return READ
         return READ if len(self.http.unparsed) < HEAD_LIMIT else 0
 
     def on_readable(self) -> None:
-        if self.is_uploading() and self.stream.wants_read():
+        if not self.request.body.done and self.stream.wants_read():
             self.stream.wake()
             return
         unparsed = self.http.unparsed
@@ -3490,7 +3500,7 @@ class Exchange:
         if count == 0 or len(unparsed) == HEAD_LIMIT:
             self.watch()  # from here on the selector tells nothing of the visitor
         if count == 0:
-            self.http.visitors.note_idle(self.http)  # it may go where room is short
+            self.http.visitors.idle[self.http] = None  # it may go where room is short
 
     def on_writable(self) -> None:
         self.conclude()
@@ -3555,8 +3565,17 @@ class Exchange:
         if self.connection.owner is not self:
             return  # it is over
         try:
-            while self.inbox and not self.answer and self.read_head():
-                pass
+            while self.inbox and self.answer is None:
+                answer = self.read_head()
+                if answer is None:
+                    break
+                if answer.status >= 200:
+                    self.begin_answer(answer)
+                elif answer.status == 101:
+                    self.upgrade(answer)
+                    return
+                else:
+                    self.pass_interim(answer)
             if self.inbox and self.answer and not self.body.done:
                 count = self.pass_on(b"", memoryview(bytes(self.inbox)))
                 del self.inbox[:count]
@@ -3567,23 +3586,17 @@ class Exchange:
             self.failure = HTTPError(502, "broken", "%s: %s" % (self.said(), error))
         self.conclude()
 
-    def read_head(self) -> bool:
-        """A head: any number of 1xx, then the answer's (RFC 9110 15.2). False while it
-        is not whole, or when the rest is not for us."""
+    def read_head(self) -> Optional[Answer]:
+        """The next head in the inbox: any number of 1xx, then the answer's (RFC 9110
+        15.2). None while it is not whole."""
         end = find_answer_head(self.inbox, self.searched)
         if not end:
             self.searched = len(self.inbox)
-            return False
+            return None
         answer = Answer(self.inbox[:end], self.request.method, self.http.recent)
         del self.inbox[:end]
         self.searched = 0
-        if answer.status >= 200:
-            self.begin_answer(answer)
-        elif answer.status == 101:
-            self.upgrade(answer)
-        else:
-            self.pass_interim(answer)
-        return answer.status != 101
+        return answer
 
     def pass_interim(self, answer: Answer) -> None:
         self.interim += 1
@@ -4320,14 +4333,6 @@ class Visitors:
     def discard(self, http: HTTPConnection) -> None:
         self.all.discard(http)
         self.idle.pop(http, None)
-
-    def note_busy(self, http: HTTPConnection) -> None:
-        self.idle.pop(http, None)
-
-    def note_idle(self, http: HTTPConnection) -> None:
-        """It is between two requests, or has said that it sends no more."""
-        self.idle[http] = None
-        self.idle.move_to_end(http)
 
     def between_requests(self) -> List[HTTPConnection]:
         return [http for http in self.all if http.connection.owner is http]

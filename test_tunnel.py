@@ -603,6 +603,8 @@ class FakeSocket:
 class Wire:
     """In place of a Connection: takes `room` bytes, keeps the rest as backlog."""
 
+    transport = server_module.Plain  # nothing waits below
+
     def __init__(self, loop):
         self.loop, self.sock = loop, FakeSocket()
         self.owner = self.send_error = None

@@ -24,7 +24,7 @@ from browser import Browser
 from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, World, curl
 from parts import free_ports, get, run, sha256, start_haproxy_front, start_nginx_front
 from parts import wait_for
-from strictness import raw_inputs_beside_haproxy_and_nginx
+from strictness import strictness_with_answers, strictness_with_requests
 from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import ServerConnection, serve
@@ -686,7 +686,8 @@ CHECKS: List[Callable[[World], str]] = [
     client_killed_in_a_download,
     server_killed_in_a_download,
     client_told_to_end_while_a_visitor_idles,
-    raw_inputs_beside_haproxy_and_nginx,
+    strictness_with_requests,
+    strictness_with_answers,
     tls_and_tokens,
     *skew.CHECKS,
     *leaving.CHECKS,

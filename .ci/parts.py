@@ -319,6 +319,14 @@ def start_nginx(name: str, servers: str, *ports: int) -> None:
     process.wait_until_listening(*ports)
 
 
+def start_haproxy(name: str, fronts: str, *ports: int) -> None:
+    config = TMP / (name + ".cfg")
+    config.write_text(HAPROXY + fronts)
+    haproxy = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
+    process = Process(name, haproxy or "haproxy", "-db", "-f", str(config))
+    process.wait_until_listening(*ports)
+
+
 def start_services() -> Tuple[int, int]:
     """nginx with files, uploads and git on one port, and with a page on another."""
     for name in ("web", "other"):
@@ -347,13 +355,9 @@ def start_nginx_front(server: Server) -> Tuple[int, int]:
 def start_haproxy_front(server: Server) -> Tuple[int, int]:
     """HAProxy before both ports, with not a word about upgrades."""
     visitors, clients = free_ports(2)
-    text = HAPROXY + HAPROXY_FRONT % (visitors, visitors, server.port)
+    text = HAPROXY_FRONT % (visitors, visitors, server.port)
     text += HAPROXY_FRONT % (clients, clients, server.client_port)
-    config = TMP / "haproxy.cfg"
-    config.write_text(text)
-    haproxy = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
-    process = Process("haproxy", haproxy or "haproxy", "-db", "-f", str(config))
-    process.wait_until_listening(visitors, clients)
+    start_haproxy("haproxy", text, visitors, clients)
     return visitors, clients
 
 
