@@ -71,12 +71,16 @@ class NoSocket:
         return -1
 
 
+class NoTransport:
+    unsent = b""  # nothing waits below the connection
+
+
 class Wire:
     """In place of a Connection: the kernel takes `room` bytes, the rest is backlog. It
     notes what was written, taken or not."""
 
     def __init__(self, clock: Clock) -> None:
-        self.clock, self.sock = clock, NoSocket()
+        self.clock, self.sock, self.transport = clock, NoSocket(), NoTransport()
         self.owner: Any = None
         self.send_error: Optional[OSError] = None
         self.backlog = bytearray()
