@@ -72,7 +72,7 @@ class NoSocket:
 
 
 class NoTransport:
-    unsent = b""  # nothing waits below the connection
+    unsent = 0  # nothing waits below the connection
 
 
 class Wire:
