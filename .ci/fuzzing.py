@@ -3,6 +3,7 @@ HTTP that are not ours, and what must hold for the parsers whatever they are giv
 program it is what .ci/fuzz starts to try the parsers: it ends itself when its time is
 up, which atheris, the fuzzer that follows the coverage, would not."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,6 +18,8 @@ import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional
 from typing import Sequence, Tuple
+
+import reference
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ID = "fuzz"  # of the client
@@ -70,6 +73,7 @@ REQUESTS = [
     head("GET /ws HTTP/1.1", host(), *UPGRADE) + b"\x81\x02hi" + INNER,
     head("POST /old HTTP/1.0", host(), "Connection: keep-alive", SIZE) + INNER,
     head("HEAD /head HTTP/1.1", host(), "X-Forwarded-For: 1.2.3.4"),
+    head("GET /\xc3\xa4?\xff HTTP/1.1", host()),
     head("GET http://web.%s.localhost:80/abs HTTP/1.1" % ID, host("other")),
     head("OPTIONS * HTTP/1.1", host(), "Connection: close, X-A", "X-A: 1"),
     head("GET / HTTP/1.1", "Host: web--%s.localhost:8000" % ID, "Expect: 100-continue"),
@@ -92,6 +96,15 @@ ANSWERS = [
     head("HTTP/1.1 426 Upgrade Required", "Upgrade: a", "Connection: Upgrade", HAS)
     + OTHER,
     head("HTTP/1.1 500 \xe4", "Connection: X-A", "X-A: 1", HAS) + OTHER,
+    # not by the grammar, and passed on all the same
+    head("HTTP/1.1 200 OK", HAS).replace(b"\r", b"") + OTHER,
+    head("HTTP/1.1 200 OK", "Server : box", "X-Long: a\r\n b", HAS) + OTHER,
+    head("HTTP/1.1 200 OK", HAS, CHUNKED) + chunk(OTHER) + b"0\r\n\r\n",
+    head("HTTP/1.1 200 OK", HAS, HAS + ", " + HAS[16:]) + OTHER,
+    head("HTTP/1.1 999 Denied", "Transfer-Encoding: identity", HAS) + OTHER,
+    head("HTTP/1.1 200 OK", "Content_Length: 1", CHUNKED)
+    + chunk(OTHER, b"  ").replace(b"  \r", b"  ")
+    + b"00 \nT : v\n w\n\n",
 ]
 LINES = [
     SIZE.encode(), CHUNKED.encode(), host().encode(), b"Content-Length: 0",
@@ -399,16 +412,26 @@ ALL_FRAMES = FROM_CLIENT + FROM_SERVER + [[LOGIN, SERVICES, CHALLENGE, WELCOME]]
 
 # -----------------------------------------------------------------------------------
 # Readings: HTTP as others read it, who overlook this or that (RFC 9112, 11.2). What
-# goes on to a service or to a visitor must be the same to all of them.
+# goes on to a service or to a visitor must be the same to all of them, and to the
+# strictest, which reference.py is.
 # -----------------------------------------------------------------------------------
 NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+FIRST = re.compile(reference.TEXT)  # line of a head, whatever it means
 HEXADECIMAL = re.compile(rb"[ \t]*([0-9A-Fa-f]+)[ \t]*(;.*)?", re.DOTALL)
 DIGITS = re.compile(rb"[ \t+]*([0-9]+)")
 
 
 class Unclear(Exception):
     """This reader would refuse it."""
+
+
+@contextlib.contextmanager
+def strictly() -> Iterator[None]:
+    """What the reference refuses is unclear."""
+    try:
+        yield
+    except reference.Faulty as error:
+        raise Unclear(str(error)) from None
 
 
 class Reading(NamedTuple):
@@ -455,6 +478,10 @@ def line_at(data: bytes, at: int, how: Reading) -> Optional[Tuple[bytes, int]]:
 
 def head_at(data: bytes, at: int, how: Reading) -> Optional[Message]:
     """The head that begins there; None when it is not whole. Raises Unclear."""
+    if how is STRICT:
+        with strictly():
+            head = reference.read_head(data, at, FIRST)
+        return head and Message(head.first, head.fields, b"", head.end)
     lines: List[bytes] = []
     while not lines or lines[-1]:
         found = line_at(data, at, how)
@@ -467,8 +494,6 @@ def head_at(data: bytes, at: int, how: Reading) -> Optional[Message]:
     fields: Fields = []
     for line in lines[1:-1]:
         add_field(fields, line, how)
-    if how is STRICT and not VALUE.fullmatch(lines[0]):
-        raise Unclear("first line")
     return Message(lines[0], fields, b"", at)
 
 
@@ -481,8 +506,6 @@ def add_field(fields: Fields, line: bytes, how: Reading) -> None:
             fields.append((name.strip(b" \t\0\x0b\x0c\r").lower(), value.strip()))
     elif not (colon and NAME.fullmatch(name)):
         raise Unclear("field")
-    elif how is STRICT and not VALUE.fullmatch(value):
-        raise Unclear("value")
     else:
         fields.append((name.lower(), value.strip(b" \t")))
 
@@ -493,6 +516,9 @@ def values(fields: Fields, name: bytes) -> List[bytes]:
 
 def chunks_at(data: bytes, at: int, how: Reading) -> Tuple[bytes, int, bool]:
     """Content and end of a chunked body, and whether it is whole."""
+    if how is STRICT:
+        with strictly():
+            return reference.read_chunks(data, at)[:3]
     content: Pieces = []
     while True:
         found = line_at(data, at, how)
@@ -500,7 +526,7 @@ def chunks_at(data: bytes, at: int, how: Reading) -> Tuple[bytes, int, bool]:
             return b"".join(content), len(data), False
         line, at = found
         size = HEXADECIMAL.fullmatch(line)
-        if not size or how is STRICT and (b"\r" in line or b"\n" in line):
+        if not size:
             raise Unclear("chunk size")
         count = int(size.group(1), 16)
         if not count:
@@ -524,16 +550,18 @@ def chunks_at(data: bytes, at: int, how: Reading) -> Tuple[bytes, int, bool]:
 def framing_of(fields: Fields, how: Reading) -> Optional[int]:
     """How long the body is by the fields: IN_CHUNKS, or None when they do not say.
     Raises Unclear."""
+    if how is STRICT:
+        with strictly():
+            found = reference.framing(reference.Head(b"", fields, 0))
+        return IN_CHUNKS if found == reference.CHUNKED else found
     lengths = values(fields, b"content-length")
     codings = [value.lower() for value in values(fields, b"transfer-encoding")]
-    if how is STRICT and len(lengths) + len(codings) > 1:
-        raise Unclear("framing")
     chunked = any(b"chunked" in c if how.within else c == b"chunked" for c in codings)
     if chunked and not (how.length_first and lengths):
         return IN_CHUNKS
     if lengths:
         number = DIGITS.match(lengths[-1 if how.last else 0])
-        if not number or how is STRICT and not lengths[0].isdigit():
+        if not number:
             raise Unclear("length")
         return int(number.group(1)[:20])
     if codings and not how.loose:
@@ -546,6 +574,8 @@ def message_at(
 ) -> Optional[Message]:
     """A request, or the answer to a `method`; None when not even the head is whole.
     Raises Unclear."""
+    if how is STRICT:
+        return strict_message(data, at, method)
     found = head_at(data, at, how)
     if found is None:
         return None
@@ -561,6 +591,19 @@ def message_at(
         end = found.end + length
         body, whole, end = data[found.end : end], end <= len(data), min(end, len(data))
     return Message(found.first, found.fields, body, end, whole)
+
+
+def strict_message(data: bytes, at: int, method: bytes) -> Optional[Message]:
+    """Nothing comes behind what is there of an answer."""
+    with strictly():
+        if method:
+            read = reference.read_answer(data, method, at, closed=True)
+        else:
+            read = reference.read_request(data, at)
+    if not read:
+        return None
+    head, body = read.head, read.body
+    return Message(head.first, head.fields, body.content, body.end, body.whole)
 
 
 def has_no_body(first: bytes, method: bytes) -> bool:
@@ -668,7 +711,8 @@ def read_frames(peer: str, pieces: Pieces) -> List[Any]:
     found: List[Any] = []
     try:
         for piece in pieces:
-            for kind, stream, payload in reader.feed(memoryview(piece)):
+            reader.push(memoryview(piece))
+            for kind, stream, payload in iter(reader.next, None):
                 sender, on_stream, _, most = server.RULES[kind]
                 expect(sender in ("both", peer), "kind %d of the %s", kind, peer)
                 expect(on_stream == (stream > 0), "%d on stream %d", kind, stream)
@@ -701,12 +745,12 @@ def parse_tokens(data: bytes) -> Any:
     return server.parse_tokens(data) if hasattr(server, "parse_tokens") else None
 
 
-def find_head(pieces: Pieces) -> Optional[bytes]:
-    """The head at the beginning, as Visitor.next() looks for it."""
+def find_head(pieces: Pieces, find: Callable[..., int]) -> Optional[bytes]:
+    """The head at the beginning, as it comes."""
     buffer, searched = bytearray(), 0
     for piece in pieces:
         buffer += piece
-        end = server.find_head(buffer, searched)
+        end = find(buffer, searched)
         if end:
             return bytes(buffer[:end])
         searched = len(buffer)
@@ -716,7 +760,7 @@ def find_head(pieces: Pieces) -> Optional[bytes]:
 def read_request(pieces: Pieces, use: Any = None) -> Optional[bytes]:
     """What goes on to the service; None when it is refused or not whole."""
     try:
-        found = find_head(pieces)
+        found = find_head(pieces, server.find_request_head)
         if found is None:
             return None
         request = server.Request(found, "192.0.2.1")
@@ -752,10 +796,16 @@ def same_head(one: Optional[bytes], other: bytes) -> bool:
     return heads[0] == heads[1]
 
 
-def check_framing(data: bytes, accepted: Any) -> None:
+def length_of(body: Any) -> Optional[int]:
+    """IN_CHUNKS, a length, or None: to the end."""
+    if isinstance(body, server.Chunked):
+        return IN_CHUNKS
+    return None if body.until_close else int(body.read_limit)
+
+
+def check_framing(data: bytes, body: Any) -> None:
     """Who accepts the head too finds the end of the body in the same place."""
-    body = accepted.framing()
-    ours = body and (IN_CHUNKS if isinstance(body, server.Chunked) else body.left)
+    ours = length_of(body)
     for how in READINGS:
         found = head_at(data, 0, how)
         theirs = framing_of(found.fields, how) if found else ours
@@ -770,7 +820,7 @@ def check_request(data: bytes) -> None:
     expect(sent == pieces, "%r is in pieces %r", sent, pieces)
     if sent is None:
         return
-    read_request([data], lambda request: check_framing(data, request))
+    read_request([data], lambda request: check_request_framing(data, request.body))
     try:
         found = read_by_all(sent)
     except (Unclear, AssertionError) as error:
@@ -790,35 +840,49 @@ def check_request(data: bytes) -> None:
     expect(same, "after a hook it is %r, not %r", hooked, sent)
 
 
+def check_request_framing(data: bytes, body: Any) -> None:
+    """No field that frames it, and a length of 0, are the same."""
+    for how in READINGS:
+        found = head_at(data, 0, how)
+        theirs = found and framing_of(found.fields, how) or 0
+        ours = length_of(body)
+        expect(theirs == ours, "a body of %r, read as %s of %r", ours, how.name, theirs)
+
+
 def read_answer(data: bytes, method: str, connection: str) -> Any:
-    """The answer, and how its head goes on; None when it is refused or not whole."""
+    """The answer, its body, how its head goes on, and where it ends; None when it is
+    refused or not whole."""
     try:
-        found = find_head([data])
+        found = find_head([data], server.find_answer_head)
         if found is None:
             return None
-        answer = server.Answer(found)
-        body = answer.frame(method)
-        unwrapped = isinstance(body, server.Chunked) and not connection
-        return answer, answer.to_visitor(connection, unwrapped)
+        answer = server.Answer(found, method)
+        unwrap = answer.section.chunked and not connection  # as to a visitor of 1.0
+        body = answer.frame(unwrap)
+        return answer, body, answer.to_visitor(connection, unwrap), len(found)
     except server.HTTPError as error:
         check_error(error)
         return None
 
 
 def check_answer(data: bytes) -> None:
-    """As with requests; what the service says of the connection is ours to say."""
+    """How it may be written is the service's matter. What goes on is the same to all;
+    what the service says of the connection is ours to say."""
     data = data[:65536]
     for method in ("GET", "HEAD"):
         for connection in ("", "close", "keep-alive"):
             read = read_answer(data, method, connection)
             if read is None:
                 continue
-            answer, sent = read
-            check_framing(data, answer)
+            answer, body, sent, _ = read
+            if length_of(body) == IN_CHUNKS and not connection:
+                body = server.UntilClose()  # to a visitor of 1.0
             try:
                 found = read_by_all(sent)
             except (Unclear, AssertionError) as error:
                 raise Wrong("%r goes to the visitor: %s" % (sent, error)) from None
+            if not has_no_body(found.first, method.encode()):
+                check_framing(sent, body)
             said = values(found.fields, b"connection")
             upgraded = answer.upgrade and answer.status in (101, 426)
             expected = ["Upgrade"] * bool(upgraded) + [connection] * bool(connection)
@@ -830,48 +894,110 @@ def check_answer(data: bytes) -> None:
             if len(found.fields) > server.FIELD_LIMIT:  # with ours
                 continue
             again = read_answer(sent, method, connection)
-            good = again and same_head(again[1], sent)
+            good = again and same_head(again[2], sent)
             expect(good, "%r again is %r", sent, again)
+        check_whole_answer(data, method)
 
 
-def check_chunks(data: bytes) -> None:
-    """Whole or in pieces: the same content, and the same end; to all who read it."""
-    whole, pieces = read_chunks([data]), read_chunks(cut_up(data))
+def check_whole_answer(data: bytes, method: str) -> None:
+    """With its body: the strictest reader has no doubt about what goes on, and where it
+    has none about what came the content is the same."""
+    whole, pieces = pass_on(data, method), pass_on(data, method, cut_up)
     expect(whole == pieces, "%r is in pieces %r", whole, pieces)
-    if not (whole and whole[2]):
+    if not whole:
         return
-    body = data[: whole[1]]
-    again = read_chunks([body])
-    expect(again == whole, "alone it is %r, not %r", again, whole)
-    for how in READINGS:
-        try:
-            read = chunks_at(data, 0, how)
-        except Unclear:
-            expect(how is not STRICT, "it is accepted, but breaks the grammar")
-            continue
-        expect(read == whole, "%r is %r when read as %s", whole, read, how.name)
-
-
-def read_chunks(pieces: Pieces) -> Optional[Tuple[bytes, int, bool]]:
-    """Content, end, and whether it is done; what is not taken comes again with more, as
-    Exchange.pull() does it. A turn takes so many lines only: then there is `more`."""
-    body, rest, content, end = server.Chunked(), b"", b"", 0
     try:
-        for piece in pieces:
-            rest, more = rest + piece, True
-            while more:
-                good = body.feed(memoryview(rest))
-                content += b"".join(rest[a:b] for a, b in body.spans)
-                end, rest = end + good, rest[good:]
-                more = good > 0 and not body.done and getattr(body, "more", False)
-            fits = body.done or len(rest) <= server.CHUNK_LINE_LIMIT
-            expect(fits, "it holds %r", rest)
-            if body.done:
-                break
+        (found,) = answers_in(whole, [method.encode()], STRICT)
+    except Unclear as error:
+        raise Wrong("%r goes to the visitor: %s" % (whole, error)) from None
+    expect(found.whole, "%r goes to the visitor as if it was whole", whole)
+    for how in READINGS[1:]:
+        with contextlib.suppress(Unclear):
+            (other,) = answers_in(whole, [method.encode()], how)
+            expect(other == found, "%r, read as %s: %r", whole, how.name, other)
+    with contextlib.suppress(Unclear):
+        came = message_at(data, 0, STRICT, method.encode())
+        if came and came.whole:
+            expect(came.body == found.body, "%r, not %r", found.body, came.body)
+
+
+def pass_on(
+    data: bytes, method: str, cut: Callable[[bytes], Pieces] = lambda data: [data]
+) -> Optional[bytes]:
+    """What of the first answer goes on, when that is final and comes whole."""
+    read = read_answer(data, method, "close")
+    if not read or read[0].status < 200:
+        return None
+    _, body, sent, end = read
+    try:
+        text, _ = feed_all(cut(data[end:]), body)
     except server.HTTPError as error:
         check_error(error)
         return None
-    return content, end, body.done
+    return sent + text if body.done or body.until_close else None
+
+
+def feed_all(pieces: Pieces, body: Any) -> Tuple[bytes, int]:
+    """What goes on of a body, and how many bytes of the pieces it had. What is not
+    consumed comes again with more. Raises HTTPError."""
+    rest, text, consumed = b"", b"", 0
+    for piece in pieces:
+        rest += piece
+        good = -1
+        while good and not (body.done or body.until_close and not rest):
+            good = body.feed(memoryview(rest))
+            text += rest[:good] if body.said is None else body.said
+            consumed, rest = consumed + good, rest[good:]
+        fits = body.done or len(rest) <= server.CHUNK_LINE_LIMIT
+        expect(fits, "it holds %r", rest)
+        if body.done:
+            break
+    return text, consumed
+
+
+def check_chunks(data: bytes) -> None:
+    """Whole or in pieces: the same content, and the same end; to all who read it. A
+    visitor's have to be by the grammar. A service's are, when they go on."""
+    whole, pieces = read_chunks([data], False), read_chunks(cut_up(data), False)
+    expect(whole == pieces, "%r is in pieces %r", whole, pieces)
+    answer, pieces = read_chunks([data], True), read_chunks(cut_up(data), True)
+    expect(answer == pieces, "%r is in pieces %r", answer, pieces)
+    if answer and answer[2]:
+        check_text_of_chunks(answer[3], answer[0])
+    if not (whole and whole[2]):
+        return
+    expect(answer, "a service's chunks are refused, a visitor's are not")
+    expect(whole[3] == data[: whole[1]], "%r goes on", whole[3])
+    check_text_of_chunks(whole[3], whole[0])
+
+
+def check_text_of_chunks(text: bytes, content: bytes) -> None:
+    """It is read so by all, and is itself what goes on of it."""
+    again = read_chunks([text], False)
+    expected = content, len(text), True, text
+    expect(again == expected, "alone it is %r, not %r", again, expected)
+    for how in READINGS:
+        try:
+            read = chunks_at(text, 0, how)
+        except Unclear:
+            expect(how is not STRICT, "%r goes on, but breaks the grammar", text)
+            continue
+        expect(read == expected[:3], "%r is %r when read as %s", text, read, how.name)
+
+
+def read_chunks(
+    pieces: Pieces, tolerant: bool
+) -> Optional[Tuple[bytes, int, bool, bytes]]:
+    """Content, end, whether it is done, and what goes on."""
+    try:
+        body, inside = server.Chunked(tolerant), server.Chunked(tolerant, unwrap=True)
+        text, end = feed_all(pieces, body)
+        content, same = feed_all(pieces, inside)
+        expect(end == same, "without chunk lines it ends at %d, not at %d", same, end)
+        return content, end, body.done, text
+    except server.HTTPError as error:
+        check_error(error)
+        return None
 
 
 def check_text(data: bytes) -> None:

@@ -237,6 +237,22 @@ def half_closed_visitor_gets_its_answer(_: World) -> str:
     return ""
 
 
+def half_close_before_the_101_reaches_the_service(_: World) -> str:
+    """It belongs to the other protocol: the service sees it behind its 101."""
+    service = Service()
+    client = publish(service)
+    visitor = ask(client, "websocket", *UPGRADE)
+    visitor.shutdown(socket.SHUT_WR)
+    read_until(visitor, b" 101 ")
+    try:
+        ended, _when = service.ends.get(timeout=SOON)
+    except queue.Empty:
+        raise AssertionError("the service does not see it") from None
+    assert ended == "websocket", ended
+    stop(client)
+    return ""
+
+
 # -----------------------------------------------------------------------------------
 # Descriptors run short
 # -----------------------------------------------------------------------------------
@@ -382,6 +398,7 @@ def client_ends_in_time_whatever_visitors_do(_: World) -> str:
 CHECKS: List[Callable[[World], str]] = [
     service_learns_that_a_visitor_left,
     half_closed_visitor_gets_its_answer,
+    half_close_before_the_101_reaches_the_service,
     few_descriptors_and_a_crowd_that_left,
     server_ends_in_time_whatever_visitors_do,
     client_ends_in_time_whatever_visitors_do,
