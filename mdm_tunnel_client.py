@@ -7,19 +7,34 @@ dials the server at example.com, logs in as tim, and joins what comes for the se
 web to port 9000 of this machine. Without `web=9000` the services come from the file
 $HOME/.tunnel-services.json: {"hello-world": 9000, "websockets": 9001}.
 
-    visitor --TCP--> server ==Link==> Stream --Bridge--> Connection --TCP--> service
+    visitor --> server ==Link==> Stream --> Bridge, then Pipe --> Connection --> service
 
-A request's way through this file: on the link that a Tunnel has logged in, an OPEN
-makes a Stream; a Bridge dials the target that the Services name, and bytes flow both
-ways until both have ended. It knows nothing of HTTP, so any protocol passes. Read on in
-that order: the wire and the machinery that the server has too, then services, dialling,
-bridges, the client. Nothing here needs more than the standard library of Python 3.6.
+How to read it. Part one carries a request. What the server has too comes first (read it
+in either file): Protocol, Frames, Loop, Connection, Stream and Link, Pipe. Then:
+
+    Services         what is published, and where it listens
+    Dial             connect, TLS, ask: the steps to a target or to the server
+    Bridge           a stream that waits for its target
+    Tunnel           one link: login, services, new streams
+    Uplink           dials, has a tunnel, dials again
+    Client           all of it, and how it stops
+
+Part two keeps it up: Secrets, TLS, Files, Limits, Log, Resolver, Command line. The
+client knows nothing of HTTP, so any protocol passes. Nothing here needs more than the
+standard library of Python 3.6.
 """
 
 from typing import NamedTuple, Union
 
+# ###################################################################################
+#
+#                            PART ONE: THE TUNNEL
+#                    what carries a request, from end to end
+#
+# ###################################################################################
+
 # ===================================================================================
-# SHARED BLOCK: begins. The same lines stand in both scripts; a test compares them.
+# SHARED BLOCK 1: begins. The same lines stand in both scripts; a test compares them.
 # ===================================================================================
 import argparse
 import collections
@@ -43,7 +58,7 @@ import time
 from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional
 from typing import Set, Tuple
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 Call = Callable[..., Any]
 DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
@@ -229,191 +244,6 @@ def peer_text(value: Any) -> str:
 
 
 # -----------------------------------------------------------------------------------
-# Secrets: each side proves that it knows the token of an id, and neither says anything
-# from which the token, or a proof for another link, could be made: HMAC-SHA256 (RFC
-# 2104) over who speaks, the nonces of both, which are new for every link, and the id.
-# -----------------------------------------------------------------------------------
-NONCE = re.compile("[0-9a-f]{64}")  # 32 bytes: as many as a proof has
-TOKEN_LIMIT = 4 << 10  # bytes: what is longer is another file than was meant
-
-
-def make_nonce() -> str:
-    return os.urandom(32).hex()
-
-
-def prove(token: str, role: str, nonces: Tuple[str, str], id: str) -> str:
-    """What `role`, "server" or "client", says to prove that it knows the token of `id`;
-    `nonces` are the server's and the client's. Raises ProtocolError for a bad one."""
-    import hashlib
-    import hmac
-
-    if not all(NONCE.fullmatch(nonce) for nonce in nonces):
-        raise ProtocolError("a nonce is 64 hexadecimal digits")
-    said = "\n".join((PROTOCOL, role) + nonces + (id,)).encode()
-    return hmac.new(token.encode(), said, hashlib.sha256).hexdigest()
-
-
-def is_proof(said: Any, proof: str) -> bool:
-    """Whether it is this proof, in a time that does not tell how much of it is."""
-    import hmac
-
-    return hmac.compare_digest(str(said).encode("utf-8", "replace"), proof.encode())
-
-
-def check_token(token: Any) -> str:
-    """A token, if it can be one. Raises ValueError, which does not tell it."""
-    if not isinstance(token, str) or not token.strip():
-        raise ValueError("a token is a text, and not empty")
-    if len(token) > TOKEN_LIMIT or not all(" " <= letter <= "~" for letter in token):
-        raise ValueError("a token is a line of ASCII, at most %d bytes" % TOKEN_LIMIT)
-    return token
-
-
-# -----------------------------------------------------------------------------------
-# Log: what happens, for whoever wants to know: -v, or a program that uses `logging`
-# itself, where the logger is "mdm_tunnel". Without one of them it is not even imported:
-# it would be an eighth of the memory and of the time to start. (What else is large and
-# rarely used is imported where it is used.)
-# -----------------------------------------------------------------------------------
-class Log:
-    """A logger when there is `logging`, and silence before."""
-
-    logger: Any = None
-
-    def hears(self, level: int) -> bool:
-        """Whether somebody wants to know."""
-        logging = sys.modules.get("logging")
-        if self.logger is None and logging is not None:
-            self.logger = logging.getLogger("mdm_tunnel")
-            self.logger.addHandler(logging.NullHandler())
-        return self.logger is not None and bool(self.logger.isEnabledFor(level))
-
-    def tell(self, level: int, text: str, *args: Any, trace: Any = None) -> None:
-        """Log `text % args`, and the traceback of the error `trace`."""
-        if self.hears(level):
-            self.logger.log(level, text, *args, exc_info=trace)
-
-    def debug(self, text: str, *args: Any) -> None:
-        self.tell(DEBUG, text, *args)
-
-    def info(self, text: str, *args: Any) -> None:
-        self.tell(INFO, text, *args)
-
-    def warning(self, text: str, *args: Any) -> None:
-        self.tell(WARNING, text, *args)
-
-    def error(self, text: str, *args: Any, trace: Any = None) -> None:
-        self.tell(ERROR, text, *args, trace=trace)
-
-
-log = Log()
-
-
-# -----------------------------------------------------------------------------------
-# Files: what is configured is looked at again and again, so that nothing has to be
-# started anew.
-# -----------------------------------------------------------------------------------
-LOOK_TIME = 1.0  # seconds between looks: a change counts within two
-FILE_LIMIT = 16 << 20  # bytes: what is longer is another file than was meant
-
-
-class Pairs(List[Tuple[str, Any]]):
-    """A JSON object with all its keys, also those that stand there twice."""
-
-
-def parse_object(data: bytes) -> Pairs:
-    """The JSON object that a file holds. Raises ValueError."""
-    try:
-        pairs = json.loads(data.decode("utf-8-sig"), object_pairs_hook=Pairs)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("not JSON: %s" % error) from None
-    if not isinstance(pairs, Pairs):
-        raise ValueError('not an object like {"name": ...}')
-    return pairs
-
-
-def read_file(path: str) -> bytes:
-    """All of a regular file: to open another, a pipe perhaps, could take for ever.
-    Raises OSError or ValueError."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_LIMIT:
-            raise ValueError("no regular file of at most %d bytes" % FILE_LIMIT)
-        return file.read(FILE_LIMIT)
-
-
-def listed(paths: List[str]) -> str:
-    """Their names; a certificate and its key may be the same file."""
-    return " and ".join(dict.fromkeys(paths))
-
-
-def blame(error: Exception, paths: List[str]) -> str:
-    """Which file is to blame, if that is known, and for what."""
-    where = getattr(error, "filename", None) or listed(paths)
-    return "%s: %s" % (where, getattr(error, "strerror", None) or error)
-
-
-class Watched:
-    """Files, and the `value` that `parse` makes of their contents. Raises OSError or
-    ValueError at the start; later what is broken or has vanished changes nothing."""
-
-    def __init__(self, paths: List[str], parse: Callable[..., Any]) -> None:
-        self.paths, self.parse = paths, parse
-        self.seen: Optional[List[bytes]] = None  # when they were looked at last
-        self.value: Any = None
-        self.read()
-
-    def __str__(self) -> str:
-        return listed(self.paths)
-
-    def read(self) -> bool:
-        """Look at them; True when there is something new. All of it is compared: the
-        time of the last change would miss two changes in one tick."""
-        found = []
-        for path in self.paths:
-            found.append(read_file(path))
-        if found == self.seen:
-            return False
-        self.seen = found
-        self.value = self.parse(*found)
-        return True
-
-    def look(self) -> bool:
-        """Like read(), for later: what is wrong is told once."""
-        try:
-            return self.read()
-        except (OSError, ValueError) as error:
-            if self.seen is not None:
-                cause = blame(error, self.paths)
-                log.warning("%s; what it held before stays", cause)
-            if isinstance(error, OSError):
-                self.seen = None
-            return False
-
-
-def warn_of_readers(paths: List[str]) -> None:
-    """Say which of these files with secrets others may read."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            status = os.stat(path)
-            others = stat.S_ISREG(status.st_mode) and status.st_mode & 0o077
-            if os.name != "nt" and others:
-                log.warning("%s: others can read it; chmod 600 %s", path, path)
-
-
-def forbid_core_dumps() -> None:
-    """They would hold the secrets. A limit of one byte, not of none, also keeps the
-    kernel from handing them to a program (core(5))."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-        least = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
-        resource.setrlimit(resource.RLIMIT_CORE, (least, least))
-
-
-# -----------------------------------------------------------------------------------
 # Loop: one selector, one heap of timers, one catcher of errors. A turn reads what is
 # there, then runs what that left to do, then timers, then lets the links send (after
 # many events also in between: the other side can begin with the first of them), and
@@ -421,7 +251,6 @@ def forbid_core_dumps() -> None:
 # state once a turn, never toggled. The clock is looked at after reading, so that a
 # process that was frozen does not take its healthy peers for dead.
 # -----------------------------------------------------------------------------------
-SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolver
 TURN_BUDGET = 0.01  # seconds of a turn that peers may fill: then the others have theirs
 PART = 16  # events of a turn after which the links send in between
 POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
@@ -645,258 +474,6 @@ class Loop:
     def fail(self, error: Exception) -> None:
         """The wake-up socket is broken. Nothing can mend that; timers go on."""
         log.error("loop: %s", error)
-
-
-def file_limit(selector: selectors.BaseSelector) -> int:
-    """How many descriptors we can use, once the soft limit is raised to the hard."""
-    limit = 1 << 20
-    if isinstance(selector, selectors.SelectSelector):
-        limit = 512 if os.name == "nt" else 1024  # CPython's FD_SETSIZE
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        hard = limit if hard == resource.RLIM_INFINITY else hard
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
-        limit = min(limit, max(soft, hard))
-    return limit
-
-
-# -----------------------------------------------------------------------------------
-# TLS: a transport over another one. What is read from below goes into a memory buffer,
-# and what has to go there is taken out of another. So neither the handshake nor
-# encryption ever waits for a socket, and TLS can stand over TLS (through a proxy).
-# -----------------------------------------------------------------------------------
-HANDSHAKE_TIME = 5.0  # seconds
-SEALED = 64 << 10  # bytes encrypted at once, or read at once to be decrypted: OpenSSL
-# keeps so much memory for each connection
-READS = 8  # of SEALED bytes in one turn
-CONTENT_PART = 32  # bytes of ciphertext that may come for each byte of plaintext
-FRUITLESS = 64 << 10  # bytes of ciphertext past that part that are accepted (KeyUpdate
-# floods): to agree on new keys costs us more than the peer
-REPLIES = 16 << 10  # bytes of our replies to KeyUpdate that may wait for a peer that
-# does not read
-
-
-class TLSError(OSError):
-    """TLS failed, or the peer's certificate is not the expected one."""
-
-    def __init__(self, error: Exception) -> None:
-        reason = str(getattr(error, "reason", "") or error)
-        said = getattr(error, "verify_message", "") or reason.replace("_", " ").lower()
-        super().__init__("TLS: %s" % said)
-        self.plain = reason == "HTTP_REQUEST"  # it was not even TLS
-        if reason == "WRONG_VERSION_NUMBER":  # what OpenSSL makes of anything else
-            self.args = ("the other side speaks no TLS",)
-
-
-def demand_tls_1_2(context: Any) -> Any:
-    """The versions before are broken (RFC 8996). Nothing may be negotiated again."""
-    import ssl
-
-    if hasattr(context, "minimum_version"):
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-    else:  # Python 3.6, or OpenSSL 1.0
-        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    return context
-
-
-class Sealed:
-    """TLS over the transport `under`. `name` is the host that the server's certificate
-    must be for; `pin` the SHA-256 that it must have."""
-
-    __slots__ = (
-        "ssl loop under incoming outgoing object pin buffer ready more ending ended "
-        "pending failed waste replies"
-    ).split()
-    has_last_word = True
-
-    def __init__(
-        self, loop: Loop, under: Any, context: Any, server: bool, name: Any, pin: bytes
-    ) -> None:
-        import ssl
-
-        self.ssl, self.loop, self.under, self.pin = ssl, loop, under, pin
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.object = context.wrap_bio(self.incoming, self.outgoing, server, name)
-        shared = isinstance(under, Plain)  # else `under` decrypts into this buffer
-        self.buffer = loop.sealed if shared else memoryview(bytearray(SEALED))
-        self.ready = False  # the handshake is done
-        self.more = False  # there is plaintext of which no selector tells
-        self.ending = False  # close_notify is to be said
-        self.ended = False  # it is said: `under` is to be shut down behind it
-        self.pending = b""  # ciphertext that `under` has not taken: the next to be sent
-        self.failed: Optional[OSError] = None  # told once what came before is read
-        self.waste = 0  # bytes of ciphertext of late, less those that plaintext needs
-        self.replies = 0  # bytes of our own that wait for the peer
-
-    @property
-    def unsent(self) -> int:
-        return len(self.pending) + int(self.under.unsent)
-
-    # Handshake.
-
-    def shake_hands(self) -> bool:
-        """Go on with the handshake; True when it is done. Raises TLSError."""
-        if not self.under.shake_hands():
-            return False
-        try:
-            self.fill()
-        except (BlockingIOError, InterruptedError):
-            pass
-        try:
-            self.object.do_handshake()
-        except self.ssl.SSLWantReadError:
-            return False
-        except (self.ssl.SSLError, self.ssl.CertificateError) as error:
-            raise TLSError(error) from None
-        finally:
-            self.pending += self.outgoing.read()  # also why we do not want to go on
-            self.flush()
-        if self.pin:
-            self.check_pin()
-        self.ready = self.more = True
-        return True
-
-    def check_pin(self) -> None:
-        import hashlib
-        import hmac
-
-        found = hashlib.sha256(self.object.getpeercert(True))
-        if not hmac.compare_digest(found.digest(), self.pin):
-            seen = "the certificate has another fingerprint, %s" % found.hexdigest()
-            raise TLSError(ValueError(seen))
-
-    # Reading.
-
-    def recv_into(self, view: memoryview) -> int:
-        """Decrypt what has come, as a socket's recv_into(). An error waits until the
-        plaintext before it has been read."""
-        if self.failed:
-            raise self.failed
-        count = came = reads = 0
-        got: Optional[int] = None
-        self.more = False
-        try:
-            while count < len(view):
-                got = self.decrypt(view[count:])
-                if got:
-                    count += got
-                elif got == 0:
-                    break
-                elif reads and (count < came // 2 or reads == READS):
-                    break  # tiny records, or none, must not hold the loop
-                else:
-                    part = self.fill()
-                    came, reads = came + part, reads + 1
-                    if part < SEALED:
-                        reads = READS  # there is no more below
-            self.more = count == len(view) or got == 0 < count
-            self.reply()
-        except (BlockingIOError, InterruptedError):
-            self.reply()
-            if not count:
-                raise
-        except OSError as error:
-            if not count:
-                raise
-            self.failed, self.more = error, True
-        if not count and got is None:
-            raise BlockingIOError
-        if self.ending and not self.more:
-            self.say_close()
-        return count
-
-    def decrypt(self, view: memoryview) -> Optional[int]:
-        """Bytes of plaintext, 0 at the end, None when more has to come."""
-        try:
-            count: int = self.object.read(len(view), view)
-            self.waste = max(0, self.waste - count * CONTENT_PART)
-            return count
-        except self.ssl.SSLWantReadError:
-            return None
-        except self.ssl.SSLZeroReturnError:
-            return 0
-        except self.ssl.SSLError as error:
-            raise TLSError(error) from None
-
-    def fill(self) -> int:
-        """Read ciphertext; return its length. EOF without close_notify may be a
-        truncation attack (RFC 8446 6.1), so it is an error."""
-        if self.waste > FRUITLESS:
-            raise TLSError(ValueError("much was sent, and nothing was in it"))
-        if self.ending:
-            self.say_close()
-        count: int = self.under.recv_into(self.buffer)
-        if count == 0:
-            raise OSError("the other side closed the connection, and not by TLS")
-        self.incoming.write(self.buffer[:count])
-        if self.ready:
-            self.waste += count
-        return count
-
-    def reply(self) -> None:
-        """Send TLS's own replies (KeyUpdate); fail if the peer asks for them and does
-        not read."""
-        said = self.outgoing.read()
-        if said:
-            self.replies = self.replies + len(said) if self.unsent else 0
-            if self.replies > REPLIES:
-                raise TLSError(ValueError("it asks for new keys, and does not read"))
-            self.pending += said
-            self.flush()
-
-    # Sending.
-
-    def send(self, data: Any) -> int:
-        """Encrypt what the transport below takes at once, and SEALED bytes more."""
-        view, taken = memoryview(data), 0
-        while taken < len(view) and self.ready and self.flush():
-            part = view[taken : taken + SEALED]
-            taken += len(part)
-            while part:
-                part = part[self.object.write(part) :]
-            self.pending = self.outgoing.read()
-        if not taken:
-            raise BlockingIOError
-        self.flush()
-        return taken
-
-    def flush(self) -> bool:
-        """Send ciphertext; True when all of it has gone."""
-        while self.pending:
-            try:
-                self.pending = self.pending[self.under.send(self.pending) :]
-            except (BlockingIOError, InterruptedError):
-                return False
-        if not self.under.flush():
-            return False
-        if self.ended:
-            self.ended = False
-            self.under.shutdown()
-        return True
-
-    def shutdown(self) -> None:
-        """Say that we send no more. OpenSSL would lose what has come and is not read:
-        then it is said at the next read."""
-        self.ending = True
-        if not self.more:
-            self.say_close()
-
-    def say_close(self) -> None:
-        """close_notify (RFC 8446 6.1), and then the end of the transport below."""
-        self.ending, self.ended = False, True
-        if self.ready:
-            with contextlib.suppress(self.ssl.SSLError, ValueError):
-                self.object.unwrap()
-        self.pending += self.outgoing.read()
-        self.flush()
-
-    def forget(self) -> None:
-        """Nothing can be sent any more."""
-        self.pending = b""
-        self.under.forget()
 
 
 # -----------------------------------------------------------------------------------
@@ -1964,70 +1541,8 @@ class Pipe:
         self.connection.abort()
 
 
-# -----------------------------------------------------------------------------------
-# What both say: nothing at all without -v but the line that they end with.
-# -----------------------------------------------------------------------------------
-def printable(text: str) -> str:
-    """What comes from outside forges no line and moves no cursor."""
-    if text.isprintable():
-        return text
-    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
-
-
-class OneLine:
-    """Formats a record in one line; only a traceback has more."""
-
-    def __init__(self, formatter: Any) -> None:
-        self.formatter = formatter
-
-    def format(self, record: Any) -> str:
-        text = self.formatter.format(record)
-        return "\n".join(map(printable, text.split("\n" if record.exc_info else "\0")))
-
-
-def set_up_log(verbose: int) -> None:
-    """-v tells events, -vv frames too, on stderr."""
-    if verbose:
-        import logging
-
-        logging.raiseExceptions = False  # a full disk under the log harms only the log
-        handler = logging.StreamHandler()
-        form = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-        handler.setFormatter(OneLine(form))  # type: ignore[arg-type]
-        logger = logging.getLogger("mdm_tunnel")
-        logger.addHandler(handler)
-        logger.setLevel(INFO if verbose == 1 else DEBUG)
-
-
-def be_deaf() -> None:
-    """To the signals that end us, but while a loop catches them: when that is over we
-    are ending already, and one more is no reason for a traceback."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def die(status: int, cause: Any) -> NoReturn:
-    """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
-    attempts used up."""
-    name = os.path.basename(sys.argv[0] or "-")
-    text = printable(str(cause))
-    with contextlib.suppress(OSError, ValueError):  # a full disk, or no stderr
-        print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
-    sys.exit(status)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def __init__(self, **options: Any) -> None:
-        # To ask for the terminal's width it would import shutil, even without --help.
-        form = functools.partial(argparse.HelpFormatter, width=79)
-        super().__init__(formatter_class=form, **options)
-
-    def error(self, message: str) -> NoReturn:
-        die(2, "%s (--help tells more)" % message)
 # ===================================================================================
-# SHARED BLOCK: ends.
+# SHARED BLOCK 1: ends.
 # ===================================================================================
 
 
@@ -2723,7 +2238,7 @@ class Config(NamedTuple):
     port: int = 8001
     id: str = "admin"
     max_attempts: int = 0
-    token: Union[str, Watched] = ""
+    token: Union[str, "Watched"] = ""
     tls: Any = None
     pin: bytes = b""
 
@@ -2838,6 +2353,523 @@ class Client:
         if late or not self.loop.connections:
             self.loop.running = False
         self.timer.set(DRAIN_LOOK)
+
+
+# ###################################################################################
+#
+#                            PART TWO: THE ARMOUR
+#         what keeps it up: limits, TLS, overload, files, rights, command line
+#
+# ###################################################################################
+
+# ===================================================================================
+# SHARED BLOCK 2: begins. The same lines stand in both scripts; a test compares them.
+# ===================================================================================
+# -----------------------------------------------------------------------------------
+# Secrets: each side proves that it knows the token of an id, and neither says anything
+# from which the token, or a proof for another link, could be made: HMAC-SHA256 (RFC
+# 2104) over who speaks, the nonces of both, which are new for every link, and the id.
+# -----------------------------------------------------------------------------------
+NONCE = re.compile("[0-9a-f]{64}")  # 32 bytes: as many as a proof has
+TOKEN_LIMIT = 4 << 10  # bytes: what is longer is another file than was meant
+
+
+def make_nonce() -> str:
+    return os.urandom(32).hex()
+
+
+def prove(token: str, role: str, nonces: Tuple[str, str], id: str) -> str:
+    """What `role`, "server" or "client", says to prove that it knows the token of `id`;
+    `nonces` are the server's and the client's. Raises ProtocolError for a bad one."""
+    import hashlib
+    import hmac
+
+    if not all(NONCE.fullmatch(nonce) for nonce in nonces):
+        raise ProtocolError("a nonce is 64 hexadecimal digits")
+    said = "\n".join((PROTOCOL, role) + nonces + (id,)).encode()
+    return hmac.new(token.encode(), said, hashlib.sha256).hexdigest()
+
+
+def is_proof(said: Any, proof: str) -> bool:
+    """Whether it is this proof, in a time that does not tell how much of it is."""
+    import hmac
+
+    return hmac.compare_digest(str(said).encode("utf-8", "replace"), proof.encode())
+
+
+def check_token(token: Any) -> str:
+    """A token, if it can be one. Raises ValueError, which does not tell it."""
+    if not isinstance(token, str) or not token.strip():
+        raise ValueError("a token is a text, and not empty")
+    if len(token) > TOKEN_LIMIT or not all(" " <= letter <= "~" for letter in token):
+        raise ValueError("a token is a line of ASCII, at most %d bytes" % TOKEN_LIMIT)
+    return token
+
+
+# -----------------------------------------------------------------------------------
+# TLS: a transport over another one. What is read from below goes into a memory buffer,
+# and what has to go there is taken out of another. So neither the handshake nor
+# encryption ever waits for a socket, and TLS can stand over TLS (through a proxy).
+# -----------------------------------------------------------------------------------
+HANDSHAKE_TIME = 5.0  # seconds
+SEALED = 64 << 10  # bytes encrypted at once, or read at once to be decrypted: OpenSSL
+# keeps so much memory for each connection
+READS = 8  # of SEALED bytes in one turn
+CONTENT_PART = 32  # bytes of ciphertext that may come for each byte of plaintext
+FRUITLESS = 64 << 10  # bytes of ciphertext past that part that are accepted (KeyUpdate
+# floods): to agree on new keys costs us more than the peer
+REPLIES = 16 << 10  # bytes of our replies to KeyUpdate that may wait for a peer that
+# does not read
+
+
+class TLSError(OSError):
+    """TLS failed, or the peer's certificate is not the expected one."""
+
+    def __init__(self, error: Exception) -> None:
+        reason = str(getattr(error, "reason", "") or error)
+        said = getattr(error, "verify_message", "") or reason.replace("_", " ").lower()
+        super().__init__("TLS: %s" % said)
+        self.plain = reason == "HTTP_REQUEST"  # it was not even TLS
+        if reason == "WRONG_VERSION_NUMBER":  # what OpenSSL makes of anything else
+            self.args = ("the other side speaks no TLS",)
+
+
+def demand_tls_1_2(context: Any) -> Any:
+    """The versions before are broken (RFC 8996). Nothing may be negotiated again."""
+    import ssl
+
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # Python 3.6, or OpenSSL 1.0
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    return context
+
+
+class Sealed:
+    """TLS over the transport `under`. `name` is the host that the server's certificate
+    must be for; `pin` the SHA-256 that it must have."""
+
+    __slots__ = (
+        "ssl loop under incoming outgoing object pin buffer ready more ending ended "
+        "pending failed waste replies"
+    ).split()
+    has_last_word = True
+
+    def __init__(
+        self, loop: Loop, under: Any, context: Any, server: bool, name: Any, pin: bytes
+    ) -> None:
+        import ssl
+
+        self.ssl, self.loop, self.under, self.pin = ssl, loop, under, pin
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.object = context.wrap_bio(self.incoming, self.outgoing, server, name)
+        shared = isinstance(under, Plain)  # else `under` decrypts into this buffer
+        self.buffer = loop.sealed if shared else memoryview(bytearray(SEALED))
+        self.ready = False  # the handshake is done
+        self.more = False  # there is plaintext of which no selector tells
+        self.ending = False  # close_notify is to be said
+        self.ended = False  # it is said: `under` is to be shut down behind it
+        self.pending = b""  # ciphertext that `under` has not taken: the next to be sent
+        self.failed: Optional[OSError] = None  # told once what came before is read
+        self.waste = 0  # bytes of ciphertext of late, less those that plaintext needs
+        self.replies = 0  # bytes of our own that wait for the peer
+
+    @property
+    def unsent(self) -> int:
+        return len(self.pending) + int(self.under.unsent)
+
+    # Handshake.
+
+    def shake_hands(self) -> bool:
+        """Go on with the handshake; True when it is done. Raises TLSError."""
+        if not self.under.shake_hands():
+            return False
+        try:
+            self.fill()
+        except (BlockingIOError, InterruptedError):
+            pass
+        try:
+            self.object.do_handshake()
+        except self.ssl.SSLWantReadError:
+            return False
+        except (self.ssl.SSLError, self.ssl.CertificateError) as error:
+            raise TLSError(error) from None
+        finally:
+            self.pending += self.outgoing.read()  # also why we do not want to go on
+            self.flush()
+        if self.pin:
+            self.check_pin()
+        self.ready = self.more = True
+        return True
+
+    def check_pin(self) -> None:
+        import hashlib
+        import hmac
+
+        found = hashlib.sha256(self.object.getpeercert(True))
+        if not hmac.compare_digest(found.digest(), self.pin):
+            seen = "the certificate has another fingerprint, %s" % found.hexdigest()
+            raise TLSError(ValueError(seen))
+
+    # Reading.
+
+    def recv_into(self, view: memoryview) -> int:
+        """Decrypt what has come, as a socket's recv_into(). An error waits until the
+        plaintext before it has been read."""
+        if self.failed:
+            raise self.failed
+        count = came = reads = 0
+        got: Optional[int] = None
+        self.more = False
+        try:
+            while count < len(view):
+                got = self.decrypt(view[count:])
+                if got:
+                    count += got
+                elif got == 0:
+                    break
+                elif reads and (count < came // 2 or reads == READS):
+                    break  # tiny records, or none, must not hold the loop
+                else:
+                    part = self.fill()
+                    came, reads = came + part, reads + 1
+                    if part < SEALED:
+                        reads = READS  # there is no more below
+            self.more = count == len(view) or got == 0 < count
+            self.reply()
+        except (BlockingIOError, InterruptedError):
+            self.reply()
+            if not count:
+                raise
+        except OSError as error:
+            if not count:
+                raise
+            self.failed, self.more = error, True
+        if not count and got is None:
+            raise BlockingIOError
+        if self.ending and not self.more:
+            self.say_close()
+        return count
+
+    def decrypt(self, view: memoryview) -> Optional[int]:
+        """Bytes of plaintext, 0 at the end, None when more has to come."""
+        try:
+            count: int = self.object.read(len(view), view)
+            self.waste = max(0, self.waste - count * CONTENT_PART)
+            return count
+        except self.ssl.SSLWantReadError:
+            return None
+        except self.ssl.SSLZeroReturnError:
+            return 0
+        except self.ssl.SSLError as error:
+            raise TLSError(error) from None
+
+    def fill(self) -> int:
+        """Read ciphertext; return its length. EOF without close_notify may be a
+        truncation attack (RFC 8446 6.1), so it is an error."""
+        if self.waste > FRUITLESS:
+            raise TLSError(ValueError("much was sent, and nothing was in it"))
+        if self.ending:
+            self.say_close()
+        count: int = self.under.recv_into(self.buffer)
+        if count == 0:
+            raise OSError("the other side closed the connection, and not by TLS")
+        self.incoming.write(self.buffer[:count])
+        if self.ready:
+            self.waste += count
+        return count
+
+    def reply(self) -> None:
+        """Send TLS's own replies (KeyUpdate); fail if the peer asks for them and does
+        not read."""
+        said = self.outgoing.read()
+        if said:
+            self.replies = self.replies + len(said) if self.unsent else 0
+            if self.replies > REPLIES:
+                raise TLSError(ValueError("it asks for new keys, and does not read"))
+            self.pending += said
+            self.flush()
+
+    # Sending.
+
+    def send(self, data: Any) -> int:
+        """Encrypt what the transport below takes at once, and SEALED bytes more."""
+        view, taken = memoryview(data), 0
+        while taken < len(view) and self.ready and self.flush():
+            part = view[taken : taken + SEALED]
+            taken += len(part)
+            while part:
+                part = part[self.object.write(part) :]
+            self.pending = self.outgoing.read()
+        if not taken:
+            raise BlockingIOError
+        self.flush()
+        return taken
+
+    def flush(self) -> bool:
+        """Send ciphertext; True when all of it has gone."""
+        while self.pending:
+            try:
+                self.pending = self.pending[self.under.send(self.pending) :]
+            except (BlockingIOError, InterruptedError):
+                return False
+        if not self.under.flush():
+            return False
+        if self.ended:
+            self.ended = False
+            self.under.shutdown()
+        return True
+
+    def shutdown(self) -> None:
+        """Say that we send no more. OpenSSL would lose what has come and is not read:
+        then it is said at the next read."""
+        self.ending = True
+        if not self.more:
+            self.say_close()
+
+    def say_close(self) -> None:
+        """close_notify (RFC 8446 6.1), and then the end of the transport below."""
+        self.ending, self.ended = False, True
+        if self.ready:
+            with contextlib.suppress(self.ssl.SSLError, ValueError):
+                self.object.unwrap()
+        self.pending += self.outgoing.read()
+        self.flush()
+
+    def forget(self) -> None:
+        """Nothing can be sent any more."""
+        self.pending = b""
+        self.under.forget()
+
+
+# -----------------------------------------------------------------------------------
+# Files that are watched: a change of the configuration needs no restart.
+# -----------------------------------------------------------------------------------
+LOOK_TIME = 1.0  # seconds between looks: a change counts within two
+FILE_LIMIT = 16 << 20  # bytes: what is longer is another file than was meant
+
+
+class Pairs(List[Tuple[str, Any]]):
+    """A JSON object with all its keys, also those that stand there twice."""
+
+
+def parse_object(data: bytes) -> Pairs:
+    """The JSON object that a file holds. Raises ValueError."""
+    try:
+        pairs = json.loads(data.decode("utf-8-sig"), object_pairs_hook=Pairs)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON: %s" % error) from None
+    if not isinstance(pairs, Pairs):
+        raise ValueError('not an object like {"name": ...}')
+    return pairs
+
+
+def read_file(path: str) -> bytes:
+    """All of a regular file: to open another, a pipe perhaps, could take for ever.
+    Raises OSError or ValueError."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_LIMIT:
+            raise ValueError("no regular file of at most %d bytes" % FILE_LIMIT)
+        return file.read(FILE_LIMIT)
+
+
+def listed(paths: List[str]) -> str:
+    """Their names; a certificate and its key may be the same file."""
+    return " and ".join(dict.fromkeys(paths))
+
+
+def blame(error: Exception, paths: List[str]) -> str:
+    """Which file is to blame, if that is known, and for what."""
+    where = getattr(error, "filename", None) or listed(paths)
+    return "%s: %s" % (where, getattr(error, "strerror", None) or error)
+
+
+class Watched:
+    """Files, and the `value` that `parse` makes of their contents. Raises OSError or
+    ValueError at the start; later what is broken or has vanished changes nothing."""
+
+    def __init__(self, paths: List[str], parse: Callable[..., Any]) -> None:
+        self.paths, self.parse = paths, parse
+        self.contents: Optional[List[bytes]] = None  # when they were looked at last
+        self.broken = False  # that they are was told
+        self.value: Any = None
+        self.read()
+
+    def __str__(self) -> str:
+        return listed(self.paths)
+
+    def read(self) -> bool:
+        """Look at them; True when there is something new. All of it is compared: the
+        time of the last change would miss two changes in one tick."""
+        found = [read_file(path) for path in self.paths]
+        if found == self.contents:
+            self.broken = False
+            return False
+        self.value = self.parse(*found)
+        self.contents, self.broken = found, False
+        return True
+
+    def look(self) -> bool:
+        """Like read(), for later: what is wrong is told once."""
+        try:
+            return self.read()
+        except (OSError, ValueError) as error:
+            if not self.broken:
+                cause = blame(error, self.paths)
+                log.warning("%s; what it held before stays", cause)
+            self.broken = True
+            return False
+
+
+def warn_of_readers(paths: List[str]) -> None:
+    """Say which of these files with secrets others may read."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            others = stat.S_ISREG(status.st_mode) and status.st_mode & 0o077
+            if os.name != "nt" and others:
+                log.warning("%s: others can read it; chmod 600 %s", path, path)
+
+
+def forbid_core_dumps() -> None:
+    """They would hold the secrets. A limit of one byte, not of none, also keeps the
+    kernel from handing them to a program (core(5))."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+        least = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
+        resource.setrlimit(resource.RLIMIT_CORE, (least, least))
+
+
+# -----------------------------------------------------------------------------------
+# Limits of the system: how many descriptors there are.
+# -----------------------------------------------------------------------------------
+SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolver
+
+
+def file_limit(selector: selectors.BaseSelector) -> int:
+    """How many descriptors we can use, once the soft limit is raised to the hard."""
+    limit = 1 << 20
+    if isinstance(selector, selectors.SelectSelector):
+        limit = 512 if os.name == "nt" else 1024  # CPython's FD_SETSIZE
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        hard = limit if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+        limit = min(limit, max(soft, hard))
+    return limit
+
+
+# -----------------------------------------------------------------------------------
+# Log: what happens, for -v and for programs that use `logging` themselves, where the
+# logger is "mdm_tunnel". Without one of them nothing is printed but the line that a
+# fatal error ends with, and `logging` is not even imported: it would be an eighth of
+# the time to start. (What else is large and rarely used is imported where it is used.)
+# -----------------------------------------------------------------------------------
+class Log:
+    """Writes to stderr from `level` on, and to `logging` where that is in use."""
+
+    level = ERROR + 1
+    logger: Any = None
+
+    def hears(self, level: int) -> bool:
+        """Whether somebody wants to know."""
+        if self.logger is None and "logging" in sys.modules:
+            logging = sys.modules["logging"]
+            self.logger = logging.getLogger("mdm_tunnel")
+            self.logger.addHandler(logging.NullHandler())
+        return level >= self.level or bool(
+            self.logger is not None and self.logger.isEnabledFor(level)
+        )
+
+    def tell(self, level: int, text: str, *args: Any, trace: Any = None) -> None:
+        """Log `text % args`, and the traceback of the error `trace`."""
+        if self.hears(level) and self.logger is not None:
+            self.logger.log(level, text, *args, exc_info=trace)
+        if level >= self.level:
+            self.write(text % args, trace)
+
+    def write(self, text: str, trace: Any) -> None:
+        """One line; only a traceback has more. A full disk harms only the log."""
+        lines = [time.strftime("%H:%M:%S ") + text]
+        if trace:
+            import traceback
+
+            error = type(trace), trace, trace.__traceback__
+            lines += "".join(traceback.format_exception(*error)).split("\n")
+        with contextlib.suppress(OSError, ValueError):
+            print("\n".join(map(printable, lines)), file=sys.stderr, flush=True)
+
+    def debug(self, text: str, *args: Any) -> None:
+        self.tell(DEBUG, text, *args)
+
+    def info(self, text: str, *args: Any) -> None:
+        self.tell(INFO, text, *args)
+
+    def warning(self, text: str, *args: Any) -> None:
+        self.tell(WARNING, text, *args)
+
+    def error(self, text: str, *args: Any, trace: Any = None) -> None:
+        self.tell(ERROR, text, *args, trace=trace)
+
+
+log = Log()
+
+
+def set_up_log(verbose: int) -> None:
+    """-v tells events, -vv frames too, on stderr."""
+    if verbose:
+        log.level = INFO if verbose == 1 else DEBUG
+
+
+def printable(text: str) -> str:
+    """What comes from outside forges no line and moves no cursor."""
+    if text.isprintable():
+        return text
+    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
+
+
+# -----------------------------------------------------------------------------------
+# Command line, as far as it is the same in both.
+# -----------------------------------------------------------------------------------
+def ignore_signals() -> None:
+    """Ignore SIGINT and SIGTERM except while the loop handles them, so that a second
+    Ctrl-C during exit prints no traceback."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def die(status: int, cause: Any) -> NoReturn:
+    """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
+    attempts used up."""
+    name = os.path.basename(sys.argv[0] or "-")
+    text = printable(str(cause))
+    with contextlib.suppress(OSError, ValueError):  # a full disk, or no stderr
+        print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
+    sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        # To ask for the terminal's width it would import shutil, even without --help.
+        form = functools.partial(argparse.HelpFormatter, width=79)
+        super().__init__(formatter_class=form, **options)
+
+    def error(self, message: str) -> NoReturn:
+        die(2, "%s (--help tells more)" % message)
+
+
+# ===================================================================================
+# SHARED BLOCK 2: ends.
+# ===================================================================================
 
 
 # -----------------------------------------------------------------------------------
@@ -3079,7 +3111,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     options = parse_arguments(argv)
     set_up_log(options.verbose)
     client = Client(load_config(options))
-    be_deaf()
+    ignore_signals()
     client.loop.catch_signals(client.on_signal)
     try:
         client.run()

@@ -59,28 +59,32 @@ def read(name):
 # -----------------------------------------------------------------------------------
 # Promises: what the project is, beside what it does
 # -----------------------------------------------------------------------------------
-def shared_block(name):
-    lines = read(name).splitlines()
-    marks = [i for i, line in enumerate(lines) if line.startswith("# SHARED BLOCK")]
-    return lines[marks[0] : marks[1]]
+def shared_blocks(name):
+    """What stands in both scripts: a block in each of their two parts."""
+    block = r"(# SHARED BLOCK (\d): begins.*?# SHARED BLOCK \2: ends)"
+    return re.findall(block, read(name), re.S)
 
 
 class Promises(unittest.TestCase):
-    def test_shared_block_is_the_same_in_both_scripts(self):
-        server, client = map(shared_block, SCRIPTS)
-        self.assertGreater(len(server), 500)
-        self.assertEqual(server, client)
+    def test_shared_blocks_are_the_same_in_both_scripts(self):
+        server, client = map(shared_blocks, SCRIPTS)
+        self.assertEqual([number for _, number in server], ["1", "2"])
+        for (mine, _), (theirs, _) in zip(server, client):
+            self.assertGreater(len(mine.splitlines()), 300)
+            self.assertEqual(mine.splitlines(), theirs.splitlines())
+        self.assertEqual(len(server), len(client))
 
-    def test_shared_block_leans_on_nothing_outside_itself(self):
+    def test_shared_blocks_lean_on_nothing_outside_themselves(self):
         namespace = {"__name__": "shared"}
-        exec("\n".join(shared_block(SCRIPTS[0])), namespace)
-        self.assertIn("Link", namespace)
+        exec("\n".join(block for block, _ in shared_blocks(SCRIPTS[0])), namespace)
+        for name in ("Link", "Pipe", "Sealed", "Watched"):
+            self.assertIn(name, namespace)
 
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
             "argparse collections contextlib enum errno functools hashlib heapq hmac "
             "html http itertools json logging mmap os pwd queue random re resource "
-            "selectors shlex signal socket ssl stat struct sys threading time typing "
+            "selectors shlex signal socket ssl stat struct sys threading time traceback typing "
             "urllib".split()
         )
         for name in SCRIPTS:
@@ -106,7 +110,9 @@ class Promises(unittest.TestCase):
             self.assertEqual(set(heavy.split()) & set(loaded), set(), name)
 
     def test_only_the_server_knows_http(self):
-        own = read("mdm_tunnel_client.py").split("# SHARED BLOCK: ends")[1]
+        own = read("mdm_tunnel_client.py")
+        for block, _ in shared_blocks("mdm_tunnel_client.py"):
+            own = own.replace(block, "")
         for word in ("Content-Length", "Transfer-Encoding", "chunked", "GET /"):
             self.assertNotIn(word, own)
 
@@ -3111,9 +3117,16 @@ class CommandLines(unittest.TestCase):
         self.assertNotIn("\x1b", errors.getvalue())
 
     def test_log_lines_cannot_be_forged(self):
-        formatter = server_module.OneLine(logging.Formatter("%(message)s"))
-        record = logging.LogRecord("x", 20, "", 0, "a\nb\x1b[2Jc\x9b%s", ("\r",), None)
-        self.assertEqual(formatter.format(record), r"a\nb\x1b[2Jc\x9b\r")
+        log, err = server_module.Log(), io.StringIO()
+        log.level = server_module.INFO
+        with contextlib.redirect_stderr(err):
+            log.info("a\nb\x1b[2Jc\x9b%s", "\r")
+            log.debug("not asked for")
+            log.error("oops", trace=ValueError("forged\r"))
+        lines = err.getvalue().split("\n")
+        self.assertRegex(lines[0], r"^\d\d:\d\d:\d\d a\\nb\\x1b\[2Jc\\x9b\\r$")
+        self.assertRegex(lines[1], r" oops$")
+        self.assertEqual(lines[2], r"ValueError: forged\r")
 
 
 # -----------------------------------------------------------------------------------
