@@ -136,7 +136,7 @@ LABEL = re.compile(r"(?!.*--)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 
 class ProtocolError(Exception):
-    """The peer broke the rules of the wire; it costs him the link."""
+    """The peer broke the rules of the wire, which costs it the link."""
 
 
 # -----------------------------------------------------------------------------------
@@ -269,25 +269,27 @@ class Timer:
 
     def set(self, seconds: float) -> None:
         """Run `call` in so many seconds, instead of when it was due so far."""
-        self.due = self.loop.clock() + seconds
-        self.arm()
+        due = self.due = self.loop.clock() + seconds
+        if self.armed is None or due < self.armed:
+            self.armed = due
+            self.loop.add_timer(due, self)
 
     def clear(self) -> None:
         self.due = None
 
-    def arm(self) -> None:
-        if self.due is not None and (self.armed is None or self.due < self.armed):
-            self.armed = self.due
-            self.loop.add_timer(self.due, self)
-
     def ring(self, when: float, now: float) -> None:
         """The entry for `when` has come up: is it still meant?"""
-        if when == self.armed:
-            self.armed = None
-            if self.due is not None and self.due <= now:
-                self.due = None
-                self.loop.guard(self.owner, self.call)
-            self.arm()
+        if when != self.armed:
+            return
+        self.armed = None
+        if self.due is None:
+            return
+        if self.due <= now:
+            self.due = None
+            self.loop.guard(self.owner, self.call)
+        else:
+            self.armed = self.due
+            self.loop.add_timer(self.due, self)
 
 
 class Loop:

@@ -84,8 +84,8 @@ class Promises(unittest.TestCase):
         allowed = set(
             "argparse collections contextlib enum errno functools hashlib heapq hmac "
             "html http itertools json logging mmap os pwd queue random re resource "
-            "selectors shlex signal socket ssl stat struct sys threading time traceback typing "
-            "urllib".split()
+            "selectors shlex signal socket ssl stat struct sys threading time traceback "
+            "typing urllib".split()
         )
         for name in SCRIPTS:
             for node in ast.walk(ast.parse(read(name))):
