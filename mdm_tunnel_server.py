@@ -869,7 +869,8 @@ WIDEN_AFTER = 0.05  # seconds until a window may grow again: wait until the last
 ASK_AFTER = 1.0  # seconds between looks at the round trip, while credit is given
 UNREAD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
 ALL_UNREAD = 256 << 20  # bytes that all links may hold: then it is the largest's turn
-LOOK_EVERY = 16  # frames after which a link looks at the clock
+LOOK_EVERY = 64  # frames after which a link looks at the clock: half a millisecond
+TEXT_WORK = 64  # bytes of JSON that are as much work as a frame
 MAX_STREAMS = 16384  # open at once on a link: more is an attack or a loop
 LAST_ID = (1 << 32) - 1  # stream ids are u32; past it the client dials anew
 TURN_TIME = 0.01  # seconds of what the link delivers: so long may a busy frame last
@@ -1126,14 +1127,15 @@ class Link:
             if stream and kind in STREAM_FRAMES and self.step == len(HANDSHAKE):
                 STREAM_FRAMES[kind](self, stream, payload)
                 count += 1
-                if count % LOOK_EVERY:
-                    continue
-            else:  # a frame of JSON takes as long as many others
+            else:
                 self.on_other_frame(kind, number, payload)
-            if self.loop.tired():
-                reader.keep()
-                self.loop.soon(self, self.read_frames)
-                break
+                count += 1 + len(payload) // TEXT_WORK
+            if count >= LOOK_EVERY:
+                count = 0
+                if self.loop.tired():
+                    reader.keep()
+                    self.loop.soon(self, self.read_frames)
+                    break
         self.loop.dirty.add(self.connection)  # it may be read again
 
     def on_other_frame(self, kind: int, number: int, payload: memoryview) -> None:

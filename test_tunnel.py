@@ -877,7 +877,8 @@ class Links(LinkCase):
 
     def test_nothing_is_read_while_a_flood_waits(self):
         self.tire()
-        self.feed(self.client, *[frame(Kind.PING, 0, b"12345678")] * 9)
+        flood = [frame(Kind.PING, 0, b"12345678")] * (2 * server_module.LOOK_EVERY)
+        self.feed(self.client, *flood)
         self.assertFalse(self.client.link.interest() & server_module.READ)
         self.settle()
         self.assertTrue(self.client.link.interest() & server_module.READ)
@@ -887,7 +888,8 @@ class Links(LinkCase):
         self.tire()
         told = []
         self.client.wire.register = lambda: told.append(self.client.link.interest())
-        self.feed(self.client, *[frame(Kind.PONG, 0, b"12345678")] * 5)
+        flood = [frame(Kind.PONG, 0, b"12345678")] * (5 * server_module.LOOK_EVERY)
+        self.feed(self.client, *flood)
         for _ in range(7):
             self.client.loop.turn()
         self.assertFalse(told[0] & server_module.READ)
