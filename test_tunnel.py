@@ -606,6 +606,9 @@ class FakeSocket:
     def setsockopt(self, *_):
         pass
 
+    def getsockopt(self, *_):
+        return 0
+
 
 class Wire:
     """In place of a Connection: takes `room` bytes, keeps the rest as backlog."""
@@ -2848,6 +2851,208 @@ class NamesOfHosts(unittest.TestCase):
         for host in ("e.com", "localhost", "10.0.0.1", "[::1]"):
             self.assertTrue(names.is_base(host), host)
         self.assertFalse(names.is_base("web.e.com"))
+
+
+# -----------------------------------------------------------------------------------
+# Exchange, without sockets and threads: a visitor and a stream that only take notes
+# -----------------------------------------------------------------------------------
+class FakeVisitor(Wire):
+    """In place of a visitor's Connection, and of what it was before: nothing comes."""
+
+    class Site:
+        scheme, kind = "http", "visitor"
+
+        def __init__(self, loop):
+            self.visitors = server_module.Visitors(loop)
+            self.services = {}
+
+        def first_byte_time(self):
+            return 30.0
+
+        def service(self, id, name):
+            return self.services.get(name)
+
+        def page(self, error, request):
+            status = getattr(error, "status", 500)
+            code = getattr(error, "code", "error")
+            return server_module.Page(status, code, str(error), [str(error)])
+
+    def __init__(self, loop):
+        super().__init__(loop)
+        self.eof, self.incoming = False, bytearray()
+        self.site = self.Site(loop)
+        self.http = server_module.HTTPConnection(self.site, self, "192.0.2.1")
+
+    def read_into(self, view):
+        count = min(len(view), len(self.incoming))
+        view[:count] = self.incoming[:count]
+        del self.incoming[:count]
+        return count or (0 if self.eof else None)
+
+    def has_unread(self):
+        return bool(self.incoming)
+
+    def abort(self):
+        self.ended = self.ended or "aborted"
+
+
+class Exchanges(unittest.TestCase):
+    def setUp(self):
+        self.clock = Clock()
+        self.loop = fake_loop(server_module, self.clock)
+        self.addCleanup(self.loop.close)
+        self.visitor = FakeVisitor(self.loop)
+        self.outcomes = []
+        self.visitor.site.visitors.observers.append(self.outcomes.append)
+        self.streams = []
+        self.pool = server_module.Pool("tim", self)
+        self.link = server_module.Link(self.loop, Wire(self.loop), self, "server")
+        self.service = server_module.Service(self.pool, "web", "9000")
+        self.visitor.site.services["web"] = self.service
+
+    def on_closed(self, cause):
+        pass
+
+    def ask(self, *lines, first="GET / HTTP/1.1", body=b""):
+        """A request that is on its way: (exchange, stream)."""
+        raw = head(*lines, first=first)
+        request = server_module.Request(raw, "192.0.2.1")
+        self.visitor.http.request = request
+        self.visitor.incoming += body
+        self.service.begin(self.visitor.http, request)
+        exchange = self.visitor.owner
+        self.loop.turn()
+        return exchange, exchange.stream
+
+    def say(self, stream, *pieces):
+        """The service's bytes, as DATA."""
+        for piece in pieces:
+            self.link.receive(memoryview(frame(Kind.DATA, stream.id, piece)))
+
+    def end(self, stream):
+        self.link.receive(memoryview(frame(Kind.END, stream.id)))
+
+    def reset(self, stream, text):
+        self.link.receive(memoryview(frame(Kind.RESET, stream.id, text)))
+
+    def said(self):
+        return bytes(self.visitor.sent)
+
+    def begin(self, *arguments, **options):
+        """The first request, on a link that is logged in."""
+        self.link.step = len(server_module.HANDSHAKE)
+        return self.ask(*arguments, **options)
+
+    def test_answer_comes_out_the_same_however_it_is_cut(self):
+        chunked = b"Transfer-Encoding: chunked\r\n\r\n3;a=b\r\nabc\r\n0\r\nX: y\r\n\r\n"
+        raw = b"HTTP/1.1 103 Hints\r\n\r\nHTTP/1.1 200 OK\r\n" + chunked
+        outputs = set()
+        for step in (1, 2, 7, len(raw)):
+            self.setUp()
+            exchange, stream = self.begin()
+            for at in range(0, len(raw), step):
+                self.say(stream, raw[at : at + step])
+            outputs.add(self.said())
+            self.assertIs(self.visitor.owner, self.visitor.http)
+            self.assertTrue(self.visitor.http.kept.stream is stream)
+        (said,) = outputs
+        self.assertTrue(said.startswith(b"HTTP/1.1 103 Hints\r\n\r\nHTTP/1.1 200 OK\r\n"))
+        self.assertEqual(self.outcomes[0][3:7], ("GET", "/", 200, ""))
+
+    def test_nothing_is_over_before_the_visitor_has_the_last_byte(self):
+        self.visitor.room = 30
+        exchange, stream = self.begin()
+        self.say(stream, b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+        self.assertIs(self.visitor.owner, exchange)
+        self.visitor.flush(1000)
+        self.assertIs(self.visitor.owner, self.visitor.http)
+
+    def test_answer_until_the_end_is_whole_with_end_and_cut_with_reset(self):
+        for ending, ended in ((self.end, "LINGER"), (None, "ABORT")):
+            self.setUp()
+            exchange, stream = self.begin()
+            self.say(stream, b"HTTP/1.1 200 OK\r\n\r\npart")
+            self.end(stream) if ending else self.reset(stream, b"reset gone")
+            self.assertTrue(self.said().endswith(b"part"))
+            self.assertEqual(self.visitor.ended, ended)
+
+    def test_end_that_overtakes_a_tired_loop_cuts_nothing(self):
+        """What came before it is in the inbox still, and goes on in later turns."""
+        change(self, server_module, TURN_BUDGET=-1)
+        exchange, stream = self.begin()
+        chunks = b"1\r\nx\r\n" * (3 * server_module.FEED_LINES)
+        self.say(stream, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        self.say(stream, chunks + b"0\r\n\r\n")
+        self.assertLess(len(self.said()), len(chunks))
+        self.end(stream)
+        for _ in range(20):
+            self.loop.turn()
+        self.assertTrue(self.said().endswith(b"x\r\n0\r\n\r\n"))
+        self.assertEqual(self.visitor.ended, "")
+        self.assertEqual(self.outcomes[-1].code, "")
+
+    def test_kept_stream_that_dies_is_asked_once_more_and_once_only(self):
+        exchange, stream = self.begin()
+        self.say(stream, b"HTTP/1.1 204 No\r\n\r\n")
+        second, kept = self.ask()
+        self.assertIs(kept, stream)
+        self.reset(kept, b"reset it died")
+        self.assertIsNot(second.stream, stream)
+        self.assertIs(self.visitor.owner, second)
+        self.reset(second.stream, b"reset it died again")
+        self.assertIn(b"HTTP/1.1 502", self.said())
+
+    def test_request_that_may_not_go_twice_does_not(self):
+        post = {"first": "POST / HTTP/1.1", "body": b"x"}
+        exchange, stream = self.begin()
+        self.say(stream, b"HTTP/1.1 204 No\r\n\r\n")
+        second, kept = self.ask("Content-Length: 1", **post)
+        self.reset(kept, b"reset it died")
+        self.assertIn(b"HTTP/1.1 502", self.said())
+
+    def test_what_a_client_says_of_its_target_becomes_a_status(self):
+        table = [(b"timeout late", 504), (b"no-service x", 404), (b"refused no", 502)]
+        for text, status in table:
+            self.setUp()
+            exchange, stream = self.begin()
+            self.reset(stream, text)
+            self.assertIn(b"HTTP/1.1 %d " % status, self.said())
+            self.assertEqual(self.outcomes[-1].status, status)
+
+    def test_bytes_behind_a_whole_answer_go_nowhere_and_end_the_connection(self):
+        exchange, stream = self.begin()
+        self.say(stream, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 X")
+        self.assertTrue(self.said().endswith(b"\r\n\r\nok"))
+        self.assertIsNone(self.visitor.http.kept)
+        self.assertEqual(self.visitor.ended, "LINGER")
+
+    def test_visitor_that_left_is_noticed_by_time_alone(self):
+        exchange, stream = self.begin()
+        self.visitor.eof = True
+        exchange.on_readable()
+        for _ in range(7):
+            self.clock.now += server_module.LEFT_LOOK
+            self.loop.turn()
+        self.assertIs(self.visitor.owner, exchange)
+        self.say(stream, b"HTTP/1.1 100 Continue\r\n\r\n")  # written to: begin anew
+        for _ in range(7):
+            self.clock.now += server_module.LEFT_LOOK
+            self.loop.turn()
+        self.assertIs(self.visitor.owner, exchange)
+        for _ in range(3):
+            self.clock.now += server_module.LEFT_LOOK
+            self.loop.turn()
+        self.assertEqual(self.visitor.ended, "closed")
+        self.assertEqual(stream.reset_frame[:4], b"left")
+
+    def test_stream_is_counted_to_nothing_whatever_ends_it(self):
+        self.visitor.room = 10
+        exchange, stream = self.begin()
+        self.say(stream, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello")
+        self.assertGreater(self.loop.unread, 0)
+        self.reset(stream, b"overload too much")
+        self.assertEqual((self.loop.unread, self.link.unread), (0, 0))
+        self.assertEqual(self.visitor.ended, "ABORT")
 
 
 # -----------------------------------------------------------------------------------
