@@ -1587,7 +1587,7 @@ REQUEST_LINE = re.compile(
 # Some services say HTTP/2.0 here, which all browsers take for 1.1. A reason is cut
 # where it is no longer text: no program reads it (RFC 9112 4).
 STATUS_LINE = re.compile(
-    r"(?:\r?\n)?HTTP/([1-9]\.\d) +([1-9]\d\d)(?:[ \t](%s*)[^\0\r\n]*)?\r?\n" % TEXT
+    r"(?:\r?\n)?HTTP/([1-9]\.\d{1,2}) +([1-9]\d\d)(?:[ \t](%s*)[^\0\r\n]*)?\r?\n" % TEXT
 )
 FIELDS = re.compile(r"(?:\r\n%s:%s*)*\r\n\r\n" % (TOKEN, TEXT))
 LINES = re.compile(r"(?!\r?\n)[^\n]+\n(?:[ \t][^\n]*\n)*")  # each with its folds
@@ -1714,11 +1714,9 @@ class Recent:
 recent_sections: Dict[Tuple[str, Any], Section] = {}  # of all, without secrets
 
 
-def recall(last: Section, read: ReadSection, raw: str, hop: Any) -> Section:
-    """read(raw, hop), unless it is known: as the connection's last, or as a recent one
-    of all connections. Those hold no secrets."""
-    if last.raw == raw and last.hop == hop:
-        return last
+def recall(read: ReadSection, raw: str, hop: Any) -> Section:
+    """read(raw, hop), unless it is a recent section of any connection. Those hold no
+    secrets."""
     section = recent_sections.get((raw, hop))
     if section is None:
         section = read(raw, hop)
@@ -1919,9 +1917,11 @@ class Request:
         authority = "" if self.target[0] == "/" else self.make_origin_form()
         hop = address, scheme, self.minor, authority
         raw, recent = text[line.end() - 2 :], recent or Recent()
-        section = recall(recent.request, request_fields, raw, hop)
-        if len(raw) <= RECENT_SIZE:
-            recent.request = section
+        section = recent.request
+        if section.raw != raw or section.hop != hop:
+            section = recall(request_fields, raw, hop)
+            if len(raw) <= RECENT_SIZE:
+                recent.request = section
         self.section, self.connection = section, section.connection
         self.host, self.name, self.upgrade = section.host, section.name, section.upgrade
         if section.chunked:
@@ -1979,15 +1979,16 @@ class Request:
 # Answers.
 
 
-def answer_fields(raw: str, status: int) -> Section:
+def answer_fields(raw: str, hop: Tuple[int, bool]) -> Section:
     """Read an answer's fields, and rewrite them for the visitor, all but Connection.
-    `status` is what this depends on besides. Raises HTTPError."""
+    `hop`: the status, and whether HEAD was asked. Raises HTTPError."""
+    status, to_head = hop
     if raw.count("\n") > FIELD_LIMIT + 2:
         raise malformed("more than %d lines of fields" % FIELD_LIMIT)
     text = raw[:-4] if FIELDS.fullmatch(raw) else rewrite_odd_fields(raw)
     noted = note_fields(NOTED_OF_ANSWER, text)
     connection = connection_members(noted)
-    chunked, length = answer_framing(noted, status)
+    chunked, length = answer_framing(noted, status, to_head)
     upgrade = noted.get("upgrade", "") if "upgrade" in connection else ""
     if upgrade and not PROTOCOLS.fullmatch(upgrade):
         upgrade = ""
@@ -2001,22 +2002,25 @@ def answer_fields(raw: str, status: int) -> Section:
         ours += "\r\nUpgrade: " + upgrade
     stripped = strip_hop_by_hop(text, TO_VISITOR, connection)
     rewritten = (stripped + ours).encode("latin-1")
-    section = raw, status, noted, connection, upgrade, chunked, length, ours, rewritten
+    section = raw, hop, noted, connection, upgrade, chunked, length, ours, rewritten
     return Section(*section)
 
 
-def answer_framing(noted: Dict[str, str], status: int) -> Tuple[bool, Optional[int]]:
-    """Whether the body is chunked, or its length (RFC 9112 6.3). 204 and 304 have no
-    body, so a fault in its framing changes nothing."""
+def answer_framing(
+    noted: Dict[str, str], status: int, to_head: bool
+) -> Tuple[bool, Optional[int]]:
+    """Whether the body is chunked, or its length (RFC 9112 6.3). Where there is no body
+    a fault in its framing changes nothing; but of two lengths neither is the one that
+    HEAD asks for."""
     coding, length = noted.get("transfer-encoding"), noted.get("content-length")
     codings = list_members(coding) - {"identity"} if coding else NO_MEMBERS
     if codings == {"chunked"}:
         return True, None  # it overrides a length
     match = EQUAL_LENGTHS.fullmatch(length or "")
     if status not in (204, 304):
-        if codings:
+        if codings and not to_head:
             raise malformed("a transfer coding other than chunked")
-        if length is not None and not match:
+        if length is not None and not match and not (to_head and "," not in length):
             raise malformed("Content-Length is not one number")
     return False, int(match.group(1)) if match else None
 
@@ -2034,9 +2038,11 @@ class Answer:
         self.method, self.minor = method, int(version != "1.0")
         self.status, self.reason = int(status), reason or ""
         raw, recent = text[line.end() - 2 :], recent or Recent()
-        section = recall(recent.answer, answer_fields, raw, self.status)
-        if len(raw) <= RECENT_SIZE:
-            recent.answer = section
+        section, hop = recent.answer, (self.status, method == "HEAD")
+        if section.raw != raw or section.hop != hop:
+            section = recall(answer_fields, raw, hop)
+            if len(raw) <= RECENT_SIZE:
+                recent.answer = section
         self.section, self.connection = section, section.connection
         self.upgrade = section.upgrade
         if section.chunked and self.minor == 0:
@@ -2240,7 +2246,9 @@ def find_request_head(buffer: bytearray, searched: int) -> int:
     end = buffer.find(b"\r\n\r\n", max(0, searched - 3)) + 4
     if end < 4 and BARE_LF.search(buffer, max(0, searched - 1)):
         raise malformed("a line of the head ends without CR")
-    return check_size(buffer, end if end > 3 else 0)
+    if len(buffer) > LINE_LIMIT:
+        check_size(buffer, end if end > 3 else len(buffer))
+    return end if end > 3 else 0
 
 
 def find_answer_head(buffer: bytearray, searched: int) -> int:
@@ -2248,17 +2256,18 @@ def find_answer_head(buffer: bytearray, searched: int) -> int:
     start = max(0, searched - 2)
     end = buffer.find(b"\n\r\n", start) + 3
     lf = buffer.find(b"\n\n", start, end - 1 if end > 2 else len(buffer)) + 2
-    return check_size(buffer, lf if lf > 1 else end if end > 2 else 0)
+    end = lf if lf > 1 else end if end > 2 else 0
+    if len(buffer) > LINE_LIMIT:
+        check_size(buffer, end or len(buffer))
+    return end
 
 
-def check_size(buffer: bytearray, end: int) -> int:
-    """Returns `end`. Raises HTTPError for a head that is too long."""
-    size = end or len(buffer)
+def check_size(buffer: bytearray, size: int) -> None:
+    """Raises HTTPError when a head of `size` bytes is too long, or a line of it."""
     if size > LINE_LIMIT and buffer.find(b"\n", 0, LINE_LIMIT + 2) < 0:
         raise HTTPError(414, "too-long", "a line of more than %d bytes" % LINE_LIMIT)
     if size >= HEAD_LIMIT:
         raise HTTPError(431, "too-long", "a head of more than %d bytes" % HEAD_LIMIT)
-    return end
 
 
 # -----------------------------------------------------------------------------------

@@ -413,6 +413,15 @@ ANSWER_REASONS: Reasons = {
         "field report: control character in a value",
         r"both: Content-Length: 15\r\nA: b\x00Transfer-Encoding: chunked",
     ],
+    "a bare CR at the end of a line: some readers end the line there (RFC 9112 2.2)": [
+        r"field: A: b\r",
+        r"end: HTTP/1.1 200 OK\r\nContent-Length: 5\r\r\n\r\nhello",
+        r"end: HTTP/1.1 200 OK\r\nA: b\r\r\nContent-Length: 5\r\n\r\nhello",
+        r"byte behind a length: \r",
+    ],
+    "one empty line before an answer is tolerated, more are no HTTP": [
+        r"end: \r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    ],
     "white space before a colon is removed (RFC 9112 5.1)": [
         "field: A : b",
         r"field: A\t: b",
