@@ -512,7 +512,8 @@ PART = 256 << 20  # bytes of the big file that pass by TLS
 def make_secrets() -> Tuple[Path, str]:
     """Certificate and token as README makes them: where they are, the fingerprint."""
     text = (REPOSITORY / "README.md").read_text()
-    block = text.partition("## Use it for real")[2].partition("```sh\n")[2].partition("```")[0]
+    text = text.partition("## Use it for real")[2]
+    block = text.partition("```sh\n")[2].partition("```")[0]
     commands = block.replace("\\\n", " ").splitlines()
     lines = [line for line in commands if line.find("openssl") >= 0]
     assert len(lines) == 3, block
