@@ -1713,14 +1713,15 @@ class Connect:
         """Begin with the next address."""
         if not addresses:
             raise OSError("%s has no address" % self.target.text)
-        dial.timer.set(dial.time_left() / len(addresses))
+        if len(addresses) > 1 or self.failure:
+            dial.timer.set(dial.time_left() / len(addresses))
         family, address = addresses[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
         dial.connection = Connection(dial.loop, sock, dial)
         code = sock.connect_ex(address)
         if code == errno.EAGAIN and not self.target.port:
             dial.drop()  # the queue of a unix socket is full, and no event will tell
-            dial.retry.set(RETRY_TIME)
+            dial.try_later()
             return False
         return self.is_connected(sock, code)
 
@@ -1824,7 +1825,7 @@ class Dial:
         self.early = b""
         self.timer = Timer(loop, self, self.on_late)
         self.timer.set(seconds)
-        self.retry = Timer(loop, self, self.advance)
+        self.retry: Optional[Timer] = None  # for what no event tells
 
     def __str__(self) -> str:
         return "dial for %s" % self.owner
@@ -1840,7 +1841,8 @@ class Dial:
         """Go on, until a step has to wait."""
         while self.steps and self.steps[0].go_on(self):
             del self.steps[0]
-            self.timer.set(self.time_left())
+            if self.steps:
+                self.timer.set(self.time_left())
         if not self.steps and self.connection:
             connection, self.connection = self.connection, None
             self.end()
@@ -1863,6 +1865,10 @@ class Dial:
     def on_late(self) -> None:
         raise OSError(errno.ETIMEDOUT, "no answer in time")
 
+    def try_later(self) -> None:
+        self.retry = self.retry or Timer(self.loop, self, self.advance)
+        self.retry.set(RETRY_TIME)
+
     def drop(self) -> None:
         if self.connection:
             self.connection.close()
@@ -1872,7 +1878,8 @@ class Dial:
         """Stop. The owner is not told."""
         self.steps = []
         self.timer.clear()
-        self.retry.clear()
+        if self.retry:
+            self.retry.clear()
         self.drop()
 
     def interest(self) -> int:
@@ -2487,8 +2494,8 @@ class Sealed:
 
     def shake_hands(self) -> bool:
         """Go on with the handshake; True when it is done. Raises TLSError."""
-        if not self.under.shake_hands():
-            return False
+        if self.ready or not self.under.shake_hands():
+            return self.ready
         try:
             self.fill()
         except (BlockingIOError, InterruptedError):
