@@ -2377,12 +2377,13 @@ class Client:
 # SHARED BLOCK 2: begins. The same lines stand in both scripts; a test compares them.
 # ===================================================================================
 # -----------------------------------------------------------------------------------
-# Secrets: each side proves that it knows the token of an id, and neither says anything
-# from which the token, or a proof for another link, could be made: HMAC-SHA256 (RFC
-# 2104) over who speaks, the nonces of both, which are new for every link, and the id.
+# Secrets: each side proves to the other that it knows the token of an id. A proof is
+# HMAC-SHA256 (RFC 2104) with the token as its key, over the role of the speaker, the
+# nonces of both sides and the id. Nonces are new for every link. So neither the token
+# nor a proof for another link can be made from what is said.
 # -----------------------------------------------------------------------------------
 NONCE = re.compile("[0-9a-f]{64}")  # 32 bytes: as many as a proof has
-TOKEN_LIMIT = 4 << 10  # bytes: what is longer is another file than was meant
+TOKEN_LIMIT = 4 << 10  # bytes: a longer one is probably the wrong file
 
 
 def make_nonce() -> str:
@@ -2390,7 +2391,7 @@ def make_nonce() -> str:
 
 
 def prove(token: str, role: str, nonces: Tuple[str, str], id: str) -> str:
-    """What `role`, "server" or "client", says to prove that it knows the token of `id`;
+    """The proof of `role`, "server" or "client", that it knows the token of `id`.
     `nonces` are the server's and the client's. Raises ProtocolError for a bad one."""
     import hashlib
     import hmac
@@ -2402,14 +2403,15 @@ def prove(token: str, role: str, nonces: Tuple[str, str], id: str) -> str:
 
 
 def is_proof(said: Any, proof: str) -> bool:
-    """Whether it is this proof, in a time that does not tell how much of it is."""
+    """Compare in constant time: how long it takes tells nothing of the proof."""
     import hmac
 
     return hmac.compare_digest(str(said).encode("utf-8", "replace"), proof.encode())
 
 
 def check_token(token: Any) -> str:
-    """A token, if it can be one. Raises ValueError, which does not tell it."""
+    """Return a token that can be one. Raises ValueError, whose text does not hold the
+    token."""
     if not isinstance(token, str) or not token.strip():
         raise ValueError("a token is a text, and not empty")
     if len(token) > TOKEN_LIMIT or not all(" " <= letter <= "~" for letter in token):
@@ -2658,7 +2660,7 @@ class Sealed:
 # Files that are watched: a change of the configuration needs no restart.
 # -----------------------------------------------------------------------------------
 LOOK_TIME = 1.0  # seconds between looks: a change counts within two
-FILE_LIMIT = 16 << 20  # bytes: what is longer is another file than was meant
+FILE_LIMIT = 16 << 20  # bytes: a longer one is probably the wrong file
 
 
 class Pairs(List[Tuple[str, Any]]):
@@ -2677,7 +2679,7 @@ def parse_object(data: bytes) -> Pairs:
 
 
 def read_file(path: str) -> bytes:
-    """All of a regular file: to open another, a pipe perhaps, could take for ever.
+    """Read a regular file. To open another kind, such as a pipe, could block for ever.
     Raises OSError or ValueError."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(handle, "rb") as file:
@@ -2688,24 +2690,25 @@ def read_file(path: str) -> bytes:
 
 
 def listed(paths: List[str]) -> str:
-    """Their names; a certificate and its key may be the same file."""
+    """The names of some files. A certificate and its key may be the same file."""
     return " and ".join(dict.fromkeys(paths))
 
 
 def blame(error: Exception, paths: List[str]) -> str:
-    """Which file is to blame, if that is known, and for what."""
+    """Say which file is wrong, if that is known, and why."""
     where = getattr(error, "filename", None) or listed(paths)
     return "%s: %s" % (where, getattr(error, "strerror", None) or error)
 
 
 class Watched:
     """Files, and the `value` that `parse` makes of their contents. Raises OSError or
-    ValueError at the start; later what is broken or has vanished changes nothing."""
+    ValueError at the start. Later a file that is broken or has vanished changes
+    nothing."""
 
     def __init__(self, paths: List[str], parse: Callable[..., Any]) -> None:
         self.paths, self.parse = paths, parse
         self.contents: Optional[List[bytes]] = None  # when they were looked at last
-        self.broken = False  # that they are was told
+        self.broken = False  # a fault was logged, and is still there
         self.value: Any = None
         self.read()
 
@@ -2713,20 +2716,20 @@ class Watched:
         return listed(self.paths)
 
     def read(self) -> bool:
-        """Look at them; True when there is something new. All of it is compared: the
-        time of the last change would miss two changes in one tick."""
+        """Look at them; True when there is something new. The contents are compared:
+        the time of the last change would miss two changes in one tick."""
         found = [read_file(path) for path in self.paths]
         if found == self.contents:
-            self.broken = False
             return False
+        self.contents = found  # also when they cannot be parsed: once is enough
         self.value = self.parse(*found)
-        self.contents, self.broken = found, False
         return True
 
     def look(self) -> bool:
-        """Like read(), for later: what is wrong is told once."""
+        """Like read(), for later: a fault is logged once."""
         try:
-            return self.read()
+            changed, self.broken = self.read(), False
+            return changed
         except (OSError, ValueError) as error:
             if not self.broken:
                 cause = blame(error, self.paths)
@@ -2746,8 +2749,8 @@ def warn_of_readers(paths: List[str]) -> None:
 
 
 def forbid_core_dumps() -> None:
-    """They would hold the secrets. A limit of one byte, not of none, also keeps the
-    kernel from handing them to a program (core(5))."""
+    """A core dump would hold the secrets. A limit of one byte, not of zero, also keeps
+    the kernel from piping it to a program (core(5))."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -2763,7 +2766,7 @@ SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolve
 
 
 def file_limit(selector: selectors.BaseSelector) -> int:
-    """How many descriptors we can use, once the soft limit is raised to the hard."""
+    """Raise the soft limit of descriptors to the hard one; return the limit."""
     limit = 1 << 20
     if isinstance(selector, selectors.SelectSelector):
         limit = 512 if os.name == "nt" else 1024  # CPython's FD_SETSIZE

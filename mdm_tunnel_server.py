@@ -2271,9 +2271,9 @@ def check_size(buffer: bytearray, size: int) -> None:
 
 
 # -----------------------------------------------------------------------------------
-# Names: which id and which service a host stands for. With --domain only what is below
-# one of the domains counts, and localhost; without, a name is read from the left and
-# the rest may be anything, so ids that are connected are what decides.
+# Names: which id and which service a host stands for. With --domain only names below
+# one of the domains count, and names below localhost. Without it a name is read from
+# the left, and the rest may be anything: the ids that are connected decide.
 # -----------------------------------------------------------------------------------
 ADDRESS = re.compile(r"\[.*\]|[0-9.]+")
 
@@ -2307,7 +2307,7 @@ def parse_domains(text: str) -> List[Domain]:
 
 
 class Names:
-    """Reads hosts and makes URLs. `ids` has the ids that are connected."""
+    """Reads hosts and makes URLs. `ids` is the set of known ids."""
 
     def __init__(self, domains: List[Domain], ids: Any) -> None:
         self.domains, self.ids = domains, ids
@@ -2318,7 +2318,7 @@ class Names:
     def find(self, name: str) -> Tuple[Optional[str], Optional[str]]:
         """(id, service), (id, None) or (None, None) for a host in lower case."""
         labels = name.split(".")
-        if self.is_base(name):
+        if name in self.bases or ADDRESS.fullmatch(name):
             return None, None
         if not self.domains:
             service, dashes, id = labels[0].partition("--")
@@ -2335,11 +2335,11 @@ class Names:
         return None, None
 
     def is_base(self, name: str) -> bool:
-        """Whether a host stands for the server itself: then it shows how to begin."""
+        """Whether a host stands for the server itself, which then says how to begin."""
         return name in self.bases or bool(ADDRESS.fullmatch(name))
 
     def base(self, name: str) -> str:
-        """Under which name a client may dial this server, as far as we can know."""
+        """A name by which a client can dial this server, as far as we know."""
         labels = name.split(".")
         if self.domains:
             return self.domains[0].name
@@ -2348,8 +2348,8 @@ class Names:
         return "localhost" if labels[-1] == "localhost" else ".".join(labels[-2:])
 
     def link(self, service: str, host: str, came: str) -> str:
-        """The service of the id whose index is at `host`, on this way to the server:
-        `came` is the scheme."""
+        """The URL of a service, for the index page at `host`. The page was asked for by
+        the scheme `came`."""
         host = host.lower()
         for scheme, name, port in self.domains:
             if port is not None and host.partition(":")[0].endswith("." + name):
@@ -3726,12 +3726,13 @@ class Server:
 # SHARED BLOCK 2: begins. The same lines stand in both scripts; a test compares them.
 # ===================================================================================
 # -----------------------------------------------------------------------------------
-# Secrets: each side proves that it knows the token of an id, and neither says anything
-# from which the token, or a proof for another link, could be made: HMAC-SHA256 (RFC
-# 2104) over who speaks, the nonces of both, which are new for every link, and the id.
+# Secrets: each side proves to the other that it knows the token of an id. A proof is
+# HMAC-SHA256 (RFC 2104) with the token as its key, over the role of the speaker, the
+# nonces of both sides and the id. Nonces are new for every link. So neither the token
+# nor a proof for another link can be made from what is said.
 # -----------------------------------------------------------------------------------
 NONCE = re.compile("[0-9a-f]{64}")  # 32 bytes: as many as a proof has
-TOKEN_LIMIT = 4 << 10  # bytes: what is longer is another file than was meant
+TOKEN_LIMIT = 4 << 10  # bytes: a longer one is probably the wrong file
 
 
 def make_nonce() -> str:
@@ -3739,7 +3740,7 @@ def make_nonce() -> str:
 
 
 def prove(token: str, role: str, nonces: Tuple[str, str], id: str) -> str:
-    """What `role`, "server" or "client", says to prove that it knows the token of `id`;
+    """The proof of `role`, "server" or "client", that it knows the token of `id`.
     `nonces` are the server's and the client's. Raises ProtocolError for a bad one."""
     import hashlib
     import hmac
@@ -3751,14 +3752,15 @@ def prove(token: str, role: str, nonces: Tuple[str, str], id: str) -> str:
 
 
 def is_proof(said: Any, proof: str) -> bool:
-    """Whether it is this proof, in a time that does not tell how much of it is."""
+    """Compare in constant time: how long it takes tells nothing of the proof."""
     import hmac
 
     return hmac.compare_digest(str(said).encode("utf-8", "replace"), proof.encode())
 
 
 def check_token(token: Any) -> str:
-    """A token, if it can be one. Raises ValueError, which does not tell it."""
+    """Return a token that can be one. Raises ValueError, whose text does not hold the
+    token."""
     if not isinstance(token, str) or not token.strip():
         raise ValueError("a token is a text, and not empty")
     if len(token) > TOKEN_LIMIT or not all(" " <= letter <= "~" for letter in token):
@@ -4007,7 +4009,7 @@ class Sealed:
 # Files that are watched: a change of the configuration needs no restart.
 # -----------------------------------------------------------------------------------
 LOOK_TIME = 1.0  # seconds between looks: a change counts within two
-FILE_LIMIT = 16 << 20  # bytes: what is longer is another file than was meant
+FILE_LIMIT = 16 << 20  # bytes: a longer one is probably the wrong file
 
 
 class Pairs(List[Tuple[str, Any]]):
@@ -4026,7 +4028,7 @@ def parse_object(data: bytes) -> Pairs:
 
 
 def read_file(path: str) -> bytes:
-    """All of a regular file: to open another, a pipe perhaps, could take for ever.
+    """Read a regular file. To open another kind, such as a pipe, could block for ever.
     Raises OSError or ValueError."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(handle, "rb") as file:
@@ -4037,24 +4039,25 @@ def read_file(path: str) -> bytes:
 
 
 def listed(paths: List[str]) -> str:
-    """Their names; a certificate and its key may be the same file."""
+    """The names of some files. A certificate and its key may be the same file."""
     return " and ".join(dict.fromkeys(paths))
 
 
 def blame(error: Exception, paths: List[str]) -> str:
-    """Which file is to blame, if that is known, and for what."""
+    """Say which file is wrong, if that is known, and why."""
     where = getattr(error, "filename", None) or listed(paths)
     return "%s: %s" % (where, getattr(error, "strerror", None) or error)
 
 
 class Watched:
     """Files, and the `value` that `parse` makes of their contents. Raises OSError or
-    ValueError at the start; later what is broken or has vanished changes nothing."""
+    ValueError at the start. Later a file that is broken or has vanished changes
+    nothing."""
 
     def __init__(self, paths: List[str], parse: Callable[..., Any]) -> None:
         self.paths, self.parse = paths, parse
         self.contents: Optional[List[bytes]] = None  # when they were looked at last
-        self.broken = False  # that they are was told
+        self.broken = False  # a fault was logged, and is still there
         self.value: Any = None
         self.read()
 
@@ -4062,20 +4065,20 @@ class Watched:
         return listed(self.paths)
 
     def read(self) -> bool:
-        """Look at them; True when there is something new. All of it is compared: the
-        time of the last change would miss two changes in one tick."""
+        """Look at them; True when there is something new. The contents are compared:
+        the time of the last change would miss two changes in one tick."""
         found = [read_file(path) for path in self.paths]
         if found == self.contents:
-            self.broken = False
             return False
+        self.contents = found  # also when they cannot be parsed: once is enough
         self.value = self.parse(*found)
-        self.contents, self.broken = found, False
         return True
 
     def look(self) -> bool:
-        """Like read(), for later: what is wrong is told once."""
+        """Like read(), for later: a fault is logged once."""
         try:
-            return self.read()
+            changed, self.broken = self.read(), False
+            return changed
         except (OSError, ValueError) as error:
             if not self.broken:
                 cause = blame(error, self.paths)
@@ -4095,8 +4098,8 @@ def warn_of_readers(paths: List[str]) -> None:
 
 
 def forbid_core_dumps() -> None:
-    """They would hold the secrets. A limit of one byte, not of none, also keeps the
-    kernel from handing them to a program (core(5))."""
+    """A core dump would hold the secrets. A limit of one byte, not of zero, also keeps
+    the kernel from piping it to a program (core(5))."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -4112,7 +4115,7 @@ SPARE_FILES = 32  # descriptors kept for links, listeners, files and the resolve
 
 
 def file_limit(selector: selectors.BaseSelector) -> int:
-    """How many descriptors we can use, once the soft limit is raised to the hard."""
+    """Raise the soft limit of descriptors to the hard one; return the limit."""
     limit = 1 << 20
     if isinstance(selector, selectors.SelectSelector):
         limit = 512 if os.name == "nt" else 1024  # CPython's FD_SETSIZE
@@ -4368,10 +4371,10 @@ class Port:
 
 
 # -----------------------------------------------------------------------------------
-# Overload: who is here, and who goes when there are too many.
+# Overload: which connections are here, and which one goes when there are too many.
 # -----------------------------------------------------------------------------------
-ROOM_LOOKS = 8  # idle visitors looked at for one who can go
-UNAUTHENTICATED = 128  # links on which nobody has logged in yet; past it one must go
+ROOM_LOOKS = 8  # idle visitors to look at for one that can go
+UNAUTHENTICATED = 128  # connections on which no client has logged in yet
 
 
 class Visitors:
@@ -4380,7 +4383,7 @@ class Visitors:
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
         self.all: Set[HTTPConnection] = set()
-        self.idle: Any = collections.OrderedDict()  # who may go, the longest so first
+        self.idle: Any = collections.OrderedDict()  # may go; idle longest: first
         self.stopping = False  # each request is the last of its connection
         self.observers: List[Callable[[Outcome], None]] = []
 
@@ -4427,7 +4430,7 @@ class Visitors:
             self.loop.guard(self, observer, outcome)
 
     def fail(self, error: Exception) -> None:
-        """An observer raised: its own fault, and the next one is told all the same."""
+        """An observer raised. The next one is told all the same."""
         log.error("an observer of requests: %s", error)
 
 
@@ -4476,8 +4479,8 @@ def network_of(address: str) -> str:
 # Files of the server: tokens, and the certificate with its key.
 # -----------------------------------------------------------------------------------
 def parse_tokens(data: bytes) -> Dict[str, str]:
-    """The file of --tokens, {"tim": "secret"}. Raises ValueError, naming the id that is
-    wrong, and no token."""
+    """The file of --tokens, {"tim": "secret"}. Raises ValueError, which names the id
+    that is wrong, and no token."""
     tokens: Dict[str, str] = {}
     for id, token in parse_object(data):
         try:
@@ -4500,7 +4503,7 @@ def open_file(paths: List[str], parse: Callable[..., Any]) -> Watched:
 
 
 def open_tls(cert: Optional[str], key: Optional[str]) -> Optional[Watched]:
-    """The context that new connections get, from files. Raises ValueError."""
+    """The TLS context of new connections, from files. Raises ValueError."""
     if cert is None:
         if key is not None:
             raise ValueError("a key is of no use without its certificate")
@@ -4545,11 +4548,10 @@ def fingerprint(cert: bytes) -> str:
 
 
 # -----------------------------------------------------------------------------------
-# Privileges: who may open port 443 need not be who serves.
+# Privileges: root may open port 443; another user then serves.
 # -----------------------------------------------------------------------------------
 def find_user(name: str) -> Any:
-    """What the system knows of a user, so that it fails before anything has begun.
-    Raises ValueError."""
+    """Look a user up before anything else begins. Raises ValueError."""
     try:
         import pwd
 
@@ -4562,13 +4564,15 @@ def find_user(name: str) -> Any:
 
 
 def drop_privileges(user: Any, paths: List[str]) -> None:
-    """Give up root's rights for good, those of its groups too; but not without the
-    files, which are read again when they change. Raises OSError. What is imported later
-    may lie where only root can read."""
+    """Give up root's rights for good, and those of its groups. The user must be able to
+    read the files, which are read again when they change. Raises OSError."""
+    # Modules that are imported later may lie where only root can read.
     import hashlib  # noqa: F401
     import hmac  # noqa: F401
     import html  # noqa: F401
     import http  # noqa: F401
+    import random  # noqa: F401
+    import traceback  # noqa: F401
 
     if os.geteuid() != user.pw_uid:
         os.initgroups(user.pw_name, user.pw_gid)
@@ -4625,8 +4629,8 @@ def parse_arguments(argv: Optional[List[str]]) -> Config:
     add("--redirect", action="store_true",
         help="send visitors without TLS to the port with it")  # fmt: skip
     add("--tokens", metavar="FILE",
-        help='ids and what proves them, as {"id": "token"}; without it any client gets '
-        "a free id")  # fmt: skip
+        help='the token of each id, as {"id": "token"}; without it any client gets a '
+        "free id")  # fmt: skip
     add("--user", metavar="NAME",
         help="once the ports are open, go on as this user, not as root")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,

@@ -128,6 +128,29 @@ class Promises(unittest.TestCase):
                 sorted(set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", printed))),
             )
 
+    # Lines with comments, as they stand; a part that adds says how many it may.
+    BUDGETS = {"shared": 2030, "server": 2650, "client": 1120}
+
+    def sections(self, text):
+        """The sections of a script or a block, by title, with their lines."""
+        bar = re.escape("# " + 83 * "-")
+        parts = re.split(r"(?m)^%s\n# (.+)\n" % bar, text)
+        titles = [title.split(":")[0].split(".")[0] for title in parts[1::2]]
+        return dict(zip(titles, (len(part.splitlines()) for part in parts[2::2])))
+
+    def test_scripts_keep_their_budgets(self):
+        blocks = [block for block, _ in shared_blocks(SCRIPTS[0])]
+        texts = {"shared": "\n".join(blocks)}
+        for which, script in zip(("server", "client"), SCRIPTS):
+            texts[which] = read(script)
+            for block in blocks:
+                texts[which] = texts[which].replace(block, "")
+        for which, text in texts.items():
+            lines = len(text.splitlines())
+            longest = sorted(self.sections(text).items(), key=lambda x: -x[1])[:5]
+            said = "%s has %d lines; longest: %s" % (which, lines, longest)
+            self.assertLessEqual(lines, self.BUDGETS[which], said)
+
     def test_readme_is_short_enough_to_be_read(self):
         self.assertLessEqual(len(read("README.md").splitlines()), 400)
 
