@@ -6876,7 +6876,8 @@ class Processes(TunnelCase):
     def test_rights_that_cannot_be_given_up_end_the_server(self):
         if os.name == "nt" or os.getuid() != 0:
             self.skipTest("only root can")
-        code = "import hashlib, hmac, html, http, os, pwd, resource, sys; "
+        code = "import hashlib, hmac, html, http, os, pwd, random, resource, sys; "
+        code += "import traceback; "
         code += "sys.path[0] = %r; "
         code += "import mdm_tunnel_server as s; s.parse_arguments([]); "
         code += "os.setuid(65534); s.main(%r)"
