@@ -248,21 +248,25 @@ def peer_text(value: Any) -> str:
 
 
 # -----------------------------------------------------------------------------------
-# Loop: one selector, one heap of timers, one catcher of errors. A turn reads what is
-# there, then runs what that left to do, then timers, then lets the links send (after
-# many events also in between: the other side can begin with the first of them), and
-# last tells the selector what each connection now waits for: that is derived from its
-# state once a turn, never toggled. The clock is looked at after reading, so that a
-# process that was frozen does not take its healthy peers for dead.
+# Loop: one thread, one selector, one heap of timers, one catcher of errors. A turn
+#
+#   1. reads what is there, each socket for itself and then for its owner;
+#   2. runs what soon() has put off;
+#   3. runs the timers that are due. The clock is looked at after reading, so that a
+#      process that was frozen does not take its healthy peers for dead;
+#   4. lets the links send (after many events also in between, so that the other side
+#      can begin with the first of them);
+#   5. tells the selector what each connection waits for now. That is derived from its
+#      state once a turn, never toggled.
 # -----------------------------------------------------------------------------------
-TURN_BUDGET = 0.01  # seconds of a turn that peers may fill: then the others have theirs
+TURN_BUDGET = 0.01  # seconds after which a peer's work goes on in the next turn
 PART = 16  # events of a turn after which the links send in between
 POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
 
 
 class Timer:
-    """One deadline. To move it later or to clear it costs nothing: its entry in the
-    heap stays, and looks here when its time has come."""
+    """One deadline. To put it off or to clear it costs nothing: the entry in the heap
+    stays, and looks here when its time has come."""
 
     __slots__ = ("loop", "owner", "call", "due", "armed")
 
@@ -297,7 +301,7 @@ class Timer:
 
 
 class Loop:
-    """Runs everything in one thread. Tests give a `selector` or a `clock`."""
+    """Runs everything. Tests give a `selector` or a `clock` of their own."""
 
     def __init__(
         self,
@@ -351,7 +355,8 @@ class Loop:
             part.close()  # type: ignore[attr-defined]
 
     def soon(self, owner: Any, call: Call, *args: Any) -> None:
-        """Run `call` later in this turn or in the next, on a fresh stack."""
+        """Run `call` later in this turn or in the next, on a fresh stack. An error ends
+        `owner`."""
         self.calls.append((owner, call, args))
 
     def from_thread(self, owner: Any, call: Call, *args: Any) -> None:
