@@ -1719,7 +1719,8 @@ class Connect:
         if not addresses:
             raise OSError("%s has no address" % self.target.text)
         if len(addresses) > 1 or self.failure:
-            dial.timer.set(dial.time_left() / len(addresses))
+            left = max(0.0, dial.until - dial.loop.clock())
+            dial.timer.set(left / len(addresses))
         family, address = addresses[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
         dial.connection = Connection(dial.loop, sock, dial)
@@ -1835,19 +1836,12 @@ class Dial:
     def __str__(self) -> str:
         return "dial for %s" % self.owner
 
-    def time_left(self) -> float:
-        return max(0.0, self.until - self.loop.clock())
-
-    def begin(self) -> None:
-        """There is a place for it."""
-        self.loop.guard(self, self.advance)
-
     def advance(self) -> None:
-        """Go on, until a step has to wait."""
+        """Begin, or go on, until a step has to wait."""
         while self.steps and self.steps[0].go_on(self):
             del self.steps[0]
             if self.steps:
-                self.timer.set(self.time_left())
+                self.timer.set(max(0.0, self.until - self.loop.clock()))
         if not self.steps and self.connection:
             connection, self.connection = self.connection, None
             self.end()
@@ -1907,7 +1901,7 @@ DIALS = 128  # at once to a target: one that hangs holds up its own visitors onl
 
 
 class Gate:
-    """The dials to one target."""
+    """The dials to one target. Each begins on a fresh stack: none ends within admit()."""
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
@@ -1916,28 +1910,22 @@ class Gate:
 
     def admit(self, dial: Dial) -> None:
         if len(self.running) < DIALS and not self.waiting:
-            self.running.add(dial)
-            dial.begin()
+            self.begin(dial)
         else:
             self.waiting[dial] = None
 
-    def leave(self, dial: Dial) -> None:
-        """A dial is over. The next begins on a fresh stack."""
-        self.waiting.pop(dial, None)
-        if dial in self.running:
-            self.running.discard(dial)
-            if self.waiting:
-                self.loop.soon(self, self.admit_next)
+    def begin(self, dial: Dial) -> None:
+        self.running.add(dial)
+        self.loop.soon(dial, dial.advance)
 
-    def admit_next(self) -> None:
+    def leave(self, dial: Dial) -> None:
+        """A dial is over: its place is the next one's."""
+        self.waiting.pop(dial, None)
+        self.running.discard(dial)
         if self.waiting and len(self.running) < DIALS:
             dial = next(iter(self.waiting))
             del self.waiting[dial]
-            self.running.add(dial)
-            dial.begin()
-
-    def fail(self, error: Exception) -> None:
-        log.error("dials: %s", error)
+            self.begin(dial)
 
 
 class Bridge:
@@ -2130,7 +2118,8 @@ class Uplink:
         log.error("%s: %s", self, error)
 
     def dial(self) -> None:
-        Dial(self.loop, self.steps(), SERVER_TIME, self).begin()
+        dial = Dial(self.loop, self.steps(), SERVER_TIME, self)
+        self.loop.guard(dial, dial.advance)
 
     def steps(self) -> List[Any]:
         """The way to the server."""

@@ -2408,12 +2408,6 @@ class Service:
         """As a destination: the request goes to the service."""
         Exchange(http, request, self).ask()
 
-    def open(self, owner: Any, request: Request) -> Stream:
-        """A new stream. Raises HTTPError when there can be none."""
-        message = {"service": self.name, "visitor": request.address}
-        message["scheme"] = request.scheme
-        return self.pool.pick().open(owner, message)
-
 
 class Pool:
     """The link of an id, and its services by name."""
@@ -2432,6 +2426,12 @@ class Pool:
         if len(link.streams) >= MAX_STREAMS or link.unread > UNREAD_LIMIT:
             raise HTTPError(503, "overload", "%s has too many requests" % self.id)
         return link
+
+    def open(self, service: Service, owner: Any, request: Request) -> Stream:
+        """A new stream to a service. Raises HTTPError when there can be none."""
+        message = {"service": service.name, "visitor": request.address}
+        message["scheme"] = request.scheme
+        return self.pick().open(owner, message)
 
     def replace(self, targets: Dict[str, str]) -> None:
         """The client's new list, name -> target."""
@@ -2946,7 +2946,7 @@ class Exchange:
         else:
             if kept:
                 kept.give_up()
-            self.stream = self.service.open(self, self.request)
+            self.stream = self.service.pool.open(self.service, self, self.request)
         self.connection.owner = self
         http.visitors.idle.pop(http, None)
         self.loop.dirty.add(self.connection)
@@ -2967,7 +2967,7 @@ class Exchange:
         if service is None:
             return False
         self.service, self.retried = service, True
-        self.stream = service.open(self, self.request)
+        self.stream = service.pool.open(service, self, self.request)
         self.head, self.failure, self.code = self.request.to_service(), None, ""
         self.stream.wake()
         return True
@@ -4340,18 +4340,14 @@ class Port:
         crowded = self.loop.full() and not self.visitors.make_room()
         connection = Connection(self.loop, sock, self)
         host = plain_address(address[0]) if address else "?"  # gone already
-        self.loop.guard(connection, self.serve, connection, host)
-        if crowded:
-            self.pause("no descriptors left")
-        return not crowded
-
-    def serve(self, connection: Connection, address: str) -> None:
-        """Give the connection its first owner."""
-        HTTPConnection(self.site, connection, address)
+        HTTPConnection(self.site, connection, host)
         if isinstance(self.site, LinkSite):
             self.site.registry.unauthenticated.admit(connection)
         if self.tls:
-            connection.start_tls(self.tls.value, True)
+            self.loop.guard(connection, connection.start_tls, self.tls.value, True)
+        if crowded:
+            self.pause("no descriptors left")
+        return not crowded
 
     def fail(self, error: Exception) -> None:
         self.pause(str(error))
