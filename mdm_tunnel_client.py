@@ -1901,7 +1901,7 @@ DIALS = 128  # at once to a target: one that hangs holds up its own visitors onl
 
 
 class Gate:
-    """The dials to one target. Each begins on a fresh stack: none ends within admit()."""
+    """The dials to one target. Each begins on a fresh stack, never within admit()."""
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
