@@ -1413,7 +1413,7 @@ class Link:
         bytes before it do: those would delay it, perhaps for ever."""
         if not self.connection.waiting():
             message = pack_json({"code": code, "reason": reason})
-            self.owed.setdefault(Kind.GOODBYE, message)
+            self.owed[Kind.GOODBYE] = self.owed.pop(Kind.GOODBYE, message)  # at the end
             self.owing.clear()
             self.connection.write(self.loop.frames[: self.put_control(0)])
 
