@@ -1592,8 +1592,9 @@ REQUEST_LINE = re.compile(
 # Some services say HTTP/2.0 here, which all browsers take for 1.1. A reason is cut
 # where it is no longer text: no program reads it (RFC 9112 4).
 STATUS_LINE = re.compile(
-    r"(?:\r?\n)?HTTP/([1-9]\.\d{1,2}) +([1-9]\d\d)(?:[ \t](%s*)[^\0\r\n]*)?\r?\n" % TEXT
+    r"(?:\r?\n)?HTTP/([1-9]\.\d{1,2}) +([1-9]\d\d)(?:[ \t]([^\0\r\n]*))?\r?\n"
 )
+REASON = re.compile("%s*" % TEXT)  # on its own: two stars in a row take quadratic time
 FIELDS = re.compile(r"(?:\r\n%s:%s*)*\r\n\r\n" % (TOKEN, TEXT))
 LINES = re.compile(r"(?!\r?\n)[^\n]+\n(?:[ \t][^\n]*\n)*")  # each with its folds
 ODD_FIELD = re.compile(r"(%s)[ \t]*:(%s)\r?\n" % (TOKEN, FOLDED))
@@ -2041,7 +2042,9 @@ class Answer:
             raise malformed("its status line breaks the grammar (RFC 9112, 4)")
         version, status, reason = line.groups()
         self.method, self.minor = method, int(version != "1.0")
-        self.status, self.reason = int(status), reason or ""
+        self.status = int(status)
+        text_of_reason = REASON.match(reason or "")
+        self.reason = text_of_reason.group() if text_of_reason else ""
         raw, recent = text[line.end() - 2 :], recent or Recent()
         section, hop = recent.answer, (self.status, method == "HEAD")
         if section.raw != raw or section.hop != hop:
@@ -2725,8 +2728,12 @@ class HTTPConnection:
             self.give_up()
 
     def next(self) -> None:
-        """Begin the next request, if the last answer has gone and a head is here."""
-        if self.connection.owner is not self or self.connection.backlog:
+        """Begin the next request, if the last answer has gone and a head is here. This
+        may be called once more after a 400, behind which nothing is read."""
+        connection = self.connection
+        if connection.phase != OPEN_PHASE or connection.owner is not self:
+            return
+        if connection.backlog:
             return
         if self.unparsed.startswith(b"\r\n"):
             self.unparsed = bytearray(EMPTY_LINES.sub(b"", self.unparsed, 1))

@@ -2913,6 +2913,7 @@ class FakeVisitor(Wire):
     def __init__(self, loop):
         super().__init__(loop)
         self.eof, self.incoming = False, bytearray()
+        self.phase = server_module.Phase.OPEN
         self.site = self.Site(loop)
         self.http = server_module.HTTPConnection(self.site, self, "192.0.2.1")
 
@@ -2924,6 +2925,10 @@ class FakeVisitor(Wire):
 
     def has_unread(self):
         return bool(self.incoming)
+
+    def close_when_drained(self, ending):
+        super().close_when_drained(ending)
+        self.phase = server_module.Phase.CLOSING
 
     def abort(self):
         self.ended = self.ended or "aborted"
@@ -3059,6 +3064,23 @@ class Exchanges(unittest.TestCase):
         self.say(stream, answer + b"HTTP/1.1 200 X")
         self.assertTrue(self.said().endswith(b"\r\n\r\nok"))
         self.assertIsNone(self.visitor.http.kept)
+        self.assertEqual(self.visitor.ended, "LINGER")
+
+    def test_nothing_behind_a_malformed_request_is_read(self):
+        """The next request may be begun twice: when the answer has gone, and when more
+        has come in the same turn."""
+        exchange, stream = self.begin()
+        http = self.visitor.http
+        http.unparsed += b"POST / HTTP/1.1\r\nHost: a.b\r\nno field\r\n\r\n"
+        http.unparsed += head()
+        http.site.resolve = lambda request: self.service
+        self.say(stream, b"HTTP/1.1 204 No\r\n\r\n")
+        self.visitor.incoming += b"x"
+        self.loop.guard(http, http.on_readable)
+        self.assertIn(b"400", self.said())
+        self.loop.turn()
+        self.assertEqual(self.link.last_id, 1)
+        self.assertIsNone(http.kept and http.kept.stream.open or None)
         self.assertEqual(self.visitor.ended, "LINGER")
 
     def test_visitor_that_left_is_noticed_by_time_alone(self):
