@@ -661,6 +661,9 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             self.readable = False
             return None
+        except OSError:
+            self.eof = True  # nothing more can come, so nobody waits for it
+            raise
         self.readable = count == len(view)  # it came short, so there is no more
         if count == 0:
             self.eof = True
@@ -697,7 +700,7 @@ class Connection:
             except OSError as error:
                 self.note_send_error(error)
                 return
-            if not len(data):
+            if not (len(data) or self.transport.unsent):
                 return
             self.progress_at = self.loop.clock()
             self.loop.dirty.add(self)
@@ -726,7 +729,7 @@ class Connection:
 
     def note_send_error(self, error: OSError) -> None:
         self.send_error = self.send_error or error
-        self.backlog.clear()
+        self.backlog = bytearray()  # not clear(): a traceback may hold a view of it
         self.transport.forget()
         self.loop.dirty.add(self)
 
@@ -832,7 +835,7 @@ class Connection:
         if self.phase != CLOSED_PHASE:
             self.phase, self.readable = Phase.CLOSED, False
             self.loop.connections.discard(self)
-            self.backlog.clear()
+            self.backlog = bytearray()
             if self.timer:
                 self.timer.clear()
             if self.events:
@@ -1379,7 +1382,8 @@ class Link:
     def check(self) -> None:
         """Each second: does the other side live, and do our bytes move?"""
         now = self.loop.clock()
-        if self.connection.backlog and now - self.connection.progress_at > STUCK_AFTER:
+        connection = self.connection
+        if connection.waiting() and now - connection.progress_at > STUCK_AFTER:
             raise OSError("nothing could be sent for %d s" % STUCK_AFTER)
         if self.heard < self.pinged < now - PONG_WITHIN:
             raise OSError("no sign of life for %d s" % (now - self.heard))
@@ -1430,7 +1434,7 @@ class Link:
             for stream in streams.values():
                 stream.open, stream.unread = False, 0
                 self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
-            if self.connection.send_error or self.connection.backlog:
+            if self.connection.send_error or self.connection.waiting():
                 self.connection.close()
             else:
                 self.connection.close_when_drained(Ending.LINGER)
@@ -1461,12 +1465,15 @@ STREAM_FRAMES: Dict[int, Call] = {
 # has its own end: END becomes a half-close, a half-close becomes END. A stream that is
 # reset cuts the connection, and a connection that breaks resets the stream.
 # -----------------------------------------------------------------------------------
+PIPE_LOOK = 5.0  # seconds between looks at a connection that the selector is silent of
+
+
 class Pipe:
     """Owns both. `name` is for messages. `code` is what the peer is told when the
     connection breaks: "left" for a visitor, "reset" for a service. `early` was read
     from the connection before there was a pipe."""
 
-    __slots__ = ("stream", "connection", "name", "code", "early")
+    __slots__ = ("stream", "connection", "name", "code", "early", "timer")
 
     def __init__(
         self,
@@ -1479,6 +1486,7 @@ class Pipe:
         self.stream, self.connection = stream, connection
         self.name, self.code, self.early = name, code, bytearray(early)
         stream.owner = connection.owner = self
+        self.timer = Timer(connection.loop, self, self.look)
         connection.loop.dirty.add(connection)
         if early or connection.eof:
             stream.wake()  # no socket will announce it
@@ -1489,7 +1497,20 @@ class Pipe:
     # From the connection to the stream.
 
     def interest(self) -> int:
-        return READ if self.stream.wants_read() else 0
+        if self.stream.wants_read():
+            return READ
+        if self.timer.due is None:
+            self.timer.set(PIPE_LOOK)
+        return 0
+
+    def look(self) -> None:
+        """While nothing is waited for, the selector does not tell of a reset."""
+        connection = self.connection
+        if connection.phase == OPEN_PHASE:
+            error = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise OSError(error, os.strerror(error))
+            connection.loop.dirty.add(connection)  # interest() sets the timer again
 
     def on_readable(self) -> None:
         self.stream.wake()
@@ -2354,10 +2375,10 @@ class Client:
 
     def drain(self) -> None:
         """Is there anything still to wait for?"""
+        self.timer.set(DRAIN_LOOK)
         late = self.loop.clock() >= self.until
         if late or not self.loop.connections:
             self.loop.running = False
-        self.timer.set(DRAIN_LOOK)
 
 
 # ###################################################################################

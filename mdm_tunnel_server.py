@@ -665,6 +665,9 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             self.readable = False
             return None
+        except OSError:
+            self.eof = True  # nothing more can come, so nobody waits for it
+            raise
         self.readable = count == len(view)  # it came short, so there is no more
         if count == 0:
             self.eof = True
@@ -701,7 +704,7 @@ class Connection:
             except OSError as error:
                 self.note_send_error(error)
                 return
-            if not len(data):
+            if not (len(data) or self.transport.unsent):
                 return
             self.progress_at = self.loop.clock()
             self.loop.dirty.add(self)
@@ -730,7 +733,7 @@ class Connection:
 
     def note_send_error(self, error: OSError) -> None:
         self.send_error = self.send_error or error
-        self.backlog.clear()
+        self.backlog = bytearray()  # not clear(): a traceback may hold a view of it
         self.transport.forget()
         self.loop.dirty.add(self)
 
@@ -836,7 +839,7 @@ class Connection:
         if self.phase != CLOSED_PHASE:
             self.phase, self.readable = Phase.CLOSED, False
             self.loop.connections.discard(self)
-            self.backlog.clear()
+            self.backlog = bytearray()
             if self.timer:
                 self.timer.clear()
             if self.events:
@@ -1383,7 +1386,8 @@ class Link:
     def check(self) -> None:
         """Each second: does the other side live, and do our bytes move?"""
         now = self.loop.clock()
-        if self.connection.backlog and now - self.connection.progress_at > STUCK_AFTER:
+        connection = self.connection
+        if connection.waiting() and now - connection.progress_at > STUCK_AFTER:
             raise OSError("nothing could be sent for %d s" % STUCK_AFTER)
         if self.heard < self.pinged < now - PONG_WITHIN:
             raise OSError("no sign of life for %d s" % (now - self.heard))
@@ -1434,7 +1438,7 @@ class Link:
             for stream in streams.values():
                 stream.open, stream.unread = False, 0
                 self.loop.guard(stream.owner, stream.owner.on_reset, code, cause)
-            if self.connection.send_error or self.connection.backlog:
+            if self.connection.send_error or self.connection.waiting():
                 self.connection.close()
             else:
                 self.connection.close_when_drained(Ending.LINGER)
@@ -1465,12 +1469,15 @@ STREAM_FRAMES: Dict[int, Call] = {
 # has its own end: END becomes a half-close, a half-close becomes END. A stream that is
 # reset cuts the connection, and a connection that breaks resets the stream.
 # -----------------------------------------------------------------------------------
+PIPE_LOOK = 5.0  # seconds between looks at a connection that the selector is silent of
+
+
 class Pipe:
     """Owns both. `name` is for messages. `code` is what the peer is told when the
     connection breaks: "left" for a visitor, "reset" for a service. `early` was read
     from the connection before there was a pipe."""
 
-    __slots__ = ("stream", "connection", "name", "code", "early")
+    __slots__ = ("stream", "connection", "name", "code", "early", "timer")
 
     def __init__(
         self,
@@ -1483,6 +1490,7 @@ class Pipe:
         self.stream, self.connection = stream, connection
         self.name, self.code, self.early = name, code, bytearray(early)
         stream.owner = connection.owner = self
+        self.timer = Timer(connection.loop, self, self.look)
         connection.loop.dirty.add(connection)
         if early or connection.eof:
             stream.wake()  # no socket will announce it
@@ -1493,7 +1501,20 @@ class Pipe:
     # From the connection to the stream.
 
     def interest(self) -> int:
-        return READ if self.stream.wants_read() else 0
+        if self.stream.wants_read():
+            return READ
+        if self.timer.due is None:
+            self.timer.set(PIPE_LOOK)
+        return 0
+
+    def look(self) -> None:
+        """While nothing is waited for, the selector does not tell of a reset."""
+        connection = self.connection
+        if connection.phase == OPEN_PHASE:
+            error = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise OSError(error, os.strerror(error))
+            connection.loop.dirty.add(connection)  # interest() sets the timer again
 
     def on_readable(self) -> None:
         self.stream.wake()
@@ -3160,7 +3181,8 @@ class Exchange:
     def upgrade(self, answer: Answer) -> None:
         """From here on bytes flow both ways, and a Pipe owns both ends."""
         request, http = self.request, self.http
-        if not (request.upgrade and answer.upgrade and request.body.done):
+        asked = request.upgrade and request.body.done and not self.head
+        if not (asked and answer.upgrade):
             raise malformed("it changed the protocol without being asked")
         self.connection.write(answer.to_visitor("") + bytes(self.inbox))
         self.end(101)
@@ -3717,6 +3739,7 @@ class Server:
 
     def drain(self) -> None:
         """Is there anything still to wait for?"""
+        self.timer.set(DRAIN_LOOK)
         late = self.loop.clock() >= self.until
         if not self.said_goodbye and (late or not self.visitors.all):
             self.said_goodbye = True
@@ -3724,7 +3747,6 @@ class Server:
             self.close_links()
         elif self.said_goodbye and (late or not self.loop.connections):
             self.loop.running = False
-        self.timer.set(DRAIN_LOOK)
 
 
 # ###################################################################################
@@ -4411,8 +4433,13 @@ class Visitors:
         read yet; False when there seems to be none."""
         for _ in range(min(ROOM_LOOKS, len(self.idle))):
             http = next(iter(self.idle))
-            if not http.connection.has_unread():
-                http.connection.owner.give_up()
+            connection = http.connection
+            if not connection.has_unread():
+                if connection.owner is http:
+                    http.detach()  # at once: a lingering page keeps its descriptor
+                    connection.close()
+                else:
+                    connection.owner.give_up()
                 return True
             self.idle.move_to_end(http)
         return False
