@@ -573,6 +573,43 @@ class Connections(unittest.TestCase):
         with self.assertRaises(ConnectionResetError):
             self.connection.read_into(self.view)
 
+    def test_clock_of_what_waits_runs_also_for_what_tls_holds(self):
+        class Holding:
+            more, unsent, send = False, 100, staticmethod(len)
+
+        self.connection.transport = Holding
+        self.connection.write(b"x" * 100)
+        self.assertEqual(self.connection.waiting(), 100)
+        self.assertGreater(self.connection.progress_at, 0)
+
+    def test_backlog_can_be_let_go_while_a_view_of_it_lives(self):
+        for let_go in (
+            lambda: self.connection.note_send_error(BrokenPipeError()),
+            self.connection.close,
+        ):
+            self.connection.backlog = bytearray(b"x" * 100)
+            with memoryview(self.connection.backlog):  # as in a traceback
+                let_go()
+            self.assertEqual(self.connection.waiting(), 0)
+        self.assertEqual(self.connection.sock.fileno(), -1)
+
+    def test_transport_that_broke_is_not_read_again(self):
+        class Broken:
+            more, unsent, has_last_word, reads = True, 0, False, 0
+
+            def recv_into(self, view):
+                self.reads += 1
+                raise OSError("broken")
+
+        self.connection.transport = broken = Broken()
+        self.connection.owner.on_readable = lambda: self.connection.read_into(self.view)
+        self.connection.readable = True
+        for _ in range(5):
+            self.loop.dirty.add(self.connection)
+            self.loop.soon(self.loop, bool)  # so that the turn does not wait
+            self.loop.turn()
+        self.assertEqual(broken.reads, 1)
+
     def test_end_is_told_again_and_again(self):
         self.peer.close()
         self.turn_until(lambda: self.connection.readable)
@@ -1349,6 +1386,15 @@ class Links(LinkCase):
             self.feed(self.server, frame(Kind.PONG, 0, b"12345678"))
             self.server.loop.turn()
         self.assertIn("nothing could be sent", self.server.closed)
+
+    def test_bytes_that_do_not_move_below_tls_count_as_well(self):
+        self.server.wire.waiting = lambda: 100  # encrypted, so no longer in the backlog
+        for _ in range(25):
+            self.clock.now += 1
+            self.feed(self.server, frame(Kind.PONG, 0, b"12345678"))
+            self.server.loop.turn()
+        self.assertIn("nothing could be sent", self.server.closed)
+        self.assertEqual(self.server.wire.ended, "closed")  # no last word waits
 
     def test_random_schedule_keeps_every_byte(self):
         dice = random.Random(5)
@@ -2997,6 +3043,16 @@ class Exchanges(unittest.TestCase):
         (said,) = outputs
         self.assertTrue(said.startswith(raw[: raw.find(b"200")]))
         self.assertEqual(self.outcomes[0][3:7], ("GET", "/", 200, ""))
+
+    def test_101_before_the_request_has_gone_is_no_answer(self):
+        lines = "Connection: upgrade", "Upgrade: x"
+        for sent in (True, False):
+            self.setUp()
+            self.link.connection.backlog += b"" if sent else b"of other streams"
+            exchange, stream = self.begin(*lines)
+            raw = b"HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+            self.say(stream, raw)
+            self.assertEqual(b" 101 " in self.said(), sent)
 
     def test_nothing_is_over_before_the_visitor_has_the_last_byte(self):
         self.visitor.room = 30
@@ -5692,6 +5748,20 @@ class Hostile(TunnelCase):
         self.server.do(self.fill)
         self.assertEqual(self.echoed("web.tim.x")["service"], "web")
         self.assertEqual(idle.sock.recv(1), b"")
+
+    def test_idle_visitor_that_takes_nothing_leaves_its_descriptor_at_once(self):
+        self.start()
+        self.visit().sendall(b"GET / HTTP/1.1\r\n\r\n")
+        visitors = self.server.program.visitors
+        self.server.until(lambda: visitors.all)
+        (http,) = visitors.all
+
+        def make_room():
+            http.connection.backlog += b"x"  # a page that it does not take
+            visitors.idle[http] = None
+            return visitors.make_room() and http.connection.closed
+
+        self.assertTrue(self.server.do(make_room))
 
     def fill(self):
         self.server.loop.capacity = len(self.server.loop.connections)
