@@ -2442,29 +2442,24 @@ class Pool:
         self.id, self.tunnel = id, tunnel
         self.services: Dict[str, Service] = {}
 
-    def pick(self) -> Link:
-        """The link for a new stream. Raises HTTPError when it can take none."""
+    def open(self, service: Service, owner: Any, request: Request) -> Stream:
+        """A new stream to a service. Raises HTTPError when there can be none."""
         link = self.tunnel.link
         if link.draining or link.closed:
             raise HTTPError(503, "leaving", "the client of %s is leaving" % self.id)
         if len(link.streams) >= MAX_STREAMS or link.unread > UNREAD_LIMIT:
             raise HTTPError(503, "overload", "%s has too many requests" % self.id)
-        return link
-
-    def open(self, service: Service, owner: Any, request: Request) -> Stream:
-        """A new stream to a service. Raises HTTPError when there can be none."""
         message = {"service": service.name, "visitor": request.address}
         message["scheme"] = request.scheme
-        return self.pick().open(owner, message)
+        return link.open(owner, message)
 
     def replace(self, targets: Dict[str, str]) -> None:
         """The client's new list, name -> target."""
-        old, self.services = self.services, {}
-        for name, target in targets.items():
-            service = old.get(name)
-            if service is None or service.target != target:
-                service = Service(self, name, target)
-            self.services[name] = service
+        old = self.services
+        self.services = {name: Service(self, name, to) for name, to in targets.items()}
+        for name, service in old.items():
+            if targets.get(name) == service.target:
+                self.services[name] = service
 
 
 class Registry:
@@ -2482,7 +2477,7 @@ class Registry:
         self.names.ids.clear()
         self.names.ids.update(self.pools, self.tokens.value if self.tokens else ())
 
-    def service(self, id: str, name: str) -> Optional[Service]:
+    def service(self, id: Any, name: Any) -> Optional[Service]:
         pool = self.pools.get(id)
         return pool.services.get(name) if pool else None
 
@@ -2566,50 +2561,44 @@ class Tunnel:
             self.listed = message
             if self.list_timer.due is None:
                 self.on_services()
-        elif kind == Kind.GOODBYE:
+        else:
             log.info("%s says goodbye: %s", self, peer_text(message.get("reason")))
             self.drop_kept()
 
     # Login.
 
     def on_login(self, message: Dict[str, Any]) -> None:
-        id, session = message.get("id"), message.get("session")
-        if not isinstance(id, str) or not LABEL.fullmatch(id.lower()):
+        id, session = peer_text(message.get("id")).lower(), message.get("session")
+        if not LABEL.fullmatch(id):
             self.refuse("refused", "an id is a DNS label")
-        elif id.lower() == "localhost":  # or tim.localhost would be its service tim
+        elif id == "localhost":  # or tim.localhost would be its service tim
             self.refuse("refused", "localhost is no id")
         elif not isinstance(session, str) or not session:
             raise ProtocolError("LOGIN without a session")
         else:
-            self.id, self.session = id.lower(), session
+            self.id, self.session = id, session
             self.authenticate(message)
 
     def authenticate(self, message: Dict[str, Any]) -> None:
         """Without --tokens anybody may ask for any id. With it the client has to prove
         that it knows the id's token; whether the token was wrong or the id unknown, it
         is told the same, after the same work."""
-        tokens = self.registry.tokens
-        if tokens is None:
-            self.claim({})
-            return
-        token = tokens.value.get(self.id)
-        nonces = self.nonce, str(message.get("nonce"))
-        proof = prove(token or self.nonce, "client", nonces, self.id)
-        if "proof" not in message:
-            self.refuse("refused", "this server wants a token")
-        elif not is_proof(message["proof"], proof) or token is None:
-            self.refuse("refused", "no such id, or a wrong token")
-        else:
+        welcome, tokens = {}, self.registry.tokens
+        if tokens is not None:
+            token = tokens.value.get(self.id)
+            nonces = self.nonce, str(message.get("nonce"))
+            proof = prove(token or self.nonce, "client", nonces, self.id)
+            if "proof" not in message:
+                return self.refuse("refused", "this server wants a token")
+            if not is_proof(message["proof"], proof) or token is None:
+                return self.refuse("refused", "no such id, or a wrong token")
             self.token = token
-            self.claim({"proof": prove(token, "server", nonces, self.id)})
-
-    def claim(self, welcome: Dict[str, Any]) -> None:
-        if self.registry.claim(self):
-            self.timer.set(LOGIN_TIME)  # for its services
-            self.link.send(Kind.WELCOME, welcome)
-            log.info("%s logged in from %s", self.id, self.peer)
-        else:
-            self.refuse("taken", "the id %s is taken" % self.id)
+            welcome["proof"] = prove(token, "server", nonces, self.id)
+        if not self.registry.claim(self):
+            return self.refuse("taken", "the id %s is taken" % self.id)
+        self.timer.set(LOGIN_TIME)  # for its services
+        self.link.send(Kind.WELCOME, welcome)
+        log.info("%s logged in from %s", self.id, self.peer)
 
     def refuse(self, code: str, cause: str) -> None:
         self.timer.clear()
@@ -2658,7 +2647,7 @@ class Tunnel:
         """Streams between two requests would hold up the end of the link."""
         for stream in list(self.link.streams.values()):
             if isinstance(stream.owner, Kept):
-                stream.reset("done")
+                stream.owner.give_up()
 
     def free_descriptors(self) -> None:
         """The client has none left: streams of visitors who have left go first, then
@@ -2752,9 +2741,8 @@ class HTTPConnection:
         """Begin the next request, if the last answer has gone and a head is here. This
         may be called once more after a 400, behind which nothing is read."""
         connection = self.connection
-        if connection.phase != OPEN_PHASE or connection.owner is not self:
-            return
-        if connection.backlog:
+        ours = connection.phase == OPEN_PHASE and connection.owner is self
+        if not ours or connection.backlog:
             return
         if self.unparsed.startswith(b"\r\n"):
             self.unparsed = bytearray(EMPTY_LINES.sub(b"", self.unparsed, 1))
@@ -2769,14 +2757,13 @@ class HTTPConnection:
             page = self.site.resolve(self.request).begin(self, self.request)
             if page is not None:
                 self.respond(page)
-        elif self.connection.eof or self.connection.send_error:
+        elif connection.eof or connection.send_error:
             self.give_up()
         elif self.unparsed:
             self.wait_for_head()
 
     def wait_for_head(self) -> None:
-        """A part of a head is here. Its time is set once: dribbling does not prolong
-        it."""
+        """A part of a head is here. Dribbling does not prolong its time."""
         due = self.timer.due
         if due is None or due > self.loop.clock() + HEAD_TIME:
             self.timer.set(HEAD_TIME)
@@ -2785,24 +2772,22 @@ class HTTPConnection:
 
     def respond(self, page: Page) -> None:
         """Answer with a page of our own."""
-        request = self.request
+        request, keep = self.request, not self.visitors.stopping
+        keep = keep and bool(request and request.keeps_alive() and request.body.done)
         html = request is not None and request.wants_html()
         kind, body = make_page(page.title, page.lines, html)
-        keep = request is not None and request.keeps_alive() and request.body.done
-        keep = keep and not self.visitors.stopping
-        head = ["HTTP/1.1 %d %s" % (page.status, phrase(page.status, page.title))]
-        head += ["Content-Type: " + kind, "Content-Length: %d" % len(body)]
-        head += ["Cache-Control: no-store"]
-        head += ["X-Tunnel-Error: " + page.code] if page.code else []
-        head += ["%s: %s" % pair for pair in page.fields]
-        if not keep and not any(name == "Connection" for name, _ in page.fields):
-            head.append("Connection: close")
+        fields = [("Content-Type", kind), ("Content-Length", len(body))]
+        fields += [("Cache-Control", "no-store"), *page.fields]
+        fields += [("X-Tunnel-Error", page.code)] if page.code else []
+        if not keep and "Connection" not in dict(page.fields):
+            fields.append(("Connection", "close"))
         elif request and request.minor == 0:
-            head.append("Connection: keep-alive")
+            fields.append(("Connection", "keep-alive"))
+        head = "HTTP/1.1 %d %s\r\n" % (page.status, phrase(page.status, page.title))
+        head += "".join(["%s: %s\r\n" % pair for pair in fields]) + "\r\n"
         if request and request.method == "HEAD":
             body = b""
-        text = "\r\n".join(head) + "\r\n\r\n"
-        self.connection.write(text.encode("latin-1", "replace") + body)
+        self.connection.write(head.encode("latin-1", "replace") + body)
         if self.visitors.observers:
             self.visitors.observe(self, page.status, page.code, len(body), 0)
         self.go_on(keep)
@@ -2840,12 +2825,12 @@ class HTTPConnection:
         visitor that said `close`, sent no body and of which nothing is unread sends no
         more: closing plainly is cheaper, and loses nothing. (Behind a body some send
         the end of a line; with TLS the visitor has a last word, too.)"""
-        request = self.request
+        request, connection = self.request, self.connection
         if request is None or "close" not in request.connection or self.unparsed:
             return False
-        if self.connection.transport.has_last_word or not request.body.unread:
+        if connection.transport.has_last_word or not request.body.unread:
             return False
-        return request.body.done and not self.connection.has_unread()
+        return request.body.done and not connection.has_unread()
 
     def give_up(self) -> None:
         """Nothing is left to say."""
@@ -2949,8 +2934,7 @@ class Exchange:
         self.answer: Optional[Answer] = None  # its head, once the visitor gets it
         self.body: Any = None  # of the answer
         self.keep = False  # the visitor's connection, after this
-        self.reused = False  # the stream carried an earlier request
-        self.retried = False  # it is being asked for the second time
+        self.reused = self.retried = False  # the stream, before; the request, already
         self.interim = 0  # 1xx answers so far
         self.failure: Optional[Exception] = None  # why it cannot go on
         self.code = ""  # the same as a word, if the client said it
@@ -3002,14 +2986,14 @@ class Exchange:
 
     def pull(self, view: memoryview) -> Optional[int]:
         """The stream's turn: the head, then the body."""
-        if self.head:
-            size = min(len(view), len(self.head))
-            view[:size] = self.head[:size]
-            self.head = self.head[size:]
-            if not self.request.body.done:
-                self.stream.wake()
-            return size
-        return None if self.request.body.done else self.pull_body(view)
+        if not self.head:
+            return None if self.request.body.done else self.pull_body(view)
+        size = min(len(view), len(self.head))
+        view[:size] = self.head[:size]
+        self.head = self.head[size:]
+        if not self.request.body.done:
+            self.stream.wake()
+        return size
 
     def pull_body(self, view: memoryview) -> Optional[int]:
         """The body, as far as its framing goes: first what was read already, then what
@@ -3181,8 +3165,8 @@ class Exchange:
     def upgrade(self, answer: Answer) -> None:
         """From here on bytes flow both ways, and a Pipe owns both ends."""
         request, http = self.request, self.http
-        asked = request.upgrade and request.body.done and not self.head
-        if not (asked and answer.upgrade):
+        whole = request.body.done and not self.head
+        if not (whole and request.upgrade and answer.upgrade):
             raise malformed("it changed the protocol without being asked")
         self.connection.write(answer.to_visitor("") + bytes(self.inbox))
         self.end(101)
@@ -3435,9 +3419,7 @@ class Site:
         if denied is not None:
             raise self.denial(*denied)
         id, name = route or (None, None)
-        pool = self.registry.pools.get(id or "")
-        service = pool.services.get(name or "") if pool else None
-        return service or self.page_for(request, id, name, pool)
+        return self.service(id, name) or self.page_for(request, id, name)
 
     def denial(self, status: Any, fields: Any) -> HTTPError:
         """What authorize() wants to be said."""
@@ -3447,29 +3429,23 @@ class Site:
         cause = "a password is needed" if status == 401 else "not allowed"
         return HTTPError(int(status), "denied", cause, pairs)
 
-    def page_for(
-        self,
-        request: Request,
-        id: Optional[str],
-        name: Optional[str],
-        pool: Optional[Pool],
-    ) -> Page:
+    def page_for(self, request: Request, id: Any, name: Any) -> Page:
         """The index of an id, the landing page, or a 404 that says what is missing."""
+        names, pool = self.registry.names, self.registry.pools.get(id)
         root = request.method in ("GET", "HEAD") and request.target == "/"
-        if pool and name is None and root:
-            return self.index(request, pool)
-        if id is None and root and self.registry.names.is_base(request.name):
+        if id is None and root and names.is_base(request.name):
             return Page(200, "", "mdm-tunnel is here", self.how_to(request))
         if pool and name:
             raise HTTPError(404, "no-service", "%s has no service %s" % (id, name))
+        if pool and root:
+            return self.index(request, pool)
         if pool:
             raise HTTPError(404, "no-page", "the index of %s is at /" % id)
-        if id and id in self.registry.names.ids:
+        if id in names.ids:
             cause = "the client of %s is not connected now" % id
             raise HTTPError(503, "offline", cause, [("Retry-After", RETRY_AFTER)])
-        cause = "no client serves " + request.name
-        cause = "nobody is connected as %s" % id if id else cause
-        raise HTTPError(404, "no-name", cause)
+        cause = "nobody is connected as %s" % id if id else "no client serves "
+        raise HTTPError(404, "no-name", cause if id else cause + request.name)
 
     def index(self, request: Request, pool: Pool) -> Page:
         link = self.registry.names.link
@@ -3523,10 +3499,9 @@ class LinkSite(Site):
     def resolve(self, request: Request) -> Any:
         if request.target.partition("?")[0] != LINK_PATH:
             raise HTTPError(404, "client-port", "clients dial this port, not visitors")
-        asked = request.upgrade.lower()
-        if asked != PROTOCOL:
+        if request.upgrade.lower() != PROTOCOL:
             cause = "this port speaks %s" % PROTOCOL
-            if not asked:
+            if not request.upgrade:
                 cause += "; the request to upgrade is missing, so a proxy in between"
                 cause += " dropped it: let it pass on Upgrade and Connection"
             fields = [("Upgrade", PROTOCOL), ("Connection", "Upgrade")]
@@ -3633,16 +3608,19 @@ class Server:
             site = kind(self, "https" if tls else "http")
             self.ports.append(Port(sock, site, self.tls if tls else None))
         self.note_addresses(names)
-        self.watch_files()
+        self.files = [file for file in (self.tokens, self.tls) if file]
+        for file in self.files:
+            forbid_core_dumps()
+            self.on_new_file(file)
+            self.look_timer.set(LOOK_TIME)
 
     def __str__(self) -> str:
         return "server"
 
     def note_addresses(self, names: Names) -> None:
         """Port 0 has become a real one."""
-        visitors = [port for port in self.ports if not isinstance(port.site, LinkSite)]
-        by_tls = [port for port in visitors if port.tls]
-        self.visitor_address = visitors[0].address
+        by_tls = [x for x in self.ports if x.tls and not isinstance(x.site, LinkSite)]
+        self.visitor_address = self.ports[0].address
         self.client_address = self.ports[-1].address
         self.tls_address = by_tls[0].address if by_tls else None
         names.port = (self.tls_address or self.visitor_address)[1]
@@ -3666,53 +3644,41 @@ class Server:
 
     def close_links(self) -> None:
         for pool in list(self.registry.pools.values()):
-            link = pool.tunnel.link
-            link.goodbye("stopping", "the server is stopping")
+            link, cause = pool.tunnel.link, "the server is stopping"
+            link.goodbye("stopping", cause)
             link.flush()
-            link.close("the server is stopping", "stopping")
+            link.close(cause, "stopping")
 
     def fail(self, error: Exception) -> None:
         log.error("server: %s", error)
 
     # Files that change while it runs.
 
-    def watch_files(self) -> None:
-        files = self.files()
-        if files:
-            forbid_core_dumps()
-            self.on_new_files(files)
-            self.look_timer.set(LOOK_TIME)
-
-    def files(self) -> List["Watched"]:
-        return [file for file in (self.tokens, self.tls) if file]
-
     def look(self) -> None:
         """Has a file changed? TLS that runs goes on with the certificate that it began
         with."""
         self.look_timer.set(LOOK_TIME)
-        files = [file for file in self.files() if file.look()]
-        if files:
-            log.info("changed: %s", ", ".join(map(str, files)))
-            self.on_new_files(files)
+        for file in self.files:
+            if file.look():
+                log.info("changed: %s", file)
+                self.on_new_file(file)
 
-    def on_new_files(self, files: List["Watched"]) -> None:
-        """What follows from them; the last path of each leads to secrets."""
-        for file in files:
-            warn_of_readers(file.paths[-1:])
-            if file is self.tls and file.contents and log.hears(INFO):
-                with contextlib.suppress(ValueError):
-                    log.info("certificate: SHA256 %s", fingerprint(file.contents[0]))
-        if self.tokens in files and self.tokens:
+    def on_new_file(self, file: "Watched") -> None:
+        """What follows from it; its last path leads to secrets."""
+        warn_of_readers(file.paths[-1:])
+        if file is self.tokens:
             self.registry.note_ids()
-            self.close_invalid_links(self.tokens.value)
+            self.close_invalid_links(file.value)
+        elif file.contents and log.hears(INFO):
+            with contextlib.suppress(ValueError):
+                log.info("certificate: SHA256 %s", fingerprint(file.contents[0]))
 
     def close_invalid_links(self, tokens: Dict[str, str]) -> None:
         """An id whose token has gone or changed is free."""
         for link in list(self.loop.links):  # also those that were replaced
-            tunnel = link.owner
-            if tunnel.token and tunnel.token != tokens.get(tunnel.id):
-                cause = "the token of %s is no longer valid" % tunnel.id
-                tunnel.evict("refused", cause)
+            id, token = link.owner.id, link.owner.token
+            if token and token != tokens.get(id):
+                link.owner.evict("refused", "the token of %s is no longer valid" % id)
                 link.flush()
                 link.close("its token has changed")
 
@@ -3733,8 +3699,9 @@ class Server:
         self.until = self.loop.clock() + DRAIN
         for port in self.ports:
             port.close()
-        for http in self.visitors.between_requests():
-            http.close(Ending.LINGER)
+        for http in list(self.visitors.all):
+            if http.connection.owner is http:  # between two requests
+                http.close(Ending.LINGER)
         self.drain()
 
     def drain(self) -> None:
@@ -4425,9 +4392,6 @@ class Visitors:
         self.all.discard(http)
         self.idle.pop(http, None)
 
-    def between_requests(self) -> List[HTTPConnection]:
-        return [http for http in self.all if http.connection.owner is http]
-
     def make_room(self) -> bool:
         """Close the visitor that is idle longest, and has sent nothing that we have not
         read yet; False when there seems to be none."""
@@ -4449,18 +4413,10 @@ class Visitors:
     ) -> None:
         """Tell the observers how a request ended."""
         request, service = http.request, http.service
-        outcome = Outcome(
-            http.address,
-            service.pool.id if service else "",
-            service.name if service else "",
-            request.method if request else "",
-            request.target if request else "",
-            status,
-            code,
-            sent,
-            received,
-            self.loop.clock() - http.since,
-        )
+        where = (service.pool.id, service.name) if service else ("", "")
+        what = (request.method, request.target) if request else ("", "")
+        end = status, code, sent, received, self.loop.clock() - http.since
+        outcome = Outcome(http.address, *(where + what + end))
         for observer in self.observers:
             self.loop.guard(self, observer, outcome)
 
@@ -4687,7 +4643,7 @@ def main(argv: Optional[List[str]] = None, router: Optional[Router] = None) -> N
         die(2, error)
     if user is not None:
         try:
-            paths = [path for file in server.files() for path in file.paths]
+            paths = [path for file in server.files for path in file.paths]
             drop_privileges(user, paths)
         except OSError as error:
             die(1, "cannot become %s: %s" % (config.user, error.strerror or error))
