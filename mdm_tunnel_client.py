@@ -24,7 +24,7 @@ client knows nothing of HTTP, so any protocol passes. Nothing here needs more th
 standard library of Python 3.6.
 """
 
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 # ###################################################################################
 #
@@ -1580,44 +1580,44 @@ class Pipe:
 # Services: what is published, by name, and where it listens.
 # -----------------------------------------------------------------------------------
 Target = collections.namedtuple("Target", "text host port")  # port 0: host is a path
+HOST = re.compile(  # [::1] or nas, and perhaps a port; or ::1, which can have none
+    r"(?:\[([^]]+)\]|([^:[]+))(?::([0-9]+))?|((?:[^:[]*:){2}[^[]*)"
+)
 
 
 def split_host(text: str, port: int) -> Tuple[str, int]:
     """`host`, `host:port`, `[::1]:port` or `::1`, with a default for the port. Raises
     ValueError."""
-    host, number = text, str(port)
-    if text.startswith("["):
-        host, bracket, rest = text[1:].partition("]")
-        number = rest[1:] if rest.startswith(":") else number
-        if not bracket or rest[:1] not in ("", ":"):
-            raise ValueError("%r is neither [address] nor [address]:port" % text)
-    elif text.count(":") == 1:
-        host, _, number = text.partition(":")
-    if not host or set(host) & set("=/@ ") or not number.isdigit():
-        raise ValueError("%r is neither host nor host:port" % text)
-    if not 0 < int(number) < 1 << 16:
-        raise ValueError("%s is no port: 1 to 65535" % number)
-    return host, int(number)
+    match = HOST.fullmatch(text)
+    if match is None or set(text) & set("=/@ "):
+        raise ValueError("%r is neither host, host:port nor [address]:port" % text)
+    bracketed, name, number, address = match.groups()
+    port = int(number or port)
+    if not 0 < port < 1 << 16:
+        raise ValueError("%d is no port: 1 to 65535" % port)
+    return bracketed or name or address, port
 
 
 def parse_target(value: Any) -> Target:
     """9000, "host:port", "unix:/path" or {"target": any of them}. Raises ValueError."""
-    if isinstance(value, dict):
+    if isinstance(value, (dict, Pairs)):
+        value = dict(value)
         extra = sorted(set(value) - {"target"})
         if extra or "target" not in value:
             raise ValueError("unknown option %r" % extra[0] if extra else "no target")
         value = value["target"]
-    if isinstance(value, str) and value.startswith("unix:/"):
-        if not hasattr(socket, "AF_UNIX"):
-            raise ValueError("this system has no unix sockets")
-        return Target(value, value[5:], 0)
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError("a target is a port, host:port or unix:/path")
-    if isinstance(value, str) and not value.isdigit() and ":" not in value:
+    text = str(value)
+    if text.isdigit():
+        return Target("127.0.0.1:" + text, *split_host("localhost:" + text, 0))
+    if text.startswith("unix:/"):
+        if not hasattr(socket, "AF_UNIX"):
+            raise ValueError("this system has no unix sockets")
+        return Target(text, text[5:], 0)
+    if ":" not in text:
         raise ValueError("%r is neither a port, host:port nor unix:/path" % value)
-    if str(value).isdigit():
-        return Target("127.0.0.1:%s" % value, *split_host("localhost:%s" % value, 0))
-    return Target(value, *split_host(str(value), 0))
+    return Target(text, *split_host(text, 0))
 
 
 def parse_services(pairs: List[Tuple[str, Any]]) -> Dict[str, Target]:
@@ -1642,10 +1642,9 @@ def services_message(services: Dict[str, Target]) -> Dict[str, Any]:
     return {name: {"target": target.text} for name, target in services.items()}
 
 
-def parse_file(data: bytes) -> Tuple[str, Dict[str, Target]]:
-    """The content of a service file: the token ("" for none) and the services, from
-    {"web": 9000} or {"token": "secret", "services": {"web": 9000}}. Raises
-    ValueError."""
+def parse_file(data: bytes = b"{}") -> Tuple[str, Dict[str, Target]]:
+    """The token ("" for none) and the services of a file: {"web": 9000}, or {"token":
+    "secret", "services": {"web": 9000}}. Raises ValueError."""
     pairs, token = parse_object(data), ""
     top = dict(pairs)
     if isinstance(top.get("services"), Pairs):
@@ -1657,237 +1656,144 @@ def parse_file(data: bytes) -> Tuple[str, Dict[str, Target]]:
         pairs = top["services"]
     elif isinstance(top.get("token"), str):
         raise ValueError('beside a token all that is published stands in "services"')
-    named = [(name, dict(v) if isinstance(v, Pairs) else v) for name, v in pairs]
-    return token, parse_services(named)
-
-
-class Services:
-    """What is published: the file's services, and over them those of the command line.
-    Raises ValueError or OSError when the file cannot be used at the start; later a
-    broken or vanished one changes nothing."""
-
-    def __init__(self, path: Optional[str], given: Dict[str, Target]) -> None:
-        self.given = given
-        self.file = None if path is None else Watched([path], parse_file)
-        self.merge()
-
-    def merge(self) -> None:
-        """Take over what the file holds."""
-        self.token, found = self.file.value if self.file else ("", {})
-        self.all = {**found, **self.given}
-        if self.token and self.file:
-            warn_of_readers(self.file.paths)
-
-    def look(self) -> bool:
-        """Whether there is a new list."""
-        changed = self.file is not None and self.file.look()
-        if changed:
-            self.merge()
-        return changed
+    return token, parse_services(pairs)
 
 
 # -----------------------------------------------------------------------------------
-# Dial: reaches something in steps: connect, TLS, a request whose answer must be the
-# wanted one. Each step says go_on() until it is done; then the next begins. A local
-# target takes one step, the server three, and a proxy before it would take two more.
+# Dial: connects to a target, and takes the steps from there: TLS, a request that must
+# have the wanted answer. A local target takes none, the server two, and a proxy before
+# it would take two more.
 # -----------------------------------------------------------------------------------
 RETRY_TIME = 0.05  # seconds until a unix socket whose queue is full is tried again
+WAITING = errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY, errno.EAGAIN
+FAILURES: Dict[Any, Tuple[str, str]] = {  # what the server is told, and people
+    errno.ECONNREFUSED: ("refused", " refused the connection"),
+    errno.ETIMEDOUT: ("timeout", " did not answer in time"),
+    errno.EMFILE: ("busy", ": the client has no descriptors left"),
+    errno.ENFILE: ("busy", ": the system has no descriptors left"),
+}
 ANSWER_LIMIT = 16 << 10  # bytes of the head of an answer
 STATUS = re.compile(rb"HTTP/1[.]\d (\d{3})[ \r]")
+LOCATION = re.compile(rb"(?i)\r\nlocation:[ \t]*([^\r]*)")
 Address = Tuple[int, Any]  # family, and what connect() takes
 
 
 class Unreachable(OSError):
-    """Why a dial did not succeed; `code` is what the server is told."""
+    """Why a target cannot be connected; `code` is what the server is told."""
 
-    def __init__(self, code: str, cause: str) -> None:
-        super().__init__(cause)
-        self.code = code
+    def __init__(self, target: Target, error: Exception) -> None:
+        other = "refused", ": %s" % (getattr(error, "strerror", None) or error)
+        self.code, cause = FAILURES.get(getattr(error, "errno", None), other)
+        super().__init__(target.text + cause)
 
 
 class Answered(OSError):
     """An HTTP server answered, but not as wanted."""
 
     def __init__(self, status: int, head: bytes) -> None:
-        super().__init__("answered %d" % status)
-        self.status, self.head = status, head
+        cause, where = "answered %d" % status, LOCATION.search(head)
+        if where:
+            cause += ", which leads to " + peer_text(where.group(1).decode("latin-1"))
+        super().__init__(cause)
+        self.status = status
 
 
-class Connect:
-    """Connects to a target, to one of its addresses after the other. Each has its share
-    of the time that is left."""
+class Dial:
+    """Tries the target's addresses one after the other, then takes the steps: each has
+    go_on(dial), which returns whether it is done. All has at most `seconds`. It ends
+    with one call: of owner.on_dialled(connection, early), where `early` was read behind
+    the last step, or of owner.on_undialled(error)."""
 
-    interest = WRITE
-
-    def __init__(self, resolver: "Resolver", target: Target) -> None:
-        self.resolver, self.target = resolver, target
-        self.addresses: Optional[List[Address]] = None  # to be tried; None: not known
+    def __init__(
+        self, resolver: Any, target: Target, steps: list, seconds: float, owner: Any
+    ) -> None:
+        self.resolver, self.loop = resolver, resolver.loop
+        self.target, self.steps, self.owner = target, steps, owner
+        self.awaits = WRITE  # while it connects; then READ, and 0 when it is over
+        self.addresses: List[Address] = []  # to be tried
         self.failure: Optional[Unreachable] = None  # of the first address
+        self.connection: Any = None  # a Connection, as soon as there is a socket
+        self.early = b""
+        self.gate: Optional["Gate"] = None  # which lets it begin
+        self.until = self.loop.clock() + seconds
+        self.timer = Timer(self.loop, self, self.on_timer)
+        self.set_timer()
 
-    def go_on(self, dial: "Dial") -> bool:
-        if self.addresses is None:
-            self.addresses = self.resolver.resolve(self.target, dial, self)
-            if self.addresses is None:
-                return False  # the resolver will tell
-        if dial.connection is None:
-            return self.connect(dial, self.addresses)
-        sock = dial.connection.sock
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return self.is_connected(sock, code)
+    def __str__(self) -> str:
+        return "dial to %s" % self.target.text
 
-    def connect(self, dial: "Dial", addresses: List[Address]) -> bool:
-        """Begin with the next address."""
-        if not addresses:
-            raise OSError("%s has no address" % self.target.text)
-        if len(addresses) > 1 or self.failure:
-            left = max(0.0, dial.until - dial.loop.clock())
-            dial.timer.set(left / len(addresses))
-        family, address = addresses[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        dial.connection = Connection(dial.loop, sock, dial)
-        code = sock.connect_ex(address)
-        if code == errno.EAGAIN and not self.target.port:
-            dial.drop()  # the queue of a unix socket is full, and no event will tell
-            dial.try_later()
-            return False
-        return self.is_connected(sock, code)
+    def set_timer(self, shares: int = 1) -> None:
+        """What comes next may last as long as is left, or for a share of that."""
+        self.timer.set(max(0.0, self.until - self.loop.clock()) / shares)
 
-    def is_connected(self, sock: socket.socket, code: int) -> bool:
-        """What connect() has said so far. A port of this machine is connected before
-        the selector can tell."""
-        if code in (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY):
+    def advance(self) -> None:
+        """Begin, or go on, until it has to wait."""
+        if self.awaits == WRITE and self.is_connected():
+            self.awaits = READ
+            self.set_timer()
+        if self.awaits == READ:
+            while self.steps and self.steps[0].go_on(self):
+                del self.steps[0]
+            if not self.steps:
+                connection, self.connection = self.connection, None
+                self.end()
+                self.owner.on_dialled(connection, self.early)
+
+    on_readable = on_writable = advance
+
+    def is_connected(self) -> bool:
+        """A port of this machine is connected before the selector can tell."""
+        code = self.connect()
+        if code in WAITING:
             try:
-                return bool(sock.getpeername())
+                return bool(self.connection and self.connection.sock.getpeername())
             except OSError:
                 return False
         if code not in (0, errno.EISCONN):
             raise OSError(code, os.strerror(code))
         return True
 
-    def on_failure(self, error: OSError) -> bool:
-        """This address does not answer; is there another?"""
-        name, code = self.target.text, "refused"
-        if error.errno == errno.ECONNREFUSED:
-            cause = "%s refused the connection" % name
-        elif error.errno == errno.ETIMEDOUT:
-            code, cause = "timeout", "%s did not answer in time" % name
-        else:
-            code = "busy" if error.errno in (errno.EMFILE, errno.ENFILE) else code
-            cause = "%s: %s" % (name, error.strerror or error)
-        self.failure = self.failure or Unreachable(code, cause)
-        del (self.addresses or [])[:1]
-        return bool(self.addresses)
+    def connect(self) -> int:
+        """Begin with the next address, or look after it; what connect() says so far."""
+        if self.connection:
+            sock = self.connection.sock
+            return int(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        self.addresses = self.addresses or self.resolver.resolve(self)
+        if not self.addresses:
+            return errno.EINPROGRESS  # the resolver will tell
+        self.set_timer(len(self.addresses))
+        family, address = self.addresses[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        self.connection = Connection(self.loop, sock, self)
+        code = sock.connect_ex(address)
+        if code == errno.EAGAIN and not self.target.port:
+            self.drop()  # the queue of a unix socket is full, and no event will tell
+            self.timer.set(RETRY_TIME)
+        return code
 
+    def on_addresses(self, addresses: List[Address]) -> None:
+        """The resolver has found them."""
+        self.addresses = addresses
+        self.advance()
 
-class StartTLS:
-    """From here on all is encrypted. The next step waits for the handshake."""
-
-    interest = READ
-    failure = None
-
-    def __init__(self, context: Any, name: str, pin: bytes) -> None:
-        self.context, self.name, self.pin = context, name, pin
-
-    def go_on(self, dial: "Dial") -> bool:
-        if dial.connection:
-            dial.connection.start_tls(self.context, False, self.name, self.pin)
-        return True
-
-    def on_failure(self, error: OSError) -> bool:
-        return False
-
-
-class Ask:
-    """Sends the head of an HTTP request, and reads that of the answer, whose status has
-    to be `want`: 101 for our Upgrade, 200 for a proxy's CONNECT."""
-
-    interest = READ
-    failure = None
-
-    def __init__(self, request: bytes, want: int) -> None:
-        self.request, self.want = request, want
-        self.answer = bytearray()
-
-    def go_on(self, dial: "Dial") -> bool:
-        connection = dial.connection
-        if connection is None:
-            return False
-        if self.request:
-            connection.write(self.request)
-            self.request = b""
-        view = dial.loop.scratch[:ANSWER_LIMIT]
-        count = connection.read_into(view)
-        if count == 0:
-            raise OSError("the server closed the connection")
-        self.answer += view[: count or 0]
-        if not self.answer.startswith(b"HTTP/1."[: len(self.answer)]):
-            raise OSError("whoever listens there does not speak HTTP")
-        end = self.answer.find(b"\r\n\r\n") + 4
-        if end < 4 and len(self.answer) >= ANSWER_LIMIT:
-            raise OSError("the server's answer does not end")
-        return end > 3 and self.is_wanted(dial, end)
-
-    def is_wanted(self, dial: "Dial", end: int) -> bool:
-        head, dial.early = bytes(self.answer[:end]), bytes(self.answer[end:])
-        status = int((STATUS.match(head) or [b"", b"0"])[1])
-        if status != self.want:
-            raise Answered(status, head)
-        return True
-
-    def on_failure(self, error: OSError) -> bool:
-        return False
-
-
-class Dial:
-    """Takes the steps, in at most `seconds`. It ends with one call: of
-    owner.on_dialled(connection, early), where `early` was read behind the last step, or
-    of owner.on_undialled(error)."""
-
-    def __init__(
-        self, loop: Loop, steps: List[Any], seconds: float, owner: Any
-    ) -> None:
-        self.loop, self.steps, self.owner = loop, steps, owner
-        self.until = loop.clock() + seconds
-        self.connection: Optional[Connection] = None
-        self.early = b""
-        self.timer = Timer(loop, self, self.on_late)
-        self.timer.set(seconds)
-        self.retry: Optional[Timer] = None  # for what no event tells
-
-    def __str__(self) -> str:
-        return "dial for %s" % self.owner
-
-    def advance(self) -> None:
-        """Begin, or go on, until a step has to wait."""
-        while self.steps and self.steps[0].go_on(self):
-            del self.steps[0]
-            if self.steps:
-                self.timer.set(max(0.0, self.until - self.loop.clock()))
-        if not self.steps and self.connection:
-            connection, self.connection = self.connection, None
-            self.end()
-            self.owner.on_dialled(connection, self.early)
+    def on_timer(self) -> None:
+        """Without a connection it is time to try again, if there is time left."""
+        if self.connection or self.loop.clock() >= self.until:
+            raise OSError(errno.ETIMEDOUT, "no answer in time")
+        self.advance()
 
     def fail(self, error: Exception) -> None:
-        """The step has failed: has it another way?"""
-        if not self.steps:
-            return  # it is over
-        self.drop()
-        step = self.steps[0]
-        if not isinstance(error, OSError):
-            error = OSError(str(error))
-        if step.on_failure(error):
-            self.loop.soon(self, self.advance)
-        else:
+        """While it connects, there may be another address."""
+        if self.awaits == WRITE:
+            error = self.failure = self.failure or Unreachable(self.target, error)
+            self.drop()
+            del self.addresses[:1]
+            if self.addresses:
+                self.loop.soon(self, self.advance)
+                return
+        if self.awaits:
             self.end()
-            self.owner.on_undialled(step.failure or error)
-
-    def on_late(self) -> None:
-        raise OSError(errno.ETIMEDOUT, "no answer in time")
-
-    def try_later(self) -> None:
-        self.retry = self.retry or Timer(self.loop, self, self.advance)
-        self.retry.set(RETRY_TIME)
+            self.owner.on_undialled(error)
 
     def drop(self) -> None:
         if self.connection:
@@ -1896,20 +1802,57 @@ class Dial:
 
     def end(self) -> None:
         """Stop. The owner is not told."""
-        self.steps = []
+        self.awaits = 0
         self.timer.clear()
-        if self.retry:
-            self.retry.clear()
         self.drop()
+        if self.gate:
+            self.gate.leave(self)
 
     def interest(self) -> int:
-        return self.steps[0].interest if self.steps else 0
+        return self.awaits
 
-    def on_readable(self) -> None:
-        self.advance()
 
-    def on_writable(self) -> None:
-        self.advance()
+class StartTLS:
+    """From here on all is encrypted. The next step waits for the handshake."""
+
+    def __init__(self, context: Any, name: str, pin: bytes) -> None:
+        self.context, self.name, self.pin = context, name, pin
+
+    def go_on(self, dial: Dial) -> bool:
+        dial.connection.start_tls(self.context, False, self.name, self.pin)
+        return True
+
+
+class Ask:
+    """Sends the head of an HTTP request, and reads that of the answer, whose status has
+    to be `want`: 101 for our Upgrade, 200 for a proxy's CONNECT."""
+
+    def __init__(self, request: bytes, want: int) -> None:
+        self.request, self.want = request, want
+        self.answer = bytearray()
+
+    def go_on(self, dial: Dial) -> bool:
+        if self.request:
+            dial.connection.write(self.request)
+            self.request = b""
+        view = dial.loop.scratch[:ANSWER_LIMIT]
+        count = dial.connection.read_into(view)
+        if count == 0:
+            raise OSError("the server closed the connection")
+        self.answer += view[: count or 0]
+        if not self.answer.startswith(b"HTTP/1."[: len(self.answer)]):
+            raise OSError("whoever listens there does not speak HTTP")
+        end = self.answer.find(b"\r\n\r\n") + 4
+        if end < 4:
+            if len(self.answer) >= ANSWER_LIMIT:
+                raise OSError("the server's answer does not end")
+            return False
+        head, dial.early = bytes(self.answer[:end]), bytes(self.answer[end:])
+        match = STATUS.match(head)
+        status = int(match.group(1)) if match else 0
+        if status != self.want:
+            raise Answered(status, head)
+        return True
 
 
 # -----------------------------------------------------------------------------------
@@ -1922,60 +1865,51 @@ DIALS = 128  # at once to a target: one that hangs holds up its own visitors onl
 
 
 class Gate:
-    """The dials to one target. Each begins on a fresh stack, never within admit()."""
+    """The dials to one target."""
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
+    def __init__(self) -> None:
         self.running: Set[Dial] = set()
-        self.waiting: Dict[Dial, None] = collections.OrderedDict()
+        self.waiting: "collections.OrderedDict[Dial, None]" = collections.OrderedDict()
 
     def admit(self, dial: Dial) -> None:
-        if len(self.running) < DIALS and not self.waiting:
-            self.begin(dial)
-        else:
-            self.waiting[dial] = None
-
-    def begin(self, dial: Dial) -> None:
-        self.running.add(dial)
-        self.loop.soon(dial, dial.advance)
+        self.waiting[dial], dial.gate = None, self
+        self.begin_next()
 
     def leave(self, dial: Dial) -> None:
         """A dial is over: its place is the next one's."""
         self.waiting.pop(dial, None)
         self.running.discard(dial)
+        self.begin_next()
+
+    def begin_next(self) -> None:
+        """It begins on a fresh stack, never within admit()."""
         if self.waiting and len(self.running) < DIALS:
-            dial = next(iter(self.waiting))
-            del self.waiting[dial]
-            self.begin(dial)
+            dial = self.waiting.popitem(last=False)[0]
+            self.running.add(dial)
+            dial.loop.soon(dial, dial.advance)
 
 
 class Bridge:
-    """Owns the stream until the target is connected."""
-
-    def __init__(
-        self, tunnel: "Tunnel", stream: Stream, service: str, target: Target, gate: Gate
-    ) -> None:
-        self.tunnel, self.stream, self.gate = tunnel, stream, gate
-        self.service, self.target = service, target
+    def __init__(self, tunnel: "Tunnel", stream: Stream, service: str) -> None:
+        self.tunnel, self.stream, self.service = tunnel, stream, service
+        self.target = tunnel.client.services[service]
         self.early = bytearray()  # what came before there was a connection
-        steps = [Connect(tunnel.client.resolver, target)]
-        self.dial = Dial(tunnel.link.loop, steps, DIAL_TIME, self)
+        self.dial = Dial(tunnel.client.resolver, self.target, [], DIAL_TIME, self)
         stream.owner = self
+        tunnel.gates[self.target].admit(self.dial)
 
     def __str__(self) -> str:
         return "%s %s" % (self.tunnel, self.service)
 
     def on_dialled(self, connection: Connection, early: bytes) -> None:
-        self.gate.leave(self.dial)
         pipe = Pipe(self.stream, connection, self.target.text, "reset")
         if self.early:
             pipe.receive(memoryview(self.early))
         if self.stream.ended_in:
             pipe.on_end()
 
-    def on_undialled(self, error: OSError) -> None:
-        self.gate.leave(self.dial)
-        self.stream.reset(getattr(error, "code", "refused"), str(error))
+    def on_undialled(self, error: Unreachable) -> None:
+        self.stream.reset(error.code, str(error))
         log.info("%s: %s", self, error)
 
     def pull(self, view: memoryview) -> None:
@@ -1989,11 +1923,10 @@ class Bridge:
 
     def on_reset(self, code: str, cause: str) -> None:
         self.dial.end()
-        self.gate.leave(self.dial)
 
     def fail(self, error: Exception) -> None:
         self.stream.reset("error", str(error))
-        self.on_reset("error", "")
+        self.dial.end()
 
 
 # -----------------------------------------------------------------------------------
@@ -2003,28 +1936,15 @@ WELCOME_TIME = 10.0  # seconds from the 101 to the end of the login
 UNPROVEN = "the server cannot prove that it knows the token: has it --tokens?"
 
 
-class Refused(ProtocolError):
-    """The server does not want us, or is none: dialling again would not help. `status`
-    is the exit status."""
-
-    def __init__(self, status: int, cause: str) -> None:
-        super().__init__(cause)
-        self.status = status
-
-
 class Tunnel:
-    """One link at the client."""
-
-    link: Link
-
     def __init__(self, uplink: "Uplink", connection: Connection) -> None:
         self.uplink, self.client = uplink, uplink.client
-        self.logged_in = False
-        self.nonces = "", ""  # the server's and ours
         self.token = ""  # with which we log in
-        self.gates: Dict[Target, Gate] = {}
-        self.since = uplink.loop.clock()  # when it logged in
-        self.link = Link(uplink.loop, connection, self, "client")
+        self.nonces = "", ""  # the server's and ours
+        self.logged_in = False
+        self.since = 0.0  # when it logged in
+        self.gates: Dict[Target, Gate] = collections.defaultdict(Gate)
+        self.link: Link = Link(uplink.loop, connection, self, "client")
         self.timer = Timer(uplink.loop, self.link, self.on_late)
         self.timer.set(WELCOME_TIME)
 
@@ -2036,8 +1956,7 @@ class Tunnel:
 
     def on_message(self, kind: int, message: Dict[str, Any]) -> None:
         if kind == Kind.CHALLENGE:
-            self.nonces = str(message.get("nonce")), make_nonce()
-            self.log_in()
+            self.log_in(str(message.get("nonce")))
         elif kind == Kind.WELCOME:
             self.on_welcome(message)
         elif kind == Kind.URLS:
@@ -2046,15 +1965,16 @@ class Tunnel:
             code, reason = map(peer_text, (message.get("code"), message.get("reason")))
             self.uplink.on_goodbye(self, code, reason)
 
-    def log_in(self) -> None:
-        client, nonces, self.token = self.client, self.nonces, self.client.token
-        if self.token and not NONCE.fullmatch(nonces[0]):
-            client.end(Refused(3, UNPROVEN))
-            return
+    def log_in(self, nonce: str) -> None:
+        client, self.token = self.client, self.client.token
+        self.nonces = nonce, make_nonce()
         login = {"id": client.id, "session": client.session, "link": 0}
-        login["nonce"] = nonces[1]
+        login["nonce"] = self.nonces[1]
         if self.token:
-            login["proof"] = prove(self.token, "client", nonces, client.id)
+            if not NONCE.fullmatch(nonce):
+                client.end(3, UNPROVEN)
+                return
+            login["proof"] = prove(self.token, "client", self.nonces, client.id)
         self.link.send(Kind.LOGIN, login)
 
     def on_welcome(self, message: Dict[str, Any]) -> None:
@@ -2062,7 +1982,7 @@ class Tunnel:
         if self.token:
             proof = prove(self.token, "server", self.nonces, self.client.id)
             if not is_proof(message.get("proof"), proof):
-                self.client.end(Refused(3, UNPROVEN))
+                self.client.end(3, UNPROVEN)
                 return
         self.timer.clear()
         self.logged_in, self.since = True, self.link.loop.clock()
@@ -2072,26 +1992,21 @@ class Tunnel:
     def publish(self) -> None:
         """Send the list of services, whole."""
         if self.logged_in and not self.link.draining:
-            message = services_message(self.client.services.all)
-            self.link.send(Kind.SERVICES, message)
+            self.link.send(Kind.SERVICES, services_message(self.client.services))
 
     def on_open(self, stream: Stream, message: Dict[str, Any]) -> None:
         """Only what our own list names is dialled."""
         service = str(message.get("service"))
-        target = self.client.services.all.get(service)
-        if target is None:
+        if service not in self.client.services:
             stream.reset("no-service", "the client has no such service")
         elif self.link.loop.full():
             stream.reset("busy", "the client has no descriptors left")
         else:
-            gate = self.gates.get(target)
-            if gate is None:
-                gate = self.gates[target] = Gate(self.link.loop)
-            gate.admit(Bridge(self, stream, service, target, gate).dial)
+            Bridge(self, stream, service)
 
     def on_closed(self, cause: str) -> None:
         self.timer.clear()
-        self.uplink.on_lost(self, OSError(cause))
+        self.uplink.on_lost(self, cause)
 
 
 # -----------------------------------------------------------------------------------
@@ -2104,78 +2019,60 @@ STEADY = 5.0  # seconds a link must have lived for the wait to be short again
 TAKEN_TIME = 4.0  # seconds in which a first login that finds its id taken is repeated:
 TAKEN_WAIT = 0.6  # the server asks the owner for a sign of life, which has 3 s
 PASSING = (429, 502, 503, 504)  # of a front that stands before the server is there
-LIKELY = {  # what an answer that is no 101 probably means
-    200: "no mdm-tunnel server; is this a network that wants a login in the browser?",
-    400: "does this port want --tls?",
-    404: "is this the visitors' port? clients dial the server's --client-port",
-    407: "a proxy in between wants a password",
-    426: "client and server are of different versions, or a proxy drops Upgrade",
-}
-ELSEWHERE = "it leads to %s; is this a network that wants a login in the browser?"
-LOCATION = re.compile(rb"(?i)\r\nlocation:[ \t]*([^\r]*)")
-ADVICE = (  # for what TLS says
-    ("signed certificate", "trust it with --tls-ca, or name it with --fingerprint"),
-    ("local issuer", "trust its authority with --tls-ca, or use --fingerprint"),
-    ("speaks no TLS", "has the server --tls-cert, and is this its client port?"),
+ADVICE = (  # what an error, which begins so, probably means
+    ("answered (200|3..,)", "is this a network that wants a login in the browser?"),
+    ("answered 400", "does this port want --tls?"),
+    ("answered 404", "is this the visitors' port? clients dial the --client-port"),
+    ("answered 407", "a proxy in between wants a password"),
+    ("answered 426", "another version of mdm-tunnel, or a proxy that drops Upgrade"),
+    ("answered (429|50[234])", "a proxy answered that does not reach the server"),
+    ("answered", "whoever listens there is no mdm-tunnel server"),
+    (".*signed certificate", "trust it with --tls-ca, or name it with --fingerprint"),
+    (".*local issuer", "trust its authority with --tls-ca, or use --fingerprint"),
+    (".*speaks no TLS", "has the server --tls-cert, and is this its client port?"),
 )
 
 
 class Uplink:
-    """One link to the server, and the attempts to have it."""
-
     def __init__(self, client: "Client") -> None:
         self.client, self.loop = client, client.loop
         self.tunnel: Optional[Tunnel] = None  # the newest
-        self.failures = 0  # attempts in a row that led to no login
+        self.failures = 0  # attempts since a login
         self.wait = FIRST_WAIT
         self.ever = False  # logged in at least once
-        self.taken_since: Optional[float] = None  # when our id was first found taken
-        self.timer = Timer(self.loop, self, self.dial)
-
-    def __str__(self) -> str:
-        return str(self.client)
-
-    def fail(self, error: Exception) -> None:
-        log.error("%s: %s", self, error)
+        self.taken_until = 0.0  # when a first login whose id is taken gives up
+        self.timer = Timer(self.loop, client, self.dial)
 
     def dial(self) -> None:
-        dial = Dial(self.loop, self.steps(), SERVER_TIME, self)
+        self.failures += 1  # until it leads to a login
+        dial = Dial(self.client.resolver, *self.way(), SERVER_TIME, self)
         self.loop.guard(dial, dial.advance)
 
-    def steps(self) -> List[Any]:
-        """The way to the server."""
-        client = self.client
+    def way(self) -> Tuple[Target, List[Any]]:
+        """What to connect to, and the steps from there to the server."""
+        client, config = self.client, self.client.config
         lines = "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: %s"
         request = lines % (LINK_PATH, client.server, PROTOCOL) + "\r\n\r\n"
-        steps: List[Any] = [Connect(client.resolver, client.target)]
-        if client.config.tls:
-            name = client.target.host
-            steps.append(StartTLS(client.config.tls, name, client.config.pin))
-        return steps + [Ask(request.encode(), 101)]
+        steps: List[Any] = [Ask(request.encode(), 101)]
+        if config.tls:
+            steps.insert(0, StartTLS(config.tls, config.host, config.pin))
+        return client.target, steps
 
     def on_dialled(self, connection: Connection, early: bytes) -> None:
-        if self.client.stopping:
-            connection.close()
-            return
         self.tunnel = Tunnel(self, connection)
-        if early:
-            link = self.tunnel.link
-            self.loop.guard(link, link.receive, memoryview(early))
+        link = self.tunnel.link
+        self.loop.guard(link, link.receive, memoryview(early))
 
-    def on_undialled(self, error: OSError) -> None:
+    def on_undialled(self, error: Exception) -> None:
         """There is no link. An answer that will stay the same ends the first dial."""
-        server, lasting, cause = self.client.server, False, str(error)
-        if isinstance(error, Answered):
-            lasting = error.status not in PASSING
-            cause = "%s answered %d: %s" % (server, error.status, likely(error))
-        elif isinstance(error, TLSError):
-            lasting = True
-            advice = [help for word, help in ADVICE if word in cause][:1]
-            cause = ": ".join([server, cause] + advice)
-        elif not isinstance(error, Unreachable):
-            cause = "%s: %s" % (server, error.strerror or error)
-        if lasting and not self.ever:
-            self.client.end(Refused(1, cause))
+        cause = str(getattr(error, "strerror", None) or error)
+        advice = [help for start, help in ADVICE if re.match(start, cause)][:1]
+        if not isinstance(error, Unreachable):  # which names the server itself
+            cause = "%s: %s" % (self.client.server, cause)
+        cause = ": ".join([cause] + advice)
+        passing = isinstance(error, Answered) and error.status in PASSING
+        if isinstance(error, (Answered, TLSError)) and not (passing or self.ever):
+            self.client.end(1, cause)
         else:
             self.retry(cause)
 
@@ -2184,67 +2081,41 @@ class Uplink:
         self.ever, self.failures = True, 0
 
     def on_goodbye(self, tunnel: Tunnel, code: str, reason: str) -> None:
-        """The server takes leave: for good, or until it is back? A token that is no
-        longer valid may have changed here too."""
-        client = self.client
+        """The server takes leave: for good, or until it is back?"""
+        client, taken = self.client, code == "taken" and not self.ever
         if code == "refused":
-            client.look()
-        if code == "replaced" or code == "refused" and tunnel.token == client.token:
-            client.end(Refused(3, reason))
-        elif code == "taken" and not self.ever:
-            self.on_taken(tunnel, reason)
+            client.look()  # the token may have changed here too
+        if taken:  # no failure: its owner may be dead, which the server finds out
+            self.failures, self.wait = 0, TAKEN_WAIT
+            self.taken_until = self.taken_until or self.loop.clock() + TAKEN_TIME
+        if taken and self.loop.clock() >= self.taken_until:
+            client.end(3, reason + " by another client: choose one with -i")
+        elif code == "replaced" or code == "refused" and tunnel.token == client.token:
+            client.end(3, reason)
         else:
-            self.on_lost(tunnel, OSError(reason))
+            self.on_lost(tunnel, reason)
 
-    def on_taken(self, tunnel: Tunnel, reason: str) -> None:
-        """Its owner may be dead: the server finds out."""
-        now = self.loop.clock()
-        self.taken_since = now if self.taken_since is None else self.taken_since
-        if now - self.taken_since >= TAKEN_TIME:
-            cause = reason + " by another client: choose one with -i"
-            self.client.end(Refused(3, cause))
-        elif tunnel is self.tunnel:
-            self.tunnel = None
-            self.dial_later(TAKEN_WAIT, reason)
-
-    def on_lost(self, tunnel: Tunnel, error: Exception) -> None:
+    def on_lost(self, tunnel: Tunnel, cause: str) -> None:
         """The tunnel is of no more use; what runs in it may still end."""
-        if tunnel is not self.tunnel or self.client.refusal:
-            return
-        self.tunnel = None
-        if tunnel.logged_in and self.loop.clock() - tunnel.since >= STEADY:
-            self.wait = FIRST_WAIT
-        cause = "%s: %s" % (self.client.server, error)
-        self.retry(cause, 0 if tunnel.logged_in else 1)
+        if tunnel is self.tunnel:
+            self.tunnel = None
+            if tunnel.logged_in and self.loop.clock() - tunnel.since >= STEADY:
+                self.wait = FIRST_WAIT
+            self.retry("%s: %s" % (self.client.server, cause))
 
-    def retry(self, cause: str, failures: int = 1) -> None:
+    def retry(self, cause: str) -> None:
         """Dial again, after a while that grows and is never the same for all."""
-        if self.client.stopping:
-            return
-        self.failures += failures
-        if failures and self.failures == self.client.config.max_attempts:
-            cause = "gave up after %d: %s" % (self.failures, cause)
-            self.client.end(Refused(4, cause))
-        else:
-            self.dial_later(self.wait, cause)
-            self.wait = min(2 * self.wait, LONGEST_WAIT)
-
-    def dial_later(self, most: float, cause: str) -> None:
         import random
 
-        wait = most * random.uniform(0.5, 1.0)
+        if self.client.stopping:
+            return
+        if self.failures == self.client.config.max_attempts > 0:
+            self.client.end(4, "gave up after %d: %s" % (self.failures, cause))
+            return
+        wait = self.wait * random.uniform(0.5, 1.0)
+        self.wait = min(2 * self.wait, LONGEST_WAIT)
         log.info("%s; dialling again in %.1f s", cause, wait)
         self.timer.set(wait)
-
-
-def likely(error: Answered) -> str:
-    """What an answer that is no 101 probably means."""
-    where = LOCATION.search(error.head)
-    if 300 <= error.status < 400 and where:
-        return ELSEWHERE % peer_text(where.group(1).decode("latin-1"))
-    if error.status in PASSING:
-        return "a proxy answered that does not reach the server"
-    return LIKELY.get(error.status, "whoever listens there is no mdm-tunnel server")
 
 
 # -----------------------------------------------------------------------------------
@@ -2254,31 +2125,23 @@ DRAIN = 4.0  # seconds for running streams after SIGTERM
 DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
 
 
-class Config(NamedTuple):
-    """What the command line says, with its files read. `token` is that of the id, or
-    the watched file that holds it; "" leaves it to the services' file. `tls` is an
-    SSLContext, `pin` the SHA-256 of the server's certificate."""
+class Refused(Exception):
+    """To dial again would not help. `status` is the exit status."""
 
-    services: Services
-    host: str = "localhost"
-    port: int = 8001
-    id: str = "admin"
-    max_attempts: int = 0
-    token: Union[str, "Watched"] = ""
-    tls: Any = None
-    pin: bytes = b""
+    def __init__(self, status: int, cause: str) -> None:
+        super().__init__(cause)
+        self.status = status
 
 
 class Client:
     """Dials the server and serves. run() ends after stop(), or raises Refused: by the
     server, or after `max_attempts` failures in a row."""
 
-    def __init__(self, config: Config, loop: Optional[Loop] = None) -> None:
+    def __init__(self, config: "Config", loop: Optional[Loop] = None) -> None:
         if config.pin and config.tls is None:
             raise ValueError("a fingerprint is of no use without TLS")
-        self.config, self.services, self.id = config, config.services, config.id.lower()
-        if self.token:
-            forbid_core_dumps()
+        self.config, self.id = config, config.id.lower()
+        self.take_over()
         self.loop = loop or Loop()
         shown = "[%s]" % config.host if ":" in config.host else config.host
         self.server = "%s:%d" % (shown, config.port)  # as the Host field has it
@@ -2294,13 +2157,6 @@ class Client:
 
     def __str__(self) -> str:
         return self.id
-
-    @property
-    def token(self) -> str:
-        """That of our id; "" when there is none. Those in files may change."""
-        given = self.config.token
-        given = given.value if isinstance(given, Watched) else given
-        return given or self.services.token
 
     def run(self) -> None:
         """Serve until stop(). Raises Refused."""
@@ -2318,20 +2174,30 @@ class Client:
     def fail(self, error: Exception) -> None:
         log.error("%s: %s", self, error)
 
+    def take_over(self) -> None:
+        """Use what the files hold. The command line wins."""
+        token, found = self.config.file.value
+        self.services = {**found, **self.config.given}
+        self.token = self.config.token.value or token  # of our id; "" for none
+        if token:
+            warn_of_readers(self.config.file.paths)
+        if self.token:
+            forbid_core_dumps()
+
     def look(self) -> None:
-        """Has the service file changed, or that of the token?"""
+        """Has a file changed?"""
         self.look_timer.set(LOOK_TIME)
-        given, tunnel = self.config.token, self.uplink.tunnel
-        if isinstance(given, Watched) and given.look():
-            log.info("%s has changed", given)
-        if self.services.look():
-            log.info("%s has changed", self.services.file)
-            if tunnel:
-                tunnel.publish()
+        before, tunnel = self.services, self.uplink.tunnel
+        for file in (self.config.token, self.config.file):
+            if file.look():
+                log.info("%s has changed", file)
+                self.take_over()
+        if tunnel and self.services != before:
+            tunnel.publish()
 
     def on_urls(self, message: Dict[str, Any]) -> None:
         """Where the services are reached; -v prints it."""
-        names = [name for name in message if name in self.services.all or name == "*"]
+        names = [name for name in message if name in self.services or name == "*"]
         urls = {name: peer_text(message[name]) for name in names}
         if urls != self.urls:
             self.urls = urls
@@ -2347,10 +2213,10 @@ class Client:
 
     # Stopping.
 
-    def end(self, refusal: Refused) -> None:
+    def end(self, status: int, cause: str) -> None:
         """There is no point in going on."""
-        self.refusal = self.refusal or refusal
-        self.loop.running = False
+        self.refusal = self.refusal or Refused(status, cause)
+        self.stopping, self.loop.running = True, False
 
     def on_signal(self, number: int) -> None:
         """SIGTERM lets what runs end; SIGINT, or a second signal, does not."""
@@ -2376,8 +2242,7 @@ class Client:
     def drain(self) -> None:
         """Is there anything still to wait for?"""
         self.timer.set(DRAIN_LOOK)
-        late = self.loop.clock() >= self.until
-        if late or not self.loop.connections:
+        if self.loop.clock() >= self.until or not self.loop.connections:
             self.loop.running = False
 
 
@@ -2906,16 +2771,13 @@ class Parser(argparse.ArgumentParser):
 # system's resolver blocks. Numeric addresses and localhost need none.
 # -----------------------------------------------------------------------------------
 class Resolver:
-    """Finds the addresses of a target."""
-
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
-        self.asked: Any = None  # a queue of (target, dial, step), for the thread
+        self.asked: Any = None  # a queue of dials, for the thread
 
-    def resolve(
-        self, target: Target, dial: Dial, step: Connect
-    ) -> Optional[List[Address]]:
-        """The addresses; None: they are set in `step` later, and `dial` goes on."""
+    def resolve(self, dial: Dial) -> List[Address]:
+        """The addresses of its target; none: it is told later."""
+        target = dial.target
         if target.port == 0:
             return [(socket.AF_UNIX, target.host)]
         if target.host == "localhost":
@@ -2924,36 +2786,28 @@ class Resolver:
         try:
             return self.look_up(target.host, target.port, socket.AI_NUMERICHOST)
         except (OSError, UnicodeError):  # a name
-            self.ask(target, dial, step)
-            return None
+            self.ask(dial)
+            return []
 
-    def ask(self, target: Target, dial: Dial, step: Connect) -> None:
+    def ask(self, dial: Dial) -> None:
         if self.asked is None:
             import queue
             import threading
 
             self.asked = queue.Queue()
             threading.Thread(target=self.work, daemon=True).start()
-        self.asked.put((target, dial, step))
+        self.asked.put(dial)
 
     def work(self) -> None:
         """The helper thread: one name after the other."""
         while True:
-            target, dial, step = self.asked.get()
-            found: Any
+            dial = self.asked.get()
             try:
-                found = self.look_up(target.host, target.port, 0)
+                found = self.look_up(dial.target.host, dial.target.port, 0)
+                self.loop.from_thread(dial, dial.on_addresses, found)
             except (OSError, UnicodeError) as error:
-                found = OSError("cannot find %s: %s" % (target.host, error))
-            self.loop.from_thread(dial, self.tell, dial, step, found)
-
-    def tell(self, dial: Dial, step: Connect, found: Any) -> None:
-        """In the loop again."""
-        if isinstance(found, OSError):
-            step.failure, found = Unreachable("refused", str(found)), []
-        step.addresses = found
-        if dial.steps:
-            dial.advance()
+                cause = OSError("cannot find its address: %s" % error)
+                self.loop.from_thread(dial, dial.fail, cause)
 
     @staticmethod
     def look_up(host: str, port: int, flags: int) -> List[Address]:
@@ -2967,6 +2821,22 @@ class Resolver:
 HELP = "\0"  # what -h has for a value when it stands alone
 DEFAULT_FILE = os.path.join("~", ".tunnel-services.json")
 TOKEN_VARIABLE = "MDM_TUNNEL_TOKEN"
+
+
+class Config(NamedTuple):
+    """What the command line says. `file` holds a token and services, `given` are the
+    services over them, and `token` is that of the id; "" leaves it to `file`. `tls` is
+    an SSLContext, `pin` the SHA-256 of the server's certificate."""
+
+    file: Watched = Watched([], parse_file)
+    given: Dict[str, Target] = {}
+    token: Watched = Watched([], str)
+    host: str = "localhost"
+    port: int = 8001
+    id: str = "admin"
+    max_attempts: int = 0
+    tls: Any = None
+    pin: bytes = b""
 
 
 def make_context(ca: Optional[str], pinned: bool) -> Any:
@@ -2983,18 +2853,11 @@ def make_context(ca: Optional[str], pinned: bool) -> Any:
 
 
 def parse_fingerprint(text: str) -> bytes:
-    """The SHA-256 of a certificate as openssl writes it, or without the colons. Raises
-    ValueError."""
+    """A certificate's SHA-256, as openssl writes it or without the colons."""
     digits = re.sub(r"[:\s]", "", text.rpartition("=")[2])
     if not re.fullmatch("[0-9A-Fa-f]{64}", digits):
-        raise ValueError("a SHA-256 fingerprint has 64 hexadecimal digits")
+        raise argparse.ArgumentTypeError("a SHA-256 has 64 hexadecimal digits")
     return bytes.fromhex(digits)
-
-
-def port_number(text: str) -> int:
-    if not (text.isdigit() and 0 < int(text) < 1 << 16):
-        raise argparse.ArgumentTypeError("%r is no port: 1 to 65535" % text)
-    return int(text)
 
 
 class FileParser(Parser):
@@ -3020,17 +2883,16 @@ def make_parser() -> FileParser:
     add("-c", "--config", "-s", "--service-definitions", metavar="FILE",
         help='services, as {"name": target} ($HOME/.tunnel-services.json)')  # fmt: skip
     add("-i", "--id", "-u", default="admin", help="id to log in with (%(default)s)")
-    add("-p", "--port", type=port_number, default=8001,
-        help="client port of the server (%(default)s)")  # fmt: skip
     add("-h", "--host", nargs="?", const=HELP, default="localhost",
         help="the server, as host or host:port (%(default)s)")  # fmt: skip
+    add("-p", "--port", type=int, default=8001, help="its client port (%(default)s)")
     add("--token-file", metavar="FILE",
         help="holds the token of the id, and nothing else; without it "
         "$MDM_TUNNEL_TOKEN counts, then the service file")  # fmt: skip
     add("--tls", action="store_true",
         help="dial by TLS; the certificate must be for the host")  # fmt: skip
     add("--tls-ca", metavar="FILE", help="authorities to trust, and no others")
-    add("--fingerprint", metavar="SHA256",
+    add("--fingerprint", type=parse_fingerprint, default=b"", metavar="SHA256",
         help="the server's certificate is this; without --tls-ca nothing else "
         "counts")  # fmt: skip
     add("--max-attempts", type=int, default=0, metavar="N",
@@ -3047,42 +2909,21 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = make_parser()
     try:
         options, rest = parser.parse_known_args(argv)
-    except ValueError as error:  # in an @file
-        parser.error(str(error))
-    if options.host == HELP:
-        parser.print_help()
-        sys.exit(0)
-    try:
-        unknown = [word for word in rest if "=" not in word or word.startswith("-")]
-        if unknown:
-            raise ValueError("no option, and not like web=9000: %s" % unknown[0])
-        pairs = [word.partition("=")[::2] for word in rest]
-        options.given = parse_services(pairs)
+        if options.host == HELP:
+            parser.print_help()
+            sys.exit(0)
+        for word in rest:
+            if "=" not in word or word.startswith("-"):
+                raise ValueError("no option, and not like web=9000: %s" % word)
+        options.given = parse_services([word.partition("=")[::2] for word in rest])
         options.host, options.port = split_host(options.host, options.port)
         if not LABEL.fullmatch(options.id.lower()):
             raise ValueError("an id has letters, digits, - and _, and no --")
-        options.pin = b""
-        if options.fingerprint is not None:
-            options.pin = parse_fingerprint(options.fingerprint)
         if options.max_attempts < 0:
             raise ValueError("--max-attempts is a number of failures")
     except ValueError as error:
         parser.error(str(error))
     return options
-
-
-def load_services(options: argparse.Namespace) -> Services:
-    """The services as the command line wants them. Exits with 2 when they are wrong."""
-    path = options.config
-    if path is None and not options.given:
-        path = os.path.expanduser(DEFAULT_FILE)
-    try:
-        return Services(path, options.given)
-    except OSError as error:
-        hint = "" if options.config else "; write it, or name a service: web=9000"
-        die(2, "%s: %s%s" % (path, error.strerror, hint))
-    except ValueError as error:
-        die(2, "%s: %s" % (path, error))
 
 
 def parse_token(data: bytes) -> str:
@@ -3094,44 +2935,38 @@ def parse_token(data: bytes) -> str:
     return check_token(text)
 
 
-def load_token(options: argparse.Namespace) -> Union[str, Watched]:
-    """The token as the command line or the environment has it; "" leaves it to the
-    service file. Exits with 2 when it is wrong."""
-    token, path = os.environ.pop(TOKEN_VARIABLE, None), options.token_file
-    try:
-        if path is None:
-            return "" if token is None else check_token(token)
-        warn_of_readers([path])
-        if os.path.isfile(path):
-            return Watched([path], parse_token)
-        with open(path, "rb") as file:  # what a pipe holds can be read but once
-            return parse_token(file.read(2 * TOKEN_LIMIT))
-    except (OSError, ValueError) as error:
-        die(2, blame(error, [path or TOKEN_VARIABLE]))
-
-
-def load_context(options: argparse.Namespace) -> Any:
-    """What TLS needs; None without it. Exits with 2 when it is wrong."""
-    if not (options.tls or options.pin) and options.tls_ca is None:
-        return None
-    try:
-        return make_context(options.tls_ca, bool(options.pin))
-    except (OSError, ValueError) as error:
-        die(2, "%s: %s" % (options.tls_ca, getattr(error, "reason", None) or error))
+def load_token(path: Optional[str]) -> Watched:
+    """The token in the file, or in the environment; "" when there is none."""
+    token = os.environ.pop(TOKEN_VARIABLE, None)
+    if path is None:
+        return Watched([], lambda: "" if token is None else check_token(token))
+    warn_of_readers([path])
+    if os.path.isfile(path):
+        return Watched([path], parse_token)
+    with open(path, "rb") as file:  # what a pipe holds can be read but once
+        return Watched([], functools.partial(parse_token, file.read(2 * TOKEN_LIMIT)))
 
 
 def load_config(options: argparse.Namespace) -> Config:
-    """What the client needs. Exits with 2 when something is wrong."""
-    return Config(
-        load_services(options),
-        options.host,
-        options.port,
-        options.id,
-        options.max_attempts,
-        load_token(options),
-        load_context(options),
-        options.pin,
-    )
+    """Read the files that the command line names. Exits with 2 when one is wrong."""
+    path, pin, tls = options.config, options.fingerprint, None
+    if path is None and not options.given:
+        path = os.path.expanduser(DEFAULT_FILE)
+    try:
+        reading = path
+        file = Watched([] if path is None else [path], parse_file)
+        reading = options.token_file or TOKEN_VARIABLE
+        token = load_token(options.token_file)
+        reading = options.tls_ca or "--tls"
+        if options.tls or pin or options.tls_ca is not None:
+            tls = make_context(options.tls_ca, bool(pin))
+    except (OSError, ValueError) as error:
+        cause = blame(error, [reading])
+        if isinstance(error, FileNotFoundError) and reading == path != options.config:
+            cause += "; write it, or name a service: web=9000"
+        die(2, cause)
+    return Config(file, options.given, token, options.host, options.port, options.id,
+                  options.max_attempts, tls, pin)  # fmt: skip
 
 
 def main(argv: Optional[List[str]] = None) -> None:
