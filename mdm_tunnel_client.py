@@ -1601,11 +1601,13 @@ def split_host(text: str, port: int) -> Tuple[str, int]:
 def parse_target(value: Any) -> Target:
     """9000, "host:port", "unix:/path" or {"target": any of them}. Raises ValueError."""
     if isinstance(value, (dict, Pairs)):
-        value = dict(value)
-        extra = sorted(set(value) - {"target"})
-        if extra or "target" not in value:
+        options = dict(value)
+        extra = sorted(set(options) - {"target"})
+        if extra or "target" not in options:
             raise ValueError("unknown option %r" % extra[0] if extra else "no target")
-        value = value["target"]
+        if len(value) > len(options):
+            raise ValueError("an option stands there twice")
+        value = options["target"]
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError("a target is a port, host:port or unix:/path")
     text = str(value)
@@ -1632,8 +1634,6 @@ def parse_services(pairs: List[Tuple[str, Any]]) -> Dict[str, Target]:
             services[name.lower()] = parse_target(value)
         except ValueError as error:
             raise ValueError("service %r: %s" % (name, error)) from None
-    if len(pack_json(services_message(services))) > TEXT_LIMIT:
-        raise ValueError("more than %d bytes of services" % TEXT_LIMIT)
     return services
 
 
@@ -2175,9 +2175,12 @@ class Client:
         log.error("%s: %s", self, error)
 
     def take_over(self) -> None:
-        """Use what the files hold. The command line wins."""
+        """Use what the files hold. The command line wins. Raises ValueError."""
         token, found = self.config.file.value
-        self.services = {**found, **self.config.given}
+        services = {**found, **self.config.given}
+        if len(pack_json(services_message(services))) > TEXT_LIMIT:
+            raise ValueError("more than %d bytes of services" % TEXT_LIMIT)
+        self.services = services
         self.token = self.config.token.value or token  # of our id; "" for none
         if token:
             warn_of_readers(self.config.file.paths)
@@ -2191,7 +2194,10 @@ class Client:
         for file in (self.config.token, self.config.file):
             if file.look():
                 log.info("%s has changed", file)
-                self.take_over()
+                try:
+                    self.take_over()
+                except ValueError as error:
+                    log.warning("%s: %s; the old list stays", file, error)
         if tunnel and self.services != before:
             tunnel.publish()
 
@@ -2974,7 +2980,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     refused) or 4 (attempts used up)."""
     options = parse_arguments(argv)
     set_up_log(options.verbose)
-    client = Client(load_config(options))
+    try:
+        client = Client(load_config(options))
+    except ValueError as error:
+        die(2, error)
     ignore_signals()
     client.loop.catch_signals(client.on_signal)
     try:
