@@ -129,7 +129,6 @@ RULES: Dict[int, Tuple[str, bool, int, int]] = {
 HANDSHAKE = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
 DATA, OPEN = int(Kind.DATA), int(Kind.OPEN)  # looked at for every frame
 
-
 # The name of a service or of an id: a DNS label (RFC 1035 2.3.1) of which `_` may be a
 # part, but not `--`, which stands between the two in `service--id`.
 LABEL = re.compile(r"(?!.*--)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
@@ -141,8 +140,7 @@ class ProtocolError(Exception):
 
 # -----------------------------------------------------------------------------------
 # Frames: bytes to frames, without any I/O. DATA is handed on in the pieces in which it
-# comes, so that nothing is put together only to be taken apart again; every other
-# payload is small and comes whole.
+# comes; every other payload is small and comes whole.
 # -----------------------------------------------------------------------------------
 NO_DATA = memoryview(b"")
 
@@ -156,8 +154,7 @@ class FrameReader:
         self.held = b""  # the beginning of a header or of a small frame
         self.data = NO_DATA  # what was pushed; from `at` on nobody has seen it
         self.at = 0
-        self.kind = self.stream = 0
-        self.left = 0  # bytes of the current DATA still to come
+        self.kind = self.stream = self.left = 0  # left: bytes of a DATA still to come
 
     def push(self, data: memoryview) -> None:
         """More bytes have come. next() has said None to those before."""
@@ -166,13 +163,9 @@ class FrameReader:
         self.data, self.at = data, 0
 
     def next(self) -> Optional[Tuple[int, int, memoryview]]:
-        """The next (kind, stream, payload), or None: more bytes must come first.
-        Raises ProtocolError."""
+        """The next (kind, stream, payload), or None until more bytes have come."""
         data, start = self.data, self.at
-        if start == len(data):
-            self.data, self.at = NO_DATA, 0
-            return None
-        if not self.left:
+        if not self.left and start < len(data):
             start += HEADER.size
             if start > len(data):
                 self.hold()
@@ -185,9 +178,10 @@ class FrameReader:
                     return None
                 self.at = end
                 return self.kind, self.stream, data[start:end]
-            self.left, self.at = length, start
-            if start == len(data):
-                return self.next()
+            self.left = length
+        if start == len(data):
+            self.data, self.at = NO_DATA, 0
+            return None
         end = self.at = min(len(data), start + self.left)
         self.left -= end - start
         return DATA, self.stream, data[start:end]
@@ -210,10 +204,8 @@ class FrameReader:
         if self.kind not in RULES:
             raise ProtocolError("unknown kind of frame %d" % self.kind)
         if on_stream != (self.stream > 0):
-            raise ProtocolError(
-                "%s from the %s on stream %d"
-                % (Kind(self.kind).name, self.peer, self.stream)
-            )
+            said = Kind(self.kind).name, self.peer, self.stream
+            raise ProtocolError("%s from the %s on stream %d" % said)
         if not least <= length <= most:
             raise ProtocolError("%s of %d bytes" % (Kind(self.kind).name, length))
         return length
@@ -248,9 +240,9 @@ def peer_text(value: Any) -> str:
 #
 #   1. reads what is there, each socket for itself and then for its owner;
 #   2. runs what soon() has put off;
-#   3. runs the timers that are due. The clock is looked at after reading, so that a
-#      process that was frozen does not take its healthy peers for dead;
-#   4. lets the links send (after many events also in between, so that the other side
+#   3. runs the timers that are due: after reading, so that a process that was frozen
+#      does not take its healthy peers for dead;
+#   4. lets the links send (after PART events also in between, so that the other side
 #      can begin with the first of them);
 #   5. tells the selector what each connection waits for now. That is derived from its
 #      state once a turn, never toggled.
@@ -261,8 +253,7 @@ POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a 
 
 
 class Timer:
-    """One deadline. To put it off or to clear it costs nothing: the entry in the heap
-    stays, and looks here when its time has come."""
+    """One deadline. To put it off costs nothing: the entry in the heap looks here."""
 
     __slots__ = ("loop", "owner", "call", "due", "armed")
 
@@ -275,7 +266,6 @@ class Timer:
         """Run `call` in so many seconds, instead of when it was due so far."""
         due = self.due = self.loop.clock() + seconds
         if self.armed is None or due < self.armed:
-            self.armed = due
             self.loop.add_timer(due, self)
 
     def clear(self) -> None:
@@ -285,27 +275,20 @@ class Timer:
         """The entry for `when` has come up: is it still meant?"""
         if when != self.armed:
             return
-        self.armed = None
-        if self.due is None:
-            return
-        if self.due <= now:
+        self.armed, due = None, self.due
+        if due is not None and due > now:
+            self.loop.add_timer(due, self)
+        elif due is not None:
             self.due = None
             self.loop.guard(self.owner, self.call)
-        else:
-            self.armed = self.due
-            self.loop.add_timer(self.due, self)
 
 
 class Loop:
     """Runs everything. Tests give a `selector` or a `clock` of their own."""
 
-    def __init__(
-        self,
-        selector: Optional[selectors.BaseSelector] = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, selector: Any = None, clock: Call = time.monotonic) -> None:
         self.selector = selector or selectors.DefaultSelector()
-        self.clock = clock
+        self.clock: Callable[[], float] = clock
         self.unseen: List[Tuple[Any, int]] = []  # events that no selector tells
         self.serial = itertools.count()  # keeps equal deadlines in order
         self.timers: List[Tuple[float, int, Timer]] = []
@@ -322,7 +305,7 @@ class Loop:
         self.frames = memoryview(mmap.mmap(-1, DATA_LIMIT + 4 * TEXT_LIMIT))
         self.sealed = memoryview(mmap.mmap(-1, SEALED))  # what TLS is to open
         self.capacity = file_limit(self.selector) - SPARE_FILES
-        self.turn_started = clock()
+        self.turn_started: float = clock()
         self.handshakes = 0  # steps of TLS handshakes in this turn
         self.running = True
         self.caught: Dict[int, Any] = {}  # signals, and what they did before
@@ -351,8 +334,7 @@ class Loop:
             part.close()  # type: ignore[attr-defined]
 
     def soon(self, owner: Any, call: Call, *args: Any) -> None:
-        """Run `call` later in this turn or in the next, on a fresh stack. An error ends
-        `owner`."""
+        """Run `call` on a fresh stack, in this turn or in the next, as guard() does."""
         self.calls.append((owner, call, args))
 
     def from_thread(self, owner: Any, call: Call, *args: Any) -> None:
@@ -363,12 +345,9 @@ class Loop:
 
     def catch_signals(self, on_signal: Callable[[int], Any]) -> None:
         """Until close() SIGTERM and SIGINT wake the loop, which calls `on_signal`."""
-
-        def ring(number: int, frame: Any) -> None:
-            self.soon(self, on_signal, number)
-
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.caught.setdefault(number, signal.signal(number, ring))
+            before = signal.signal(number, lambda n, _: self.soon(self, on_signal, n))
+            self.caught.setdefault(number, before)
         signal.set_wakeup_fd(self.wake_sender.fileno())
 
     def on_events(self, mask: int) -> int:
@@ -397,8 +376,7 @@ class Loop:
                 self.failed(connection, error)
 
     def read_on(self, events: List[Tuple[Any, int]]) -> None:
-        """Sockets are ready: each first for itself, then for its owner. Some have more
-        to read than the selector can see."""
+        """Sockets are ready: each first for itself, then for its owner."""
         events, self.unseen = self.unseen + events, []
         for number, (key, mask) in enumerate(events, 1):
             target = key.data
@@ -413,11 +391,6 @@ class Loop:
             if not number % PART:
                 self.send()
 
-    def again(self, connection: Any) -> None:
-        """It has more to read than the selector can see."""
-        key = selectors.SelectorKey(connection.sock, 0, READ, connection)
-        self.unseen.append((key, READ))
-
     def send(self) -> None:
         """What the links owe, and what quiet streams have."""
         while self.ready_links:
@@ -428,8 +401,8 @@ class Loop:
                 self.failed(link, error)
 
     def tired(self) -> bool:
-        """Whether this turn has lasted long enough. Whoever may have much to do looks
-        here after every few items, and goes on in the next turn: soon()."""
+        """Whether this turn has lasted long enough. Who has much to do looks here after
+        every few items, and goes on in the next turn: soon()."""
         return self.clock() - self.turn_started > TURN_BUDGET
 
     def select_timeout(self) -> Optional[float]:
@@ -444,6 +417,7 @@ class Loop:
     def add_timer(self, when: float, timer: Timer) -> None:
         """Note that `timer` wants to look at the clock then. When the heap has become
         crowded, the entries that cleared timers left there are thrown out."""
+        timer.armed = when
         heapq.heappush(self.timers, (when, next(self.serial), timer))
         if len(self.timers) > self.crowded:
             for old, _, other in self.timers:
@@ -466,8 +440,8 @@ class Loop:
             return self.failed(owner, error)
 
     def failed(self, owner: Any, error: Exception) -> Any:
-        """The one catcher: serving `owner` raised `error`. A peer's fault is told to
-        the owner only; a bug of ours is logged with its traceback as well."""
+        """The one catcher. A peer's fault is told to the owner only; a bug of ours is
+        logged with its traceback as well."""
         if isinstance(error, MemoryError):
             error = OSError(errno.ENOMEM, "no memory left")
         try:
@@ -484,11 +458,11 @@ class Loop:
 
 
 # -----------------------------------------------------------------------------------
-# Connection: a non-blocking socket and what waits for it. The only place that knows of
-# would-block and of the errors of a socket. It reads and sends through a transport:
-# the socket itself, or TLS over it. What the transport does not take waits in order,
-# and a half-close waits behind that. A failed send ends that direction only: what the
-# peer said last is read first.
+# Connection: a non-blocking socket and what waits for it. Only it knows of would-block
+# and of a socket's errors. It reads and sends through a transport: the socket itself,
+# or TLS over it. What the transport does not take waits in order, and a half-close
+# waits behind that. A failed send ends that direction only: what the peer said last is
+# read first.
 # -----------------------------------------------------------------------------------
 KEEPALIVE = 60  # seconds of silence until TCP asks whether a peer is still there
 LINGER = 2.0  # seconds to read and drop after a last word, so that it arrives
@@ -517,14 +491,13 @@ class Plain:
     def __init__(self, sock: socket.socket) -> None:
         self.recv_into, self.send, self.sock = sock.recv_into, sock.send, sock
 
-    def shake_hands(self) -> bool:
-        return True
-
     def flush(self) -> bool:
         return True
 
     def forget(self) -> None:
         pass
+
+    shake_hands = flush  # nothing has to be done
 
     def shutdown(self) -> None:
         self.sock.shutdown(socket.SHUT_WR)
@@ -588,14 +561,13 @@ class Connection:
         return self.phase == CLOSED_PHASE
 
     def fail(self, error: Exception) -> None:
-        if self.phase in (Phase.CLOSING, Phase.LINGERING):
-            self.close()
-        elif self.phase != CLOSED_PHASE:
+        if self.phase <= OPEN_PHASE:
             self.owner.fail(error)
+        else:
+            self.close()
 
     def on_events(self, mask: int) -> int:
-        """The selector says that the socket is ready. Returns what the loop is to tell
-        the owner."""
+        """The socket is ready. Returns what the loop is to tell the owner."""
         if self.phase == CLOSED_PHASE:
             return 0  # in this very turn
         self.loop.dirty.add(self)
@@ -608,7 +580,8 @@ class Connection:
         if self.phase == Phase.HANDSHAKE:
             self.shake_hands()
         elif self.phase == Phase.LINGERING and mask & READ:
-            self.drop()
+            if self.read_into(self.loop.scratch) == 0:  # what comes is of no use
+                self.close()
         return 0
 
     def register(self) -> None:
@@ -622,7 +595,8 @@ class Connection:
         if self.eof:
             events &= ~READ
         elif self.transport.more and events & READ:
-            self.loop.again(self)
+            key = selectors.SelectorKey(self.sock, 0, READ, self)
+            self.loop.unseen.append((key, READ))
         if self.transport.unsent or self.backlog and self.phase != Phase.HANDSHAKE:
             events |= WRITE
         if events != self.events:
@@ -638,13 +612,11 @@ class Connection:
         self.events = events
 
     def limit_queue(self, size: int) -> None:
-        """Let the kernel hold about `size` bytes that are not under way yet. Systems
-        without that option are left alone: SO_SNDBUF would count what is under way too,
-        and so slow down a long link."""
-        option = NOT_SENT.get(sys.platform)
-        if option is not None:
-            with contextlib.suppress(OSError):
-                self.sock.setsockopt(socket.IPPROTO_TCP, option, size)
+        """Let the kernel hold about `size` bytes that are not under way yet. SO_SNDBUF
+        would count what is under way too, and so slow down a long link."""
+        with contextlib.suppress(OSError, KeyError):
+            option = NOT_SENT[sys.platform]
+            self.sock.setsockopt(socket.IPPROTO_TCP, option, size)
 
     # Reading.
 
@@ -658,7 +630,7 @@ class Connection:
             return None
         try:
             count: int = self.transport.recv_into(view)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             self.readable = False
             return None
         except OSError:
@@ -679,23 +651,17 @@ class Connection:
         except OSError:
             return False
 
-    def drop(self) -> None:
-        """While it lingers, what still comes is of no use."""
-        if self.read_into(self.loop.scratch) == 0:
-            self.close()
-
     # Sending.
 
     def write(self, data: Any) -> None:
-        """Send `data`, now or as soon as the transport takes it. After a failed send
-        bytes are dropped. (Nothing is ever sent before what waits: TLS has encrypted it
-        already.)"""
+        """Send `data`, now or as soon as the transport takes it. Nothing overtakes what
+        waits: TLS has encrypted it already. After a failed send bytes are dropped."""
         if not self.backlog:
             if self.send_error:
                 return
             try:
                 data = data[self.transport.send(data) :]
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 pass
             except OSError as error:
                 self.note_send_error(error)
@@ -717,7 +683,7 @@ class Connection:
             self.transport.flush()
             if self.backlog:
                 del self.backlog[: self.transport.send(self.backlog)]
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             pass
         except OSError as error:
             self.note_send_error(error)
@@ -745,8 +711,7 @@ class Connection:
                 self.note_send_error(error)
 
     def shutdown_write(self) -> None:
-        """Half-close, behind everything written so far: tell the peer that no more will
-        come."""
+        """Half-close, behind everything written so far."""
         self.ending_write = True
         if not self.waiting():
             self.on_drained()
@@ -769,8 +734,8 @@ class Connection:
         self.transport, self.phase = self.transport.under, Phase.OPEN
 
     def shake_hands(self) -> None:
-        """Go on with the handshake; then the owner's part begins. Each step computes a
-        while. When a turn has had many, the selector says again that there is one."""
+        """Go on with the handshake; then the owner's part begins. Steps are slow: after
+        many in a turn, the selector tells again of those left."""
         if self.loop.handshakes and self.loop.tired():
             return
         self.loop.handshakes += 1
@@ -785,8 +750,8 @@ class Connection:
     # How it ends.
 
     def close_when_drained(self, ending: Ending) -> None:
-        """From here on the connection has no owner: it sends what waits, and ends. A
-        peer that takes nothing of it for STALLED seconds is given up."""
+        """From here on the connection has no owner: it sends what waits, and ends. It
+        gives up a peer that takes nothing for STALLED seconds."""
         if self.phase == CLOSED_PHASE:
             return
         self.phase, self.ending = Phase.CLOSING, ending
@@ -824,24 +789,24 @@ class Connection:
 
     def abort(self) -> None:
         """Close with a reset, at once."""
-        if self.phase != CLOSED_PHASE:
-            on = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
-            with contextlib.suppress(OSError):
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, on)
-            self.close()
+        on = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, on)
+        self.close()
 
     def close(self) -> None:
         """Close at once."""
-        if self.phase != CLOSED_PHASE:
-            self.phase, self.readable = Phase.CLOSED, False
-            self.loop.connections.discard(self)
-            self.backlog = bytearray()
-            if self.timer:
-                self.timer.clear()
-            if self.events:
-                self.loop.selector.unregister(self.sock)
-            self.transport = Plain(self.sock)
-            self.sock.close()
+        if self.phase == CLOSED_PHASE:
+            return
+        self.phase, self.readable = Phase.CLOSED, False
+        self.loop.connections.discard(self)
+        self.backlog = bytearray()
+        if self.timer:
+            self.timer.clear()
+        if self.events:
+            self.tell_selector(0)
+        self.transport = Plain(self.sock)
+        self.sock.close()
 
 
 # -----------------------------------------------------------------------------------
@@ -851,11 +816,10 @@ class Connection:
 # that sends them, and a stream that nobody reads stops itself and no other.
 #
 # Fair turns. *Quiet* streams, which sent little of late, go first, and leave together
-# in one system call at the end of each turn of the loop. *Busy* ones get one frame
-# each time the selector finds the link writable. (RFC 8290 calls the two sparse and
-# bulk flows.) A busy frame is at most a *quantum*: what the link delivers in 10 ms. The
-# kernel is asked to hold no more than that unsent. So a small answer waits for some
-# 20 ms of other bytes at most, on a thin link as on a fast one.
+# in one system call at the end of each turn of the loop. *Busy* ones get one frame each
+# time the link is writable. (RFC 8290: sparse and bulk flows.) It is at most a
+# *quantum*: what the link delivers in 10 ms. The kernel is asked to hold no more than
+# that unsent. So a small answer waits for some 20 ms of other bytes at most.
 #
 # Credit. A *window* is how much of a stream may be under way. It begins small, and
 # doubles while half of it is spent in less than a round trip: a fast reader gets a
@@ -868,8 +832,7 @@ class Connection:
 WINDOW = 256 << 10  # bytes that may be sent on a stream before it needs CREDIT
 LARGEST_WINDOW = 8 << 20  # bytes: 80 MB/s over a round trip of 100 ms
 SPARE_WINDOWS = 64 << 20  # bytes that a link may promise over all streams' WINDOW
-WIDEN_AFTER = 0.05  # seconds until a window may grow again: wait until the last growth
-# shows in the measurements
+WIDEN_AFTER = 0.05  # seconds until a window may grow again: first the last must show
 ASK_AFTER = 1.0  # seconds between looks at the round trip, while credit is given
 UNREAD_LIMIT = 64 << 20  # bytes a link may hold that no local socket has taken
 ALL_UNREAD = 256 << 20  # bytes that all links may hold: then it is the largest's turn
@@ -891,35 +854,29 @@ STUCK_AFTER = 20.0  # seconds in which bytes that we have to send did not move
 
 
 class Stream:
-    """One visitor's bytes in a link. Its owner has pull(view), which returns the number
-    of bytes that it wrote, None for nothing yet, or 0 for the end; receive(view),
-    on_end(), on_reset(code, cause) and fail(error). A stream never calls its link: it
-    notes what the link has to do, and flush() does it."""
+    """One visitor's bytes in a link. Its owner has pull(view), which returns how many
+    bytes it wrote, None for nothing yet, or 0 for the end; receive(view), on_end(),
+    on_reset(code, cause) and fail(error). What the link has to do, flush() does."""
 
     __slots__ = (
-        "link id owner credit window receive_window granted widened unread uncredited "
-        "sent last_turn since queued wants_turn owing open ended_out ended_in "
-        "open_frame reset_frame"
+        "link id owner credit window granted widened unread uncredited sent last_turn "
+        "since queued wants_turn owing open ended_out ended_in open_frame reset_frame"
     ).split()
 
     def __init__(self, link: "Link", number: int, owner: Any) -> None:
         self.link, self.id, self.owner = link, number, owner
-        self.credit = WINDOW  # bytes that we may still send
-        self.window = WINDOW  # bytes that the peer may have under way
-        self.receive_window = WINDOW  # bytes that the peer may still send
+        self.credit = self.window = WINDOW  # bytes that we and the peer may send
         self.granted = self.widened = link.loop.clock()  # last CREDIT, last growth
         self.unread = 0  # bytes received that no local socket has taken
         self.uncredited = 0  # bytes taken for which the peer has no credit yet
-        self.sent = 0  # bytes sent since `since`
+        self.sent, self.since = 0, 0.0  # bytes sent, and from when on
         self.last_turn = 0  # bytes sent in the last turn
-        self.since = 0.0
         self.queued = False  # stands in a ring, or has its turn
         self.wants_turn = False  # was woken since its turn began
         self.owing = False  # stands among the streams that owe control
         self.open = True
         self.ended_out = self.ended_in = False  # END was sent, END was received
-        self.open_frame: Optional[bytes] = None  # the OPEN to send
-        self.reset_frame: Optional[bytes] = None  # the RESET to send
+        self.open_frame = self.reset_frame = b""  # the OPEN and the RESET to send
 
     # For its owner.
 
@@ -939,9 +896,8 @@ class Stream:
 
     def wants_read(self) -> bool:
         """Whether the owner's source is worth watching: nothing else will wake it."""
-        if self.queued or self.credit < LEAST_TURN or self.ended_out:
-            return False
-        return self.open
+        blocked = self.queued or self.credit < LEAST_TURN or self.ended_out
+        return self.open and not blocked
 
     def acknowledge(self, still_waiting: int) -> None:
         """Of the bytes received, `still_waiting` still wait for a local socket. Credit
@@ -1003,37 +959,29 @@ class Stream:
             link.spare += self.window - WINDOW
             link.loop.ready_links[link] = None  # it may have waited for the last stream
 
-    def take_credit(self, now: float, round_trip: float) -> int:
-        """The credit that the peer gets now, growth of the window included; 0: none."""
-        if not self.open or self.uncredited < self.window // 4:
+    def take_credit(self, now: float) -> int:
+        """The credit that the peer gets now; 0: none. Was half a window spent in less
+        than a round trip, with nothing waiting here for a slow reader? Then the window
+        doubles, and its growth is credit too."""
+        credit, growth, link = self.uncredited, self.window, self.link
+        if not self.open or credit < self.window // 4:
             return 0
-        credit = self.uncredited + self.widen(now, round_trip)
-        self.uncredited = 0
-        self.receive_window += credit
+        took, self.granted, self.uncredited = now - self.granted, now, 0
+        fast = credit * link.round_trip > took * growth / 2 and not self.unread
+        fits = 2 * growth <= LARGEST_WINDOW and growth <= link.spare
+        if fast and fits and now - self.widened >= WIDEN_AFTER:
+            self.widened = now
+            self.window += growth
+            link.spare -= growth
+            credit += growth
         return credit
-
-    def widen(self, now: float, round_trip: float) -> int:
-        """Is half a window spent in less than a round trip, with nothing waiting here
-        for a slow reader? Then it doubles; return by how much it grew."""
-        took, self.granted = now - self.granted, now
-        growth = self.window
-        fast = self.uncredited * round_trip > took * growth / 2 and not self.unread
-        if not fast or now - self.widened < WIDEN_AFTER:
-            return 0
-        if 2 * growth > LARGEST_WINDOW or growth > self.link.spare:
-            return 0
-        self.widened = now
-        self.window += growth
-        self.link.spare -= growth
-        return growth
 
 
 class Pacer:
-    """Finds the quantum: what a link delivers in TURN_TIME. It is measured from one
-    moment when the kernel had taken everything to the next. An empty buffer swallows a
-    megabyte at once and says nothing about the link, so the quantum at most doubles at
-    a time. The kernel is asked to hold no more than a quantum that is not under way
-    (TCP_NOTSENT_LOWAT): what it holds, nothing can overtake."""
+    """Finds the quantum: what a link delivers in TURN_TIME, from one moment when the
+    kernel had taken everything to the next. An empty buffer swallows a megabyte at once
+    and says nothing about the link, so the quantum at most doubles at a time. What the
+    kernel holds nothing can overtake, so it is limited to a quantum."""
 
     def __init__(self, loop: "Loop", connection: Connection) -> None:
         self.loop, self.connection = loop, connection
@@ -1045,8 +993,7 @@ class Pacer:
         connection.limit_queue(self.quantum)
 
     def measure(self, now: float) -> None:
-        """The kernel has taken everything up to now. With nothing to send for a moment
-        the link could have delivered more."""
+        """The kernel has taken everything. An idle link could have delivered more."""
         delivered = int(self.sent_since * TURN_TIME / (now - self.measured))
         if delivered > self.quantum or not self.was_idle:
             most = min(2 * self.quantum, DATA_LIMIT)
@@ -1081,8 +1028,7 @@ class Link:
         self.heard = loop.clock()  # when the last byte came
         self.pinged = 0.0  # when the last PING went out
         self.draining = False  # GOODBYE was said or heard: no new streams
-        self.goodbye_received = False
-        self.closed = False
+        self.goodbye_received = self.closed = False
         self.tracing = log.hears(DEBUG)  # -vv
         self.resets = 0  # streams that did not end as they should
         self.timer = Timer(loop, self, self.check)
@@ -1106,20 +1052,16 @@ class Link:
             if count == 0:
                 raise OSError("the other side closed the connection")
             if count:
-                self.heard = self.loop.clock()
-                self.reader.push(self.loop.scratch[:count])
-                self.read_frames()
+                self.receive(self.loop.scratch[:count])
 
-    def receive(self, data: memoryview) -> None:
-        """What was read before the connection was a link."""
-        self.heard = self.loop.clock()
-        self.reader.push(data)
-        self.read_frames()
-
-    def read_frames(self) -> None:
-        """Act on each; with too many for one turn of the loop go on in the next. What
-        was pushed is not ours: the next read overwrites it."""
+    def receive(self, data: memoryview = NO_DATA) -> None:
+        """Act on each frame, or go on with those that came before. With too many for
+        one turn of the loop go on in the next. `data` is not ours: the next read
+        overwrites it."""
         reader, count = self.reader, 0
+        if data:
+            self.heard = self.loop.clock()
+            reader.push(data)
         while not self.closed:
             frame = reader.next()
             if frame is None:
@@ -1138,7 +1080,7 @@ class Link:
                 count = 0
                 if self.loop.tired():
                     reader.keep()
-                    self.loop.soon(self, self.read_frames)
+                    self.loop.soon(self, self.receive)
                     break
         self.loop.dirty.add(self.connection)  # it may be read again
 
@@ -1147,7 +1089,7 @@ class Link:
         if self.step < len(HANDSHAKE) or kind in HANDSHAKE:
             self.check_order(kind)
         if number == 0:
-            LINK_FRAMES.get(kind, Link.on_text)(self, kind, payload)
+            self.on_link_frame(kind, payload)
         elif kind == OPEN:
             self.on_open(number, payload)
         elif number > self.last_id:
@@ -1163,24 +1105,20 @@ class Link:
         elif kind in HANDSHAKE[:-1]:
             raise ProtocolError("%s after the handshake" % Kind(kind).name)
 
-    def on_text(self, kind: int, payload: memoryview) -> None:
-        self.owner.on_message(kind, unpack_json(payload))
-
-    def on_ping(self, kind: int, payload: memoryview) -> None:
-        self.post(Kind.PONG, bytes(payload))
-
-    def on_pong(self, kind: int, payload: memoryview) -> None:
-        """How long it took, behind all that was under way."""
-        if payload == self.ping_payload:
-            self.round_trip = self.loop.clock() - self.pinged
-            self.ping_payload = b""
-
-    def on_goodbye(self, kind: int, payload: memoryview) -> None:
-        message = unpack_json(payload)
-        self.draining = True
-        if not self.goodbye_received:  # once is enough
-            self.goodbye_received = True
-            self.loop.ready_links[self] = None
+    def on_link_frame(self, kind: int, payload: memoryview) -> None:
+        if kind == Kind.PING:
+            self.post(Kind.PONG, bytes(payload))
+        elif kind == Kind.PONG:
+            if payload == self.ping_payload:  # it came behind all that was under way
+                self.round_trip = self.loop.clock() - self.pinged
+                self.ping_payload = b""
+        else:
+            message = unpack_json(payload)
+            if kind == Kind.GOODBYE:
+                if self.goodbye_received:
+                    return  # once is enough
+                self.draining = self.goodbye_received = True
+                self.loop.ready_links[self] = None
             self.owner.on_message(kind, message)
 
     def on_open(self, number: int, payload: memoryview) -> None:
@@ -1196,8 +1134,7 @@ class Link:
 
     def on_data(self, stream: Stream, payload: memoryview) -> None:
         size = len(payload)
-        stream.receive_window -= size
-        if stream.receive_window < 0 or stream.ended_in:
+        if stream.unread + stream.uncredited + size > stream.window or stream.ended_in:
             raise ProtocolError("DATA over the credit or after END")
         stream.unread += size
         self.unread += size
@@ -1210,8 +1147,7 @@ class Link:
             self.shed()
 
     def shed(self) -> None:
-        """Reset the streams that hold most, here or on the largest link, until what is
-        held is under the limits."""
+        """Reset the streams that hold most, here and then on the largest link."""
         while self.unread > UNREAD_LIMIT:
             self.shed_largest()
         while self.loop.unread > ALL_UNREAD:
@@ -1273,21 +1209,20 @@ class Link:
 
     def on_writable(self) -> None:
         """The kernel has room: control and quiet streams, then one busy frame."""
-        if not self.closed:
-            self.flush(1)
+        self.flush(1)
 
     def flush(self, busy: int = 0) -> None:
-        """Send what is owed, what quiet streams have, and `busy` busy frames, as long
-        as the kernel takes all of it."""
+        """Send control, quiet streams and `busy` busy frames, while the kernel takes
+        all of it."""
         connection, pacer = self.connection, self.pacer
         while not (self.closed or connection.backlog or connection.transport.unsent):
             fill = self.put_control(0) if self.owed or self.owing else 0
-            if self.quiet:
-                fill = self.put_quiet(fill)
+            size = min(QUIET, pacer.quantum)
+            while self.quiet and fill < COLLECT:
+                fill = self.put_turn(self.quiet.popleft(), fill, size)
             if busy and self.busy:
                 busy = 0
-                size = pacer.quantum // min(SHARES, len(self.busy))
-                size = max(LEAST_TURN, size)
+                size = max(LEAST_TURN, pacer.quantum // min(SHARES, len(self.busy)))
                 fill = self.put_turn(self.busy.popleft(), fill, size)
             if not fill:
                 break
@@ -1298,14 +1233,9 @@ class Link:
             connection.write(self.loop.frames[:fill])
         pacer.was_idle |= not (self.busy or connection.backlog)
         self.loop.dirty.add(connection)
-        if self.draining:
-            self.close_when_done()
-
-    def close_when_done(self) -> None:
-        """After GOODBYE: is there anything left that the link is needed for?"""
-        waiting = self.streams or self.owed or self.owing or self.connection.waiting()
-        if not waiting:
-            self.close("goodbye")
+        if self.draining and not (self.streams or self.owed or self.owing):
+            if not connection.waiting():
+                self.close("goodbye")
 
     def put_control(self, fill: int) -> int:
         """Write the frames that are owed from `fill` on; return where they end."""
@@ -1321,24 +1251,17 @@ class Link:
     def put_owed(self, stream: Stream, fill: int) -> int:
         """The frames of control that a stream owes; with this they are paid."""
         stream.owing = False
-        if stream.open_frame is not None:
+        if stream.open_frame:
             fill = self.put(Kind.OPEN, stream.id, stream.open_frame, fill)
-            stream.open_frame = None
-        if stream.reset_frame is not None:
+            stream.open_frame = b""
+        if stream.reset_frame:
             return self.put(Kind.RESET, stream.id, stream.reset_frame, fill)
         now = self.loop.clock()
-        credit = stream.take_credit(now, self.round_trip)
+        credit = stream.take_credit(now)
         if credit:
             fill = self.put(Kind.CREDIT, stream.id, NUMBER.pack(credit), fill)
             if not self.ping_payload and now - self.pinged >= ASK_AFTER:
                 self.ping()  # the round trip under load is what windows must cover
-        return fill
-
-    def put_quiet(self, fill: int) -> int:
-        """Turns of quiet streams, until they are worth a system call."""
-        limit = min(QUIET, self.pacer.quantum)
-        while self.quiet and fill < COLLECT:
-            fill = self.put_turn(self.quiet.popleft(), fill, limit)
         return fill
 
     def put_turn(self, stream: Stream, fill: int, limit: int) -> int:
@@ -1369,8 +1292,9 @@ class Link:
 
     def put(self, kind: int, number: int, payload: Any, fill: int) -> int:
         """Header and payload at `fill`; the payload of DATA stands there already."""
-        start, end = fill + HEADER.size, fill + HEADER.size + len(payload)
         HEADER.pack_into(self.loop.frames, fill, kind << 24 | len(payload), number)
+        start = fill + HEADER.size
+        end = start + len(payload)
         if kind != DATA:
             self.loop.frames[start:end] = payload
         if self.tracing:
@@ -1413,8 +1337,8 @@ class Link:
         self.close(str(error))
 
     def say_last_word(self, code: str, reason: str) -> None:
-        """A GOODBYE that goes out before the link closes, unless another waits, or
-        bytes before it do: those would delay it, perhaps for ever."""
+        """A GOODBYE before the link closes, unless one is owed already, or bytes wait
+        that would delay it, perhaps for ever."""
         if not self.connection.waiting():
             message = pack_json({"code": code, "reason": reason})
             self.owed[Kind.GOODBYE] = self.owed.pop(Kind.GOODBYE, message)  # at the end
@@ -1422,8 +1346,7 @@ class Link:
             self.connection.write(self.loop.frames[: self.put_control(0)])
 
     def close(self, cause: str, code: str = "link-lost") -> None:
-        """Over, with all its streams. What was said last still arrives, but not where
-        other bytes wait before it."""
+        """Over, with all its streams. What was said last arrives if nothing waits."""
         if not self.closed:
             self.closed = True
             self.timer.clear()
@@ -1447,11 +1370,6 @@ class Link:
         log.debug("%s %s %d %s %d %r", self, way, number, name, len(payload), start)
 
 
-LINK_FRAMES: Dict[int, Call] = {  # those that are not here are for the owner
-    Kind.PING: Link.on_ping,
-    Kind.PONG: Link.on_pong,
-    Kind.GOODBYE: Link.on_goodbye,
-}
 STREAM_FRAMES: Dict[int, Call] = {
     Kind.DATA: Link.on_data,
     Kind.CREDIT: Link.on_credit,
@@ -1461,17 +1379,15 @@ STREAM_FRAMES: Dict[int, Call] = {
 
 
 # -----------------------------------------------------------------------------------
-# Pipe: joins a stream to a connection, and knows nothing of what passes. Each direction
-# has its own end: END becomes a half-close, a half-close becomes END. A stream that is
-# reset cuts the connection, and a connection that breaks resets the stream.
+# Pipe: joins a stream to a connection. END becomes a half-close, a half-close END. A
+# stream that is reset cuts the connection; a connection that breaks resets the stream.
 # -----------------------------------------------------------------------------------
-PIPE_LOOK = 5.0  # seconds between looks at a connection that the selector is silent of
+PIPE_LOOK = 5.0  # seconds between looks at a connection that nothing is waited for
 
 
 class Pipe:
-    """Owns both. `name` is for messages. `code` is what the peer is told when the
-    connection breaks: "left" for a visitor, "reset" for a service. `early` was read
-    from the connection before there was a pipe."""
+    """Owns both. When the connection breaks the peer is told `code`: "left" for a
+    visitor, "reset" for a service. `early` was read before there was a pipe."""
 
     __slots__ = ("stream", "connection", "name", "code", "early", "timer")
 
@@ -1516,8 +1432,7 @@ class Pipe:
         self.stream.wake()
 
     def pull(self, view: memoryview) -> Optional[int]:
-        """What was read early comes first. At the end of both directions nothing is
-        left to do but to close."""
+        """What was read early comes first. At both ends it is over."""
         if self.early:
             size = min(len(view), len(self.early))
             view[:size] = self.early[:size]
@@ -2263,10 +2178,10 @@ class Client:
 # SHARED BLOCK 2: begins. The same lines stand in both scripts; a test compares them.
 # ===================================================================================
 # -----------------------------------------------------------------------------------
-# Secrets: each side proves to the other that it knows the token of an id. A proof is
-# HMAC-SHA256 (RFC 2104) with the token as its key, over the role of the speaker, the
-# nonces of both sides and the id. Nonces are new for every link. So neither the token
-# nor a proof for another link can be made from what is said.
+# Secrets: each side proves that it knows the token of an id. A proof is HMAC-SHA256
+# (RFC 2104) with the token as its key, over the role of the speaker, the nonces of both
+# sides and the id. Nonces are new for every link, so a proof is good for one link only,
+# and tells nothing of the token.
 # -----------------------------------------------------------------------------------
 NONCE = re.compile("[0-9a-f]{64}")  # 32 bytes: as many as a proof has
 TOKEN_LIMIT = 4 << 10  # bytes: a longer one is probably the wrong file
@@ -2277,8 +2192,8 @@ def make_nonce() -> str:
 
 
 def prove(token: str, role: str, nonces: Tuple[str, str], id: str) -> str:
-    """The proof of `role`, "server" or "client", that it knows the token of `id`.
-    `nonces` are the server's and the client's. Raises ProtocolError for a bad one."""
+    """The proof of `role`, "server" or "client". `nonces` are the server's and the
+    client's. Raises ProtocolError for a bad one."""
     import hashlib
     import hmac
 
@@ -2296,8 +2211,7 @@ def is_proof(said: Any, proof: str) -> bool:
 
 
 def check_token(token: Any) -> str:
-    """Return a token that can be one. Raises ValueError, whose text does not hold the
-    token."""
+    """Return the token. Raises ValueError, whose text does not hold the token."""
     if not isinstance(token, str) or not token.strip():
         raise ValueError("a token is a text, and not empty")
     if len(token) > TOKEN_LIMIT or not all(" " <= letter <= "~" for letter in token):
@@ -2306,19 +2220,16 @@ def check_token(token: Any) -> str:
 
 
 # -----------------------------------------------------------------------------------
-# TLS: a transport over another one. What is read from below goes into a memory buffer,
-# and what has to go there is taken out of another. So neither the handshake nor
-# encryption ever waits for a socket, and TLS can stand over TLS (through a proxy).
+# TLS: a transport over another one, by two buffers in memory. So neither the handshake
+# nor encryption ever waits for a socket, and TLS can stand over TLS (through a proxy).
 # -----------------------------------------------------------------------------------
 HANDSHAKE_TIME = 5.0  # seconds
-SEALED = 64 << 10  # bytes encrypted at once, or read at once to be decrypted: OpenSSL
-# keeps so much memory for each connection
+SEALED = 64 << 10  # bytes of one read or write: OpenSSL keeps so much per connection
 READS = 8  # of SEALED bytes in one turn
 CONTENT_PART = 32  # bytes of ciphertext that may come for each byte of plaintext
-FRUITLESS = 64 << 10  # bytes of ciphertext past that part that are accepted (KeyUpdate
-# floods): to agree on new keys costs us more than the peer
-REPLIES = 16 << 10  # bytes of our replies to KeyUpdate that may wait for a peer that
-# does not read
+FRUITLESS = 64 << 10  # bytes past that part that are accepted (KeyUpdate floods): to
+# agree on new keys costs us more than the peer
+REPLIES = 16 << 10  # bytes of replies to KeyUpdate that may wait for the peer
 
 
 class TLSError(OSError):
@@ -2346,8 +2257,8 @@ def demand_tls_1_2(context: Any) -> Any:
 
 
 class Sealed:
-    """TLS over the transport `under`. `name` is the host that the server's certificate
-    must be for; `pin` the SHA-256 that it must have."""
+    """TLS over the transport `under`. The server's certificate must be for the host
+    `name`, and its SHA-256 `pin`."""
 
     __slots__ = (
         "ssl loop under incoming outgoing object pin buffer ready more ending ended "
@@ -2369,7 +2280,7 @@ class Sealed:
         self.more = False  # there is plaintext of which no selector tells
         self.ending = False  # close_notify is to be said
         self.ended = False  # it is said: `under` is to be shut down behind it
-        self.pending = b""  # ciphertext that `under` has not taken: the next to be sent
+        self.pending = b""  # ciphertext that `under` has not taken
         self.failed: Optional[OSError] = None  # told once what came before is read
         self.waste = 0  # bytes of ciphertext of late, less those that plaintext needs
         self.replies = 0  # bytes of our own that wait for the peer
@@ -2384,10 +2295,7 @@ class Sealed:
         """Go on with the handshake; True when it is done. Raises TLSError."""
         if self.ready or not self.under.shake_hands():
             return self.ready
-        try:
-            self.fill()
-        except (BlockingIOError, InterruptedError):
-            pass
+        self.fill()
         try:
             self.object.do_handshake()
         except self.ssl.SSLWantReadError:
@@ -2414,8 +2322,7 @@ class Sealed:
     # Reading.
 
     def recv_into(self, view: memoryview) -> int:
-        """Decrypt what has come, as a socket's recv_into(). An error waits until the
-        plaintext before it has been read."""
+        """As a socket's. An error waits until the plaintext before it has been read."""
         if self.failed:
             raise self.failed
         count = came = reads = 0
@@ -2426,21 +2333,14 @@ class Sealed:
                 got = self.decrypt(view[count:])
                 if got:
                     count += got
-                elif got == 0:
-                    break
-                elif reads and (count < came // 2 or reads == READS):
+                elif got == 0 or reads == READS or count < came // 2:
                     break  # tiny records, or none, must not hold the loop
                 else:
                     part = self.fill()
-                    came, reads = came + part, reads + 1
-                    if part < SEALED:
-                        reads = READS  # there is no more below
+                    came += part
+                    reads = reads + 1 if part == SEALED else READS  # no more below
             self.more = count == len(view) or got == 0 < count
             self.reply()
-        except (BlockingIOError, InterruptedError):
-            self.reply()
-            if not count:
-                raise
         except OSError as error:
             if not count:
                 raise
@@ -2465,13 +2365,16 @@ class Sealed:
             raise TLSError(error) from None
 
     def fill(self) -> int:
-        """Read ciphertext; return its length. EOF without close_notify may be a
-        truncation attack (RFC 8446 6.1), so it is an error."""
+        """Read ciphertext; return its length, 0 when there is none now. EOF without
+        close_notify may be a truncation attack (RFC 8446 6.1), so it is an error."""
         if self.waste > FRUITLESS:
             raise TLSError(ValueError("much was sent, and nothing was in it"))
         if self.ending:
             self.say_close()
-        count: int = self.under.recv_into(self.buffer)
+        try:
+            count: int = self.under.recv_into(self.buffer)
+        except BlockingIOError:
+            return 0
         if count == 0:
             raise OSError("the other side closed the connection, and not by TLS")
         self.incoming.write(self.buffer[:count])
@@ -2480,8 +2383,7 @@ class Sealed:
         return count
 
     def reply(self) -> None:
-        """Send TLS's own replies (KeyUpdate); fail if the peer asks for them and does
-        not read."""
+        """Send TLS's own replies (to KeyUpdate), unless the peer does not read them."""
         said = self.outgoing.read()
         if said:
             self.replies = self.replies + len(said) if self.unsent else 0
@@ -2511,7 +2413,7 @@ class Sealed:
         while self.pending:
             try:
                 self.pending = self.pending[self.under.send(self.pending) :]
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 return False
         if not self.under.flush():
             return False
@@ -2521,8 +2423,8 @@ class Sealed:
         return True
 
     def shutdown(self) -> None:
-        """Say that we send no more. OpenSSL would lose what has come and is not read:
-        then it is said at the next read."""
+        """Say that we send no more: at the next read, if plaintext is left, which
+        OpenSSL would lose."""
         self.ending = True
         if not self.more:
             self.say_close()
@@ -2565,8 +2467,7 @@ def parse_object(data: bytes) -> Pairs:
 
 
 def read_file(path: str) -> bytes:
-    """Read a regular file. To open another kind, such as a pipe, could block for ever.
-    Raises OSError or ValueError."""
+    """Read a regular file: a pipe could block for ever. Raises OSError, ValueError."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(handle, "rb") as file:
         status = os.fstat(handle)
@@ -2587,9 +2488,8 @@ def blame(error: Exception, paths: List[str]) -> str:
 
 
 class Watched:
-    """Files, and the `value` that `parse` makes of their contents. Raises OSError or
-    ValueError at the start. Later a file that is broken or has vanished changes
-    nothing."""
+    """The `value` that `parse` makes of the contents of files. The first look raises
+    OSError or ValueError. Later a file that is broken or gone changes nothing."""
 
     def __init__(self, paths: List[str], parse: Callable[..., Any]) -> None:
         self.paths, self.parse = paths, parse
@@ -2602,8 +2502,8 @@ class Watched:
         return listed(self.paths)
 
     def read(self) -> bool:
-        """Look at them; True when there is something new. The contents are compared:
-        the time of the last change would miss two changes in one tick."""
+        """Look at them; True when the contents are new. (The time of the last change
+        would miss two changes in one tick.)"""
         found = [read_file(path) for path in self.paths]
         if found == self.contents:
             return False
@@ -2628,9 +2528,8 @@ def warn_of_readers(paths: List[str]) -> None:
     """Say which of these files with secrets others may read."""
     for path in paths:
         with contextlib.suppress(OSError):
-            status = os.stat(path)
-            others = stat.S_ISREG(status.st_mode) and status.st_mode & 0o077
-            if os.name != "nt" and others:
+            mode = os.stat(path).st_mode
+            if os.name != "nt" and stat.S_ISREG(mode) and mode & 0o077:
                 log.warning("%s: others can read it; chmod 600 %s", path, path)
 
 
@@ -2668,9 +2567,8 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 
 # -----------------------------------------------------------------------------------
 # Log: what happens, for -v and for programs that use `logging` themselves, where the
-# logger is "mdm_tunnel". Without one of them nothing is printed but the line that a
-# fatal error ends with, and `logging` is not even imported: it would be an eighth of
-# the time to start. (What else is large and rarely used is imported where it is used.)
+# logger is "mdm_tunnel". `logging` is not imported here: it would be an eighth of the
+# time to start. (What else is large and rarely used is imported where it is used.)
 # -----------------------------------------------------------------------------------
 class Log:
     """Writes to stderr from `level` on, and to `logging` where that is in use."""
@@ -2684,9 +2582,8 @@ class Log:
             logging = sys.modules["logging"]
             self.logger = logging.getLogger("mdm_tunnel")
             self.logger.addHandler(logging.NullHandler())
-        return level >= self.level or bool(
-            self.logger is not None and self.logger.isEnabledFor(level)
-        )
+        told = self.logger is not None and self.logger.isEnabledFor(level)
+        return bool(told) or level >= self.level
 
     def tell(self, level: int, text: str, *args: Any, trace: Any = None) -> None:
         """Log `text % args`, and the traceback of the error `trace`."""
@@ -2706,17 +2603,10 @@ class Log:
         with contextlib.suppress(OSError, ValueError):
             print("\n".join(map(printable, lines)), file=sys.stderr, flush=True)
 
-    def debug(self, text: str, *args: Any) -> None:
-        self.tell(DEBUG, text, *args)
-
-    def info(self, text: str, *args: Any) -> None:
-        self.tell(INFO, text, *args)
-
-    def warning(self, text: str, *args: Any) -> None:
-        self.tell(WARNING, text, *args)
-
-    def error(self, text: str, *args: Any, trace: Any = None) -> None:
-        self.tell(ERROR, text, *args, trace=trace)
+    debug = functools.partialmethod(tell, DEBUG)
+    info = functools.partialmethod(tell, INFO)
+    warning = functools.partialmethod(tell, WARNING)
+    error = functools.partialmethod(tell, ERROR)
 
 
 log = Log()
@@ -2739,8 +2629,7 @@ def printable(text: str) -> str:
 # Command line, as far as it is the same in both.
 # -----------------------------------------------------------------------------------
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM except while the loop handles them, so that a second
-    Ctrl-C during exit prints no traceback."""
+    """While no loop handles them, so that a second Ctrl-C prints no traceback."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
