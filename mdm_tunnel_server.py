@@ -1512,77 +1512,60 @@ INTERIM_LIMIT = 100  # 1xx answers to one request
 # no more than LEAST_TURN bytes to fill, and a line that does not fit would never go on.
 CHUNK_LINE_LIMIT = 2 << 10  # bytes of a chunk line, or of a trailer
 CHUNKS_A_TURN = 64 << 10  # bytes of chunks read at once: the rest of a line waits here
-FEED_LINES = 64  # chunk lines that one call of feed() looks at: some 0.1 ms
+FEED_LINES = 32  # chunks between looks at the clock: some 0.1 ms
 RECENT = 512  # field sections that are remembered: they mostly come again
 RECENT_SIZE = 4 << 10  # bytes: longer ones would cost more memory than they save time
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
-TEXT = r"[\t\x20-\x7e\x80-\xff]"
-QUOTED = r'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\%s)*"' % TEXT
-FOLDED = r"%s*(?:\r?\n[ \t]%s*)*" % (TEXT, TEXT)  # a value, perhaps over many lines
-BARE_CR = re.compile(r"\r(?!\n)")
-BARE_LF = re.compile(rb"(?<!\r)\n")
-REQUEST_LINE = re.compile(
-    r"(%s) ([\x21\x22\x24-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)\r\n" % TOKEN
-)
+TEXT = r"[\t -~\x80-\xff]"
+QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\%s)*"' % TEXT
+REQUEST_LINE = re.compile(r'(%s) ([!"$-~\x80-\xff]+) HTTP/(\d)\.(\d)\r\n' % TOKEN)
 # Some services say HTTP/2.0 here, which all browsers take for 1.1. A reason is cut
 # where it is no longer text: no program reads it (RFC 9112 4).
 STATUS_LINE = re.compile(
-    r"(?:\r?\n)?HTTP/([1-9]\.\d{1,2}) +([1-9]\d\d)(?:[ \t]([^\0\r\n]*))?\r?\n"
+    r"(?:\r?\n)?HTTP/([1-9]\.\d{1,2}) +([1-9]\d\d)"
+    r"(?:[ \t](%s*)(?:[^\t -~\x80-\xff\0\r\n][^\0\r\n]*)?)?(?=\r?\n)" % TEXT
 )
-REASON = re.compile("%s*" % TEXT)  # on its own: two stars in a row take quadratic time
 FIELDS = re.compile(r"(?:\r\n%s:%s*)*\r\n\r\n" % (TOKEN, TEXT))
-LINES = re.compile(r"(?!\r?\n)[^\n]+\n(?:[ \t][^\n]*\n)*")  # each with its folds
-ODD_FIELD = re.compile(r"(%s)[ \t]*:(%s)\r?\n" % (TOKEN, FOLDED))
-# Browsers skip these lines, and nginx lets them pass, so they are dropped: names that
-# are no tokens, words without a colon, a second status line.
+# What by_grammar() tidies. NO_FIELD is skipped by browsers, and nginx lets it pass:
+# names that are no tokens, words without a colon, a second status line.
+COLON = re.compile(r"\n(%s)[ \t]*:(?:\n?[ \t])*" % TOKEN)  # all white space around it
+FOLD = re.compile(r"(?!\A)\n[ \t]+")  # there is none of the status line
 NO_FIELD = re.compile(
-    r"(?:[\x21-\x39\x3b-\x7e\x80-\xff]+(?::%s)?|HTTP/%s*)\r?\n" % (FOLDED, TEXT)
+    r"\n(?!%s:)(?:[!-9;-~\x80-\xff]+(?::%s*)?|HTTP/%s*)(?=\n)" % (TOKEN, TEXT, TEXT)
 )
-FOLD = re.compile(r"\r?\n[ \t]+")
-TRAILER = re.compile(r"%s:%s*\r\n" % (TOKEN, TEXT))
-TRAILER_LINE = re.compile(rb"\r?\n|[^\n]+\n(?:[ \t][^\n]*\n)*(?=[^ \t])")
-CHUNK = re.compile(
-    r"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*\r\n"
-    % (TOKEN, TOKEN, QUOTED)
-)
+EXTENSION = r"[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?" % (TOKEN, TOKEN, QUOTED)
+CHUNK = re.compile(r"([0-9A-Fa-f]{1,8})(?:%s)*\r\n" % EXTENSION)
 ODD_CHUNK = re.compile(r"0*([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
-NEXT_CHUNK = re.compile(rb"\r\n([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")  # ends one, too
+NEXT_CHUNK = re.compile(rb"\r\n[1-9A-Fa-f][0-9A-Fa-f]{0,7}\r\n")  # ends one, too
+LINE = re.compile(rb"[^\n]*\n")
+FOLDED_LINE = re.compile(rb"\r?\n|[^\n]+\n(?:[ \t][^\n]*\n)*(?=[^ \t])")
 LABELS = r"(?:[0-9A-Za-z_-]+\.)*[0-9A-Za-z_-]+\.?"  # of any length, but none empty
 HOST = re.compile(r"(\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|%s)(?::(\d{0,5}))?" % LABELS)
-HOST_LIMIT = 255  # characters (RFC 1035 2.3.4)
 PROTOCOLS = re.compile(r"%s(?:/%s)?(?:[ \t]*,[ \t]*%s(?:/%s)?)*" % (4 * (TOKEN,)))
 ABSOLUTE = re.compile(r"(?i)(https?)://([^/?@]+)([/?].*)?")
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 2.2
+BARE_LF = re.compile(rb"(?<!\r)\n")
+END_OF_ANSWER_HEAD = re.compile(rb"\n\r?\n")
 LINE_BREAK = re.compile(r"[\r\n\0]")
 LENGTH = re.compile(r"\d{1,18}")
-EQUAL_LENGTHS = re.compile(  # once, or several times the same (RFC 9110 8.6)
-    r"0*([1-9]\d{0,17}|0)(?:[ \t]*,[ \t]*0*\1)*"
-)
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110 9.2.1
-Members = FrozenSet[str]  # of a list
-NO_MEMBERS: Members = frozenset()
+# Once, or several times the same (RFC 9110 8.6).
+EQUAL_LENGTHS = re.compile(r"0*([1-9]\d{0,17}|0)(?:[ \t]*,[ \t]*0*\1)*")
 OF_OUR_HOP = frozenset(["close", "keep-alive", "te", "upgrade"])  # dropped anyway
+Framing = Tuple[bool, Optional[int]]  # whether a body is chunked, or its length
 
-
-def field_lines(names: str) -> Pattern[str]:
-    """Finds the fields of these names, each with the CRLF before it."""
-    return re.compile(r"(?ai)\r\n(%s):([^\r]*)" % names)
-
-
+# Finds the fields of these names, each with the CRLF before it.
+NAMED = r"(?ai)\r\n(%s):([^\r]*)"
 FRAMING = "content-length|transfer-encoding|"  # what we have understood, we say anew
 LOOKALIKES = "content_length|transfer_encoding"  # the same to some services
 HOP_BY_HOP = FRAMING + "connection|keep-alive|proxy-connection|te|upgrade"
 FORWARDED = "x[-_]forwarded[-_][^:]*|x[-_]real[-_]ip|forwarded"  # ours to say
-NOTED = field_lines(FRAMING + LOOKALIKES + "|host|connection|upgrade|te|accept")
-NOTED_OF_ANSWER = field_lines(FRAMING + "connection|upgrade")
-NO_TRAILER = re.compile("(?ai)(?:%s|%s|host):" % (HOP_BY_HOP, FORWARDED))
-TO_SERVICE = field_lines(HOP_BY_HOP + "|host|" + FORWARDED)  # what is not passed on
-TO_VISITOR = field_lines(HOP_BY_HOP)
-WRAPPING = field_lines("transfer-encoding|trailer")
-OURS_TO_SERVICE = (
-    "\r\nX-Forwarded-For: %s\r\nX-Forwarded-Proto: %s\r\nX-Forwarded-Host: %s%s\r\n\r\n"
-)
+NOTED = FRAMING + LOOKALIKES + "|host|connection|upgrade|te|accept"
+NOTED_OF_REQUEST = re.compile(NAMED % NOTED)
+NOTED_OF_ANSWER = re.compile(NAMED % (FRAMING + "connection|upgrade"))
+NOT_TO_SERVICE = re.compile(NAMED % (HOP_BY_HOP + "|host|" + FORWARDED))
+NOT_TO_VISITOR = re.compile(NAMED % HOP_BY_HOP)
+WRAPPING = re.compile(NAMED % "transfer-encoding|trailer")
 SECRET = re.compile(  # not remembered beyond their connection
     "(?ai)\n(?:cookie|set-cookie|auth|proxy-auth|location|referer|api"
     "|x-(?:access|amz|api|auth|csrf|session|token|xsrf))"
@@ -1602,14 +1585,17 @@ def malformed(cause: str) -> HTTPError:
     return HTTPError(400, "malformed", cause)
 
 
-class Fields(Dict[str, str]):
-    """Fields by name, without regard to case; repeated ones joined by a comma."""
+def join_fields(pairs: List[Tuple[str, str]]) -> Dict[str, str]:
+    """Fields by name in lower case, repeated ones as one list (RFC 9110 5.3)."""
+    joined: Dict[str, str] = {}
+    for name, value in pairs:
+        name, value = name.lower(), value.strip(" \t")
+        joined[name] = joined[name] + ", " + value if name in joined else value
+    return joined
 
-    def __init__(self, pairs: List[Tuple[str, str]]) -> None:
-        super().__init__()
-        for name, value in pairs:  # RFC 9110 5.3
-            name = name.lower()
-            self[name] = self[name] + ", " + value if name in self else value
+
+class Fields(Dict[str, str]):
+    """Joined fields, to be asked for without regard to case."""
 
     def __getitem__(self, name: str) -> str:
         return super().__getitem__(name.lower())
@@ -1626,39 +1612,31 @@ class Section(NamedTuple):
     head with the same fields: most requests of a visitor differ in their first line
     only."""
 
-    raw: str
-    hop: Any  # everything else that `rewritten` depends on
-    noted: Dict[str, str]  # the fields that matter here, repeated ones as one list
-    connection: Members  # the members of Connection
-    upgrade: str  # protocols
-    chunked: bool
-    length: Optional[int]
-    ours: str  # the lines that are ours to say
-    rewritten: bytes  # as it goes on
+    raw: str = ""
+    hop: Any = None  # everything else that `rewritten` depends on
+    connection: FrozenSet[str] = frozenset()  # the members of Connection
+    upgrade: str = ""  # protocols
+    chunked: bool = False
+    length: Optional[int] = None
+    ours: str = ""  # the lines that are ours to say
+    rewritten: bytes = b""  # as it goes on
     host: str = ""
     name: str = ""
-
-
-NO_SECTION = Section("", None, {}, NO_MEMBERS, "", False, None, "", b"")
-ReadSection = Callable[[str, Any], Section]
+    accept: str = ""
 
 
 class Recent:
     """What a connection remembers: the field sections of its last request and its last
     answer. They may hold cookies and passwords, so they end with the connection."""
 
-    __slots__ = ("request", "answer")
-
-    def __init__(self) -> None:
-        self.request = self.answer = NO_SECTION
+    request = answer = Section()
 
 
 recent_sections: Dict[Tuple[str, Any], Section] = {}  # of all, without secrets
 
 
-def recall(read: ReadSection, raw: str, hop: Any) -> Section:
-    """read(raw, hop), unless it is a recent section of any connection. Those hold no
-    secrets."""
+def recall(read: Callable[[str, Any], Section], raw: str, hop: Any) -> Section:
+    """read(raw, hop), unless it is a recent section of any connection."""
     section = recent_sections.get((raw, hop))
     if section is None:
         section = read(raw, hop)
@@ -1669,56 +1647,52 @@ def recall(read: ReadSection, raw: str, hop: Any) -> Section:
     return section
 
 
-def note_fields(wanted: Pattern[str], text: str) -> Dict[str, str]:
-    """The fields of these names; repeated ones as one list (RFC 9110 5.3)."""
-    noted: Dict[str, str] = {}
-    for name, value in wanted.findall(text):
-        name, value = name.lower(), value.strip(" \t")
-        noted[name] = noted[name] + ", " + value if name in noted else value
-    return noted
+def by_grammar(raw: str, tolerant: bool) -> str:
+    """A field section, if it keeps the grammar, or "". A service's is `tolerant`, and
+    tidied where it does not: no white space before a colon (RFC 9112 5.1), no folds
+    (5.2), no line that is no field. Readers could differ in anything else."""
+    if FIELDS.fullmatch(raw):
+        return raw
+    if not tolerant:
+        return ""
+    text = COLON.sub(r"\n\1: ", raw.replace("\r\n", "\n"))
+    text = NO_FIELD.sub("", FOLD.sub(" ", text))
+    text = "\r\n".join([line.rstrip(" \t") for line in text.split("\n")])
+    return text if FIELDS.fullmatch(text) else ""
 
 
-def list_members(value: str) -> Members:
-    """The members of a list, in lower case (RFC 9110 5.6.1)."""
-    if "," not in value:
-        return frozenset((value.lower(),)) if value else NO_MEMBERS
-    return frozenset([x.strip(" \t") for x in value.lower().split(",")]) - {""}
-
-
-def connection_members(noted: Dict[str, str]) -> Members:
-    members = list_members(noted.get("connection", ""))
-    if len(members) > MEMBERS_LIMIT:
+def read_fields(
+    raw: str, wanted: Pattern[str], tolerant: bool
+) -> Tuple[str, Dict[str, str], FrozenSet[str]]:
+    """The fields by the grammar, a CRLF before each; those that are wanted; and the
+    members of Connection."""
+    text = by_grammar(raw, tolerant)
+    if not text:
+        raise malformed("a field breaks the grammar (RFC 9112, 5)")
+    if raw.count("\n") > FIELD_LIMIT + 2:
+        raise HTTPError(431, "too-long", "more than %d fields" % FIELD_LIMIT)
+    noted = join_fields(wanted.findall(text))
+    connection = list_members(noted, "connection")
+    if len(connection) > MEMBERS_LIMIT:
         raise malformed("Connection has more than %d members" % MEMBERS_LIMIT)
-    return members
+    return text[:-4], noted, connection
 
 
-def strip_hop_by_hop(text: str, dropped: Pattern[str], connection: Members) -> str:
-    """The fields that go on (RFC 9110 7.6.1)."""
+def list_members(noted: Dict[str, str], name: str) -> FrozenSet[str]:
+    """The members of a list, in lower case (RFC 9110 5.6.1)."""
+    value = noted.get(name, "").lower()
+    members = [x.strip(" \t") for x in value.split(",")] if "," in value else [value]
+    return frozenset(filter(None, members))
+
+
+def strip_hop_by_hop(text: str, dropped: Pattern[str], connection: Any) -> str:
+    """The fields that go on (RFC 9110 7.6.1), a CRLF before each."""
     text = dropped.sub("", text)
     if not connection <= OF_OUR_HOP:
         lines = text.split("\r\n")
         lines = [x for x in lines if x.partition(":")[0].lower() not in connection]
         text = "\r\n".join(lines)
     return text
-
-
-def rewrite_field(line: str) -> str:
-    """A line of an answer, with its folds, as a field by the grammar: without white
-    space before the colon (RFC 9112 5.1), on one line (5.2). "" if it is dropped."""
-    match = ODD_FIELD.fullmatch(line)
-    if match:
-        name, value = match.groups()
-        return "\r\n%s: %s" % (name, FOLD.sub(" ", value).strip(" \t"))
-    if NO_FIELD.fullmatch(line):
-        return ""
-    raise malformed("a field breaks the grammar (RFC 9112, 5)")
-
-
-def rewrite_odd_fields(raw: str) -> str:
-    """Rewrite by the grammar the section of an answer that breaks it. Raises HTTPError
-    when readers could differ."""
-    section = raw.partition("\n")[2]  # behind the end of the status line
-    return "".join([rewrite_field(line) for line in LINES.findall(section)])
 
 
 # Requests.
@@ -1728,8 +1702,8 @@ def rewrite_odd_fields(raw: str) -> str:
 def read_host(host: str) -> str:
     """The name in a Host field: in lower case, without port and dot at the end. Raises
     HTTPError."""
-    match = HOST.fullmatch(host)
-    if not match or len(host) > HOST_LIMIT or int(match.group(2) or 0) >= 1 << 16:
+    match = HOST.fullmatch(host) if len(host) < 256 else None  # RFC 1035 2.3.4
+    if not match or int(match.group(2) or 0) >= 1 << 16:
         raise malformed("a request has one Host field, and it names a host")
     return match.group(1).rstrip(".").lower()
 
@@ -1738,57 +1712,57 @@ def request_fields(raw: str, hop: Any) -> Section:
     """Read a request's fields, and rewrite them for the service. `hop` is the visitor's
     address, the scheme, the minor version, and the host of an absolute target, or "".
     Raises HTTPError."""
-    if not FIELDS.fullmatch(raw):
-        raise malformed("a field breaks the grammar (RFC 9112, 5)")
-    if raw.count("\n") > FIELD_LIMIT + 2:
-        raise HTTPError(431, "too-long", "more than %d fields" % FIELD_LIMIT)
     address, scheme, minor, authority = hop
-    text = raw[:-4]  # a CRLF before each field, none behind
-    noted = note_fields(NOTED, text)
-    connection = request_connection(noted)
-    chunked, length = request_framing(noted, minor)
-    upgrade = requested_upgrade(noted, connection, minor)
-    host = authority or noted.get("host", "")
-    name = read_host(host)
-    if authority:
-        read_host(noted.get("host", ""))
-    hop_lines = request_hop(noted, upgrade, minor)
-    ours = OURS_TO_SERVICE % (address, scheme, host, hop_lines)
-    stripped = strip_hop_by_hop(text, TO_SERVICE, connection)
-    rewritten = ("\r\nHost: %s%s%s" % (host, stripped, ours)).encode("latin-1")
-    section = raw, hop, noted, connection, upgrade, chunked, length, ours, rewritten
-    return Section(*section, host=host, name=name)
-
-
-def request_connection(noted: Dict[str, str]) -> Members:
-    """The members of Connection, if no field hides how the body is framed."""
-    if "content_length" in noted or "transfer_encoding" in noted:
-        raise malformed("a field looks like one that frames the body")
-    connection = connection_members(noted)
+    text, noted, connection = read_fields(raw, NOTED_OF_REQUEST, tolerant=False)
     if connection & {"host", "content-length", "transfer-encoding"}:
         raise malformed("Connection names a field that must arrive")
-    return connection
+    chunked, length = request_framing(noted, minor)
+    upgrade = requested_upgrade(noted, connection, minor)
+    host = noted.get("host", "")
+    name = read_host(host)  # it has to be sound even where the target names another
+    if authority:
+        host, name = authority, read_host(authority)
+    ours = "\r\nX-Forwarded-For: %s\r\nX-Forwarded-Proto: %s\r\nX-Forwarded-Host: %s"
+    ours %= (address, scheme, host)
+    if chunked:
+        ours += "\r\nTransfer-Encoding: chunked"
+    elif length is not None:
+        ours += "\r\nContent-Length: " + noted["content-length"]
+    options = []
+    if upgrade:
+        options.append("Upgrade")
+        ours += "\r\nUpgrade: " + upgrade
+    if "trailers" in list_members(noted, "te"):
+        options.append("TE")
+        ours += "\r\nTE: trailers"
+    if minor == 0:
+        options.append("close")
+    if options:
+        ours += "\r\nConnection: " + ", ".join(options)
+    ours += "\r\n\r\n"
+    text = strip_hop_by_hop(text, NOT_TO_SERVICE, connection)
+    text = "\r\nHost: " + host + text + ours
+    said = connection, upgrade, chunked, length, ours, text.encode("latin-1")
+    return Section(raw, hop, *said, host, name, noted.get("accept", ""))
 
 
-def request_framing(noted: Dict[str, str], minor: int) -> Tuple[bool, Optional[int]]:
-    """Whether the body is chunked, or its length (RFC 9112 6.3)."""
+def request_framing(noted: Dict[str, str], minor: int) -> Framing:
+    """RFC 9112 6.3."""
+    if "content_length" in noted or "transfer_encoding" in noted:
+        raise malformed("a field looks like one that frames the body")
     coding, length = noted.get("transfer-encoding"), noted.get("content-length")
-    if coding is not None:
-        if length is not None:
-            raise malformed("both Transfer-Encoding and Content-Length")
-        if minor == 0:
-            raise malformed("Transfer-Encoding in HTTP/1.0")
-        if coding.lower() != "chunked":
-            raise HTTPError(501, "coding", "a transfer coding other than chunked")
-        return True, None
-    if length is None:
-        return False, None
-    if not LENGTH.fullmatch(length):
-        raise malformed("Content-Length is not one number")
-    return False, int(length)
+    if coding is None:
+        if length is not None and not LENGTH.fullmatch(length):
+            raise malformed("Content-Length is not one number")
+        return False, None if length is None else int(length)
+    if length is not None or minor == 0:
+        raise malformed("Transfer-Encoding with a Content-Length, or in HTTP/1.0")
+    if coding.lower() != "chunked":
+        raise HTTPError(501, "coding", "a transfer coding other than chunked")
+    return True, None
 
 
-def requested_upgrade(noted: Dict[str, str], connection: Members, minor: int) -> str:
+def requested_upgrade(noted: Dict[str, str], connection: Any, minor: int) -> str:
     """The protocols that the visitor asks for (RFC 9110 7.8), or "". h2c is refused: we
     would not see what it carries (RFC 7540 3.2)."""
     upgrade = noted.get("upgrade", "")
@@ -1796,28 +1770,8 @@ def requested_upgrade(noted: Dict[str, str], connection: Members, minor: int) ->
         return ""
     if not PROTOCOLS.fullmatch(upgrade):
         raise malformed("Upgrade names no protocol (RFC 9110, 7.8)")
-    names = [member.partition("/")[0] for member in list_members(upgrade)]
+    names = [member.partition("/")[0] for member in list_members(noted, "upgrade")]
     return "" if minor == 0 or "h2c" in names else upgrade
-
-
-def request_hop(noted: Dict[str, str], upgrade: str, minor: int) -> str:
-    """Framing, and what concerns the hop from us to the service."""
-    options, lines = [], []
-    if "content-length" in noted:
-        lines.append("\r\nContent-Length: " + noted["content-length"])
-    elif "transfer-encoding" in noted:
-        lines.append("\r\nTransfer-Encoding: chunked")
-    if upgrade:
-        options.append("Upgrade")
-        lines.append("\r\nUpgrade: " + upgrade)
-    if "te" in noted and "trailers" in list_members(noted["te"]):
-        options.append("TE")
-        lines.append("\r\nTE: trailers")
-    if minor == 0:
-        options.append("close")
-    if options:
-        lines.append("\r\nConnection: " + ", ".join(options))
-    return "".join(lines)
 
 
 class LazyFields:
@@ -1839,11 +1793,7 @@ class Request:
     fields: List[Tuple[str, str]] = LazyFields()  # type: ignore[assignment]
 
     def __init__(
-        self,
-        head: Any,
-        address: str,
-        scheme: str = "http",
-        recent: Optional[Recent] = None,
+        self, head: Any, address: str, scheme: str = "http", recent: Any = None
     ) -> None:
         text = head.decode("latin-1")
         line = REQUEST_LINE.match(text)
@@ -1859,7 +1809,7 @@ class Request:
         authority = "" if self.target[0] == "/" else self.make_origin_form()
         hop = address, scheme, self.minor, authority
         raw, recent = text[line.end() - 2 :], recent or Recent()
-        section = recent.request
+        section: Section = recent.request
         if section.raw != raw or section.hop != hop:
             section = recall(request_fields, raw, hop)
             if len(raw) <= RECENT_SIZE:
@@ -1888,7 +1838,7 @@ class Request:
     @property
     def headers(self) -> Fields:
         """The fields by name."""
-        return Fields(self.fields)
+        return Fields(join_fields(self.fields))
 
     def keeps_alive(self) -> bool:
         """Whether the visitor wants to go on after the answer (RFC 9112 9.3)."""
@@ -1898,10 +1848,10 @@ class Request:
 
     def is_safe(self) -> bool:
         """Whether it may be sent twice (RFC 9110 9.2.1)."""
-        return self.method in SAFE_METHODS
+        return self.method in ("GET", "HEAD", "OPTIONS")
 
     def wants_html(self) -> bool:
-        return "text/html" in self.section.noted.get("accept", "")
+        return "text/html" in self.section.accept
 
     def to_service(self) -> bytes:
         """The head as the service gets it. Raises ValueError when a hook left a field
@@ -1913,7 +1863,7 @@ class Request:
         good = FIELDS.fullmatch(text + "\r\n\r\n")
         if not good or text.count("\r\n") != len(self.fields):
             raise ValueError("a hook left a field that breaks the grammar")
-        text = strip_hop_by_hop(text, TO_SERVICE, self.connection)
+        text = strip_hop_by_hop(text, NOT_TO_SERVICE, self.connection)
         text = "%s\r\nHost: %s%s%s" % (line, self.host, text, self.section.ours)
         return text.encode("latin-1")
 
@@ -1925,15 +1875,12 @@ def answer_fields(raw: str, hop: Tuple[int, bool]) -> Section:
     """Read an answer's fields, and rewrite them for the visitor, all but Connection.
     `hop`: the status, and whether HEAD was asked. Raises HTTPError."""
     status, to_head = hop
-    if raw.count("\n") > FIELD_LIMIT + 2:
-        raise malformed("more than %d lines of fields" % FIELD_LIMIT)
-    text = raw[:-4] if FIELDS.fullmatch(raw) else rewrite_odd_fields(raw)
-    noted = note_fields(NOTED_OF_ANSWER, text)
-    connection = connection_members(noted)
+    text, noted, connection = read_fields(raw, NOTED_OF_ANSWER, tolerant=True)
+    if "content-length" in noted and "transfer-encoding" in noted:
+        connection |= {"close"}  # it may think of another end (RFC 9112 6.3)
     chunked, length = answer_framing(noted, status, to_head)
     upgrade = noted.get("upgrade", "") if "upgrade" in connection else ""
-    if upgrade and not PROTOCOLS.fullmatch(upgrade):
-        upgrade = ""
+    upgrade = upgrade if PROTOCOLS.fullmatch(upgrade) else ""
     ours = ""
     if status >= 200 and status != 204:  # RFC 9110 8.6
         if length is not None:
@@ -1942,20 +1889,16 @@ def answer_fields(raw: str, hop: Tuple[int, bool]) -> Section:
             ours = "\r\nTransfer-Encoding: chunked"
     if upgrade and status in (101, 426):  # RFC 9110 7.8
         ours += "\r\nUpgrade: " + upgrade
-    stripped = strip_hop_by_hop(text, TO_VISITOR, connection)
-    rewritten = (stripped + ours).encode("latin-1")
-    section = raw, hop, noted, connection, upgrade, chunked, length, ours, rewritten
-    return Section(*section)
+    text = strip_hop_by_hop(text, NOT_TO_VISITOR, connection) + ours
+    said = connection, upgrade, chunked, length, ours, text.encode("latin-1")
+    return Section(raw, hop, *said)
 
 
-def answer_framing(
-    noted: Dict[str, str], status: int, to_head: bool
-) -> Tuple[bool, Optional[int]]:
-    """Whether the body is chunked, or its length (RFC 9112 6.3). Where there is no body
-    a fault in its framing changes nothing; but of two lengths neither is the one that
-    HEAD asks for."""
-    coding, length = noted.get("transfer-encoding"), noted.get("content-length")
-    codings = list_members(coding) - {"identity"} if coding else NO_MEMBERS
+def answer_framing(noted: Dict[str, str], status: int, to_head: bool) -> Framing:
+    """RFC 9112 6.3. Where there is no body a fault in its framing changes nothing; but
+    of two lengths neither is the one that HEAD asks for."""
+    length = noted.get("content-length")
+    codings = list_members(noted, "transfer-encoding") - {"identity"}
     if codings == {"chunked"}:
         return True, None  # it overrides a length
     match = EQUAL_LENGTHS.fullmatch(length or "")
@@ -1978,10 +1921,8 @@ class Answer:
             raise malformed("its status line breaks the grammar (RFC 9112, 4)")
         version, status, reason = line.groups()
         self.method, self.minor = method, int(version != "1.0")
-        self.status = int(status)
-        text_of_reason = REASON.match(reason or "")
-        self.reason = text_of_reason.group() if text_of_reason else ""
-        raw, recent = text[line.end() - 2 :], recent or Recent()
+        self.status, self.reason = int(status), reason or ""
+        raw, recent = text[line.end() :], recent or Recent()
         section, hop = recent.answer, (self.status, method == "HEAD")
         if section.raw != raw or section.hop != hop:
             section = recall(answer_fields, raw, hop)
@@ -2000,25 +1941,18 @@ class Answer:
             return Body()
         if section.chunked:
             return Chunked(tolerant=True, unwrap=unwrap)
-        if section.length is None:
-            return UntilClose()
-        return Sized(section.length)
+        return UntilClose() if section.length is None else Sized(section.length)
 
     def keeps_alive(self) -> bool:
-        """Whether the service goes on after this answer. One that says both lengths may
-        think that the answer ends elsewhere, so it does not (RFC 9112 6.3)."""
-        if self.minor == 0 or "close" in self.connection:
-            return False
-        noted = self.section.noted
-        return not ("content-length" in noted and "transfer-encoding" in noted)
+        """Whether the service goes on after this answer."""
+        return self.minor == 1 and "close" not in self.connection
 
     def to_visitor(self, connection: str, unwrapped: bool = False) -> bytes:
         """The head as the visitor gets it. `connection` is our own Connection field.
         `unwrapped`: the visitor gets only the content of chunks."""
-        section = self.section
         first = "HTTP/1.1 %d %s" % (self.status, self.reason)
-        rewritten = section.rewritten
-        if unwrapped and section.chunked:
+        rewritten = self.section.rewritten
+        if unwrapped and self.section.chunked:
             rewritten = WRAPPING.sub("", rewritten.decode("latin-1")).encode("latin-1")
         if self.upgrade and self.status in (101, 426):
             connection = "Upgrade, " + connection if connection else "Upgrade"
@@ -2038,20 +1972,21 @@ class Body:
     read_limit = 0  # bytes worth reading at once: more would only wait in our memory
     said: Optional[bytes] = None  # what goes on in place of the bytes just consumed
 
-    def feed(self, data: Any) -> int:
-        """Consume what is understood of `data`, and return how many bytes that is. 0
-        means that more must come first, or that the body is done. Raises HTTPError."""
+    def feed(self, data: Any, tired: Call = bool) -> int:
+        """Consume what is understood of `data` until it is `tired()`, and return how
+        many bytes that is. 0 means that more must come first, or that the body is done.
+        Raises HTTPError."""
         return 0
 
 
 class Sized(Body):
     """A body with a Content-Length."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int = 1 << 62) -> None:
         self.read_limit = length
         self.done = length == 0
 
-    def feed(self, data: Any) -> int:
+    def feed(self, data: Any, tired: Call = bool) -> int:
         count = min(len(data), self.read_limit)
         self.read_limit -= count
         self.unread = self.unread and not count
@@ -2059,16 +1994,10 @@ class Sized(Body):
         return count
 
 
-class UntilClose(Body):
+class UntilClose(Sized):
     """A body that ends with the stream. The caller then sets `done`."""
 
-    done = False
     until_close = True
-    read_limit = sys.maxsize
-
-    def feed(self, data: Any) -> int:
-        self.unread = self.unread and not len(data)
-        return len(data)
 
 
 AT_SIZE, AT_END, AT_TRAILER = range(3)  # the line of a chunked body that comes next
@@ -2077,8 +2006,7 @@ AT_SIZE, AT_END, AT_TRAILER = range(3)  # the line of a chunked body that comes 
 class Chunked(Body):
     """A chunked body (RFC 9112 7.1). A line of it is consumed when it is whole and
     keeps the grammar. `tolerant`: so is a line that all readers understand, and it is
-    written anew. `unwrap`: only the content goes on. One feed() looks at few lines, so
-    that the caller can look at the clock."""
+    written anew. `unwrap`: only the content goes on."""
 
     done = False
     read_limit = CHUNKS_A_TURN
@@ -2089,99 +2017,75 @@ class Chunked(Body):
         self.expect = AT_SIZE
         self.trailers = 0
 
-    def feed(self, data: Any) -> int:
+    def feed(self, data: Any, tired: Call = bool) -> int:
         self.said, size = None, len(data)
         if self.left >= size:  # the inside of a big chunk
             self.left -= size
             return size
         parts: List[Any] = []  # what goes on for data[:copied]
         at = copied = 0
-        for _ in range(FEED_LINES // 2):  # next_line() may read two
+        for number in itertools.count(1):
             content = min(self.left, size - at)
             self.left -= content
             at += content
-            if self.done or at == size:
+            if self.done or at == size or number % FEED_LINES == 0 and tired():
                 break
-            end, text = self.next_line(data, at)
-            if end == at:
+            match = NEXT_CHUNK.match(data, at) if self.expect == AT_END else None
+            line = text = match.group() if match else self.find_line(data, at)
+            if not line:
                 break
-            if text is not None:
-                parts += data[copied:at], text
-                copied = end
-            at = end
-        if at:
-            self.unread = False
+            if match:  # mostly the next size has come with the end of a chunk
+                self.left = int(line, 16)
+            else:
+                text = self.read_line(line)
+            if text != line or self.unwrap:
+                parts += data[copied:at], b"" if self.unwrap else text
+                copied = at + len(line)
+            at += len(line)
+        self.unread = self.unread and not at
         if parts:
             self.said = b"".join(parts + [data[copied:at]])
         return at
-
-    def next_line(self, data: Any, at: int) -> Tuple[int, Optional[bytes]]:
-        """Read the line at `at`. Returns where it ends, which is `at` if it is not
-        whole, and what goes on in its place, or None."""
-        if self.expect == AT_END:  # mostly the next size has come with it
-            match = NEXT_CHUNK.match(data, at)
-            if match:
-                self.left = int(match.group(1), 16)
-                return match.end(), b"" if self.unwrap else None
-        line = self.find_line(data, at)
-        if not line:
-            return at, None
-        text = self.read_line(line.decode("latin-1")).encode("latin-1")
-        if self.unwrap:
-            text = b""
-        return at + len(line), None if text == line else text
 
     def find_line(self, data: Any, at: int) -> bytes:
         """The line at `at`, with its end; b"" while it is not whole. A trailer of an
         answer is whole when the next line has begun and is no fold."""
         folds = self.tolerant and self.expect == AT_TRAILER
-        for size in (32, CHUNK_LINE_LIMIT):  # most lines are short
-            start = bytes(data[at : at + size])
-            if folds:
-                match = TRAILER_LINE.match(start)
-                end = match.end() if match else 0
-            else:
-                end = start.find(b"\n") + 1
-            if end:
-                return start[:end]
-        if len(start) == CHUNK_LINE_LIMIT:
+        end = at + CHUNK_LINE_LIMIT
+        match = (FOLDED_LINE if folds else LINE).match(data, at, end)
+        if not match and len(data) >= end:
             raise malformed("a line of a chunked body is too long")
-        return b""
+        return match.group() if match else b""
 
-    def read_line(self, line: str) -> str:
+    def read_line(self, line: bytes) -> bytes:
         """Act on a line. Returns what goes on in its place."""
-        empty = line == "\r\n" or (self.tolerant and line == "\n")
+        text = line.decode("latin-1")
         if self.expect == AT_SIZE:
-            return self.read_size(line)
-        if self.expect == AT_TRAILER and not empty:
-            return self.read_trailer(line)
-        if not empty:
+            plain = CHUNK.fullmatch(text)
+            match = plain or (ODD_CHUNK if self.tolerant else CHUNK).fullmatch(text)
+            if not match:
+                raise malformed("a chunk size breaks the grammar (RFC 9112, 7.1)")
+            self.left = int(match.group(1), 16)
+            self.expect = AT_END if self.left else AT_TRAILER
+            return line if plain else b"%x\r\n" % self.left
+        if text == "\r\n" or (self.tolerant and text == "\n"):
+            self.done = self.expect == AT_TRAILER
+            self.expect = AT_SIZE
+            return b"\r\n"
+        if self.expect == AT_END:
             raise malformed("a chunk is longer than it said")
-        self.done = self.expect == AT_TRAILER
-        self.expect = AT_SIZE
-        return "\r\n"
+        return self.read_trailer(text)
 
-    def read_size(self, line: str) -> str:
-        plain = CHUNK.fullmatch(line)
-        match = plain or (ODD_CHUNK.fullmatch(line) if self.tolerant else None)
-        if not match:
-            raise malformed("a chunk size breaks the grammar (RFC 9112, 7.1)")
-        self.left = int(match.group(1), 16)
-        self.expect = AT_END if self.left else AT_TRAILER
-        return line if plain else "%x\r\n" % self.left
-
-    def read_trailer(self, line: str) -> str:
+    def read_trailer(self, line: str) -> bytes:
         """A trailer of an answer is dropped if it is not clear, or must not be one (RFC
         9110 6.5.1): browsers do not look at trailers."""
         self.trailers += 1
-        if self.trailers > FIELD_LIMIT:
-            raise malformed("more than %d trailers" % FIELD_LIMIT)
-        if TRAILER.fullmatch(line) and not NO_TRAILER.match(line):
-            return line
-        if not self.tolerant or BARE_CR.search(line):
-            raise malformed("a trailer breaks the grammar (RFC 9112, 7.1.2)")
-        text = rewrite_field(line)[2:] + "\r\n" if ODD_FIELD.fullmatch(line) else ""
-        return "" if NO_TRAILER.match(text) else text
+        raw = by_grammar("\r\n" + line + "\r\n", self.tolerant)  # of one field
+        good = raw and not NOT_TO_SERVICE.match(raw)
+        dropped = self.tolerant and line.count("\r") == line.count("\r\n")
+        if self.trailers > FIELD_LIMIT or not (good or dropped):
+            raise malformed("trailers break the grammar (RFC 9112, 7.1.2)")
+        return raw[2:-2].encode("latin-1") if good else b""
 
 
 def find_request_head(buffer: bytearray, searched: int) -> int:
@@ -2197,10 +2101,8 @@ def find_request_head(buffer: bytearray, searched: int) -> int:
 
 def find_answer_head(buffer: bytearray, searched: int) -> int:
     """The same for an answer, whose lines may end with LF."""
-    start = max(0, searched - 2)
-    end = buffer.find(b"\n\r\n", start) + 3
-    lf = buffer.find(b"\n\n", start, end - 1 if end > 2 else len(buffer)) + 2
-    end = lf if lf > 1 else end if end > 2 else 0
+    match = END_OF_ANSWER_HEAD.search(buffer, max(0, searched - 2))
+    end = match.end() if match else 0
     if len(buffer) > LINE_LIMIT:
         check_size(buffer, end or len(buffer))
     return end
@@ -2220,33 +2122,21 @@ def check_size(buffer: bytearray, size: int) -> None:
 # the left, and the rest may be anything: the ids that are connected decide.
 # -----------------------------------------------------------------------------------
 ADDRESS = re.compile(r"\[.*\]|[0-9.]+")
-
-
-class Domain(NamedTuple):
-    """One of --domain."""
-
-    scheme: str
-    name: str
-    port: Optional[int]  # None: the visitors' port; 0: that of the scheme
+DOMAIN = re.compile(r"(?:(https?)://)?([^/:]+?)\.?(?::([0-9]{1,5}))?/*")
+# One of --domain. The port is None for the visitors' port, and 0 for the scheme's.
+Domain = NamedTuple("Domain", [("scheme", str), ("name", str), ("port", Optional[int])])
 
 
 def parse_domains(text: str) -> List[Domain]:
     """The value of --domain. Raises ValueError, with what is wrong."""
-    if not text:
-        return []
-    import urllib.parse
-
     domains = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        whole = "://" in part
-        url = urllib.parse.urlsplit(part if whole else "//" + part)
-        name = (url.hostname or "").rstrip(".")
-        bare = not (url.path.strip("/") or url.query or url.fragment or url.username)
-        labels_fine = all(LABEL.fullmatch(label) for label in name.split("."))
-        if url.scheme not in ("", "http", "https") or not (bare and labels_fine):
+        match = DOMAIN.fullmatch(part.lower())
+        scheme, name, digits = match.groups() if match else ("", "", "")
+        port = int(digits or 0) or (0 if scheme else None)
+        if not all(map(LABEL.fullmatch, name.split("."))) or (port or 0) >= 1 << 16:
             raise ValueError("%r is neither a domain nor its URL" % part)
-        port = url.port or (0 if whole else None)
-        domains.append(Domain(url.scheme or "http", name, port))
+        domains.append(Domain(scheme or "http", name, port))
     return domains
 
 
@@ -2261,16 +2151,16 @@ class Names:
 
     def find(self, name: str) -> Tuple[Optional[str], Optional[str]]:
         """(id, service), (id, None) or (None, None) for a host in lower case."""
-        labels = name.split(".")
         if name in self.bases or ADDRESS.fullmatch(name):
             return None, None
         if not self.domains:
-            service, dashes, id = labels[0].partition("--")
+            first, second = (name.split(".") + [""])[:2]
+            service, dashes, id = first.partition("--")
             if dashes and id in self.ids:
                 return id, service
-            if len(labels) > 1 and labels[1] in self.ids:
-                return labels[1], labels[0]
-            return (labels[0], None) if labels[0] in self.ids else (None, None)
+            if second in self.ids:
+                return second, first
+            return (first, None) if first in self.ids else (None, None)
         for base in self.bases:
             if name.endswith("." + base):
                 labels = name[: -len(base) - 1].replace("--", ".").split(".")
@@ -2292,30 +2182,26 @@ class Names:
         return "localhost" if labels[-1] == "localhost" else ".".join(labels[-2:])
 
     def link(self, service: str, host: str, came: str) -> str:
-        """The URL of a service, for the index page at `host`. The page was asked for by
-        the scheme `came`."""
-        host = host.lower()
+        """The URL of a service, for the index page at `host`, asked for by `came`."""
+        bare = host.lower().partition(":")[0]
         for scheme, name, port in self.domains:
-            if port is not None and host.partition(":")[0].endswith("." + name):
+            if port is not None and bare.endswith("." + name):
                 suffix = ":%d" % port if port else ""
-                host = host.partition(":")[0] + suffix
-                return "%s://%s.%s/" % (scheme, service, host)
-        return "%s://%s.%s/" % (came, service, host)
+                return "%s://%s.%s%s/" % (scheme, service, bare, suffix)
+        return "%s://%s.%s/" % (came, service, host.lower())
 
     def url(self, id: str, service: str, dialled: str) -> str:
         """Where a service is reached, or "error: ..." when the server has no name.
         `dialled` is the Host that its client used."""
         host = HOST.fullmatch(dialled)
         name = host.group(1).rstrip(".").lower() if host else ""
-        scheme, port = self.scheme, None
-        if self.domains:
-            scheme, name, port = self.domains[0]
-            scheme = self.scheme if port is None else scheme
-        elif name in ("127.0.0.1", "[::1]"):
+        scheme, name, port = self.domains[0] if self.domains else ("", name, None)
+        if name in ("127.0.0.1", "[::1]"):
             name = "localhost"
         elif not name or ADDRESS.fullmatch(name):
             return "error: no name: the server wants --domain, or a name to dial"
-        port = self.port if port is None else port
+        if port is None:
+            scheme, port = self.scheme, self.port
         suffix = "" if port in (0, 80 if scheme == "http" else 443) else ":%d" % port
         return "%s://%s.%s.%s%s/" % (scheme, service, id, name, suffix)
 
@@ -2920,7 +2806,7 @@ class Exchange:
         view[:had] = unparsed[:had]
         count = self.connection.read_into(view[had:])
         total = had + (count or 0)
-        good = self.feed(body, view[:total])
+        good: int = body.feed(view[:total], self.loop.tired)
         unparsed[:had] = view[good:total]
         if count == 0 and not good:
             raise OSError("the visitor left in the middle of the request")
@@ -2935,16 +2821,6 @@ class Exchange:
             self.loop.soon(self.stream, self.stream.wake)
         else:
             self.stream.wake()
-
-    def feed(self, body: Any, data: memoryview) -> int:
-        """How many bytes of the request's body are understood, while there is time."""
-        good: int = body.feed(data)
-        while good < len(data) and not (body.done or self.loop.tired()):
-            more = body.feed(data[good:])
-            if not more:
-                break
-            good += more
-        return good
 
     # The visitor's connection.
 
@@ -3108,24 +2984,14 @@ class Exchange:
     def pass_on(self, head: bytes, data: memoryview) -> int:
         """Write `head`, and of the body in `data` what is understood, while there is
         time. Return how many bytes that was. What is well-formed goes on as it is."""
-        body, at, start = self.body, 0, 0
-        parts: List[Any] = [head]
-        while at < len(data) and not body.done:
-            count = body.feed(data[at:])
-            if body.said is not None:
-                parts += (data[start:at], body.said)
-                start = at + count
-            at += count
-            if not count or self.loop.tired():
-                break
-        content: Any = data[start:at]
-        if head or len(parts) > 1:
-            content = b"".join(parts + [content])
+        count: int = self.body.feed(data, self.loop.tired)
+        content = data[:count] if self.body.said is None else self.body.said
+        self.sent += len(content)
+        content = head + bytes(content) if head else content
         if content:
             self.connection.write(content)
-        self.sent += len(content) - len(head)
         self.quiet_since = 0.0
-        return at
+        return count
 
     # How it ends.
 

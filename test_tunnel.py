@@ -130,7 +130,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 1940, "server": 2630, "client": 952}
+    BUDGETS = {"shared": 1940, "server": 2490, "client": 952}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
@@ -2288,6 +2288,7 @@ class AnswerHeads(unittest.TestCase):
         ('"Content-Length": 7\r\nContent-Length: 5', [LENGTH], "9110 5.1"),
         ("word\r\nB: c", ["B: c"], "9112 5"),
         ("HTTP/1.1 404 Not Found\r\nB: c", ["B: c"], "9112 5"),
+        ("HTTP/1.1 404 Not Found\r\n a\r\nB: c", ["B: c"], "9112 5.2"),
         # What concerns one hop, and broken protocols.
         ("Connection: close, A\r\nA: b\r\nB: c", ["B: c"], "9110 7.6.1"),
         ("Keep-Alive : 5\r\nB: c", ["B: c"], "9110 7.6.1"),
@@ -2756,13 +2757,13 @@ class Bodies(unittest.TestCase):
             self.assertEqual(body.feed(b"5;a=b\r\nhe"), 9)
             self.assertFalse(body.unread)
 
-    def test_a_call_looks_at_few_lines(self):
+    def test_a_tired_call_looks_at_few_lines(self):
         data = b"1\r\nx\r\n" * 3000 + b"0\r\n\r\n"
-        most = server_module.FEED_LINES * len(b"1\r\nx\r\n") // 2
+        most = server_module.FEED_LINES * len(b"1\r\nx\r\n")
         for tolerant, unwrap in ((False, False), (True, False), (True, True)):
             body, at = server_module.Chunked(tolerant, unwrap), 0
             while not body.done:
-                count = body.feed(memoryview(data)[at:])
+                count = body.feed(memoryview(data)[at:], lambda: True)
                 self.assertTrue(0 < count <= most, count)
                 at += count
             self.assertEqual(at, len(data))
@@ -2885,7 +2886,9 @@ class NamesOfHosts(unittest.TestCase):
         self.assertIn("--domain", names.url("tim", "web", "[2001:db8::1]:8001"))
 
     def test_broken_domains_are_refused(self):
-        for text in ("a b", "http://", "a/b", "ftp://a.b", "u@a.b", "a..b", "a:x"):
+        broken = ["a b", "http://", "a/b", "ftp://a.b", "u@a.b", "@a.b", "a..b", "a:x"]
+        broken += ["a:", "a:65536", "a?b", "a#b", "[::1]", "http://https://a", "--a"]
+        for text in broken:
             with self.assertRaises(ValueError, msg=text):
                 server_module.parse_domains(text)
 
@@ -5790,7 +5793,7 @@ class Hostile(TunnelCase):
 
     def test_idle_visitor_that_takes_nothing_leaves_its_descriptor_at_once(self):
         self.start()
-        self.visit().sendall(b"GET / HTTP/1.1\r\n\r\n")
+        self.visit()
         visitors = self.server.program.visitors
         self.server.until(lambda: visitors.all)
         (http,) = visitors.all
