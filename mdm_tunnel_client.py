@@ -27,10 +27,7 @@ standard library of Python 3.6.
 from typing import NamedTuple
 
 # ###################################################################################
-#
-#                            PART ONE: THE TUNNEL
-#                    what carries a request, from end to end
-#
+# PART ONE: THE TUNNEL. What carries a request, from end to end.
 # ###################################################################################
 
 # ===================================================================================
@@ -2168,10 +2165,7 @@ class Client:
 
 
 # ###################################################################################
-#
-#                            PART TWO: THE ARMOUR
-#         what keeps it up: limits, TLS, overload, files, rights, command line
-#
+# PART TWO: THE ARMOUR. What keeps it up: TLS, files, limits, names, command line.
 # ###################################################################################
 
 # ===================================================================================

@@ -21,20 +21,17 @@ How to read it. Part one carries a request; an hour is enough for it:
     Registry         whose an id is, and its services
     HTTPConnection   a visitor between two requests
     Exchange         one request and its answer
-    Pages            what the server says itself
     Server           what each port serves, and how it stops
 
-Part two keeps it up: Secrets, TLS, Files, Limits, Log, Ports, Overload, Privileges,
-Command line. Nothing here needs more than the standard library of Python 3.6.
+Part two keeps it up: Secrets, TLS, Files, Limits, Log, Fields, Pages, Ports, Overload,
+Privileges, Command line. Nothing here needs more than the standard library of Python
+3.6.
 """
 
 from typing import FrozenSet, NamedTuple, Pattern
 
 # ###################################################################################
-#
-#                            PART ONE: THE TUNNEL
-#                    what carries a request, from end to end
-#
+# PART ONE: THE TUNNEL. What carries a request, from end to end.
 # ###################################################################################
 
 # ===================================================================================
@@ -1496,7 +1493,10 @@ class Pipe:
 
 
 # -----------------------------------------------------------------------------------
-# HTTP/1.1: heads and body framing, without any I/O (RFC 9112; fields: RFC 9110).
+# HTTP/1.1: heads and bodies, without any I/O (RFC 9112). A head is a first line and a
+# field section, which request_fields() and answer_fields() of part two read, check and
+# rewrite.
+#
 # We are strict to visitors: a visitor chooses what it sends, and a request that two
 # parsers read in two ways is an attack. We are tolerant to services: nobody can change
 # the answers of a router or a camera, so they are read as nginx or HAProxy would. An
@@ -1505,20 +1505,10 @@ class Pipe:
 # -----------------------------------------------------------------------------------
 HEAD_LIMIT = 64 << 10  # bytes of a head: far more than cookies need
 LINE_LIMIT = 16 << 10  # bytes of a request line
-FIELD_LIMIT = 200  # fields of a head, and of a trailer section
-MEMBERS_LIMIT = 32  # options in a Connection field
 INTERIM_LIMIT = 100  # 1xx answers to one request
-# CHUNK_LINE_LIMIT < LEAST_TURN: a chunk line goes on when it is whole. A stream may get
-# no more than LEAST_TURN bytes to fill, and a line that does not fit would never go on.
-CHUNK_LINE_LIMIT = 2 << 10  # bytes of a chunk line, or of a trailer
-CHUNKS_A_TURN = 64 << 10  # bytes of chunks read at once: the rest of a line waits here
-FEED_LINES = 32  # chunks between looks at the clock: some 0.1 ms
-RECENT = 512  # field sections that are remembered: they mostly come again
-RECENT_SIZE = 4 << 10  # bytes: longer ones would cost more memory than they save time
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
 TEXT = r"[\t -~\x80-\xff]"
-QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\%s)*"' % TEXT
 REQUEST_LINE = re.compile(r'(%s) ([!"$-~\x80-\xff]+) HTTP/(\d)\.(\d)\r\n' % TOKEN)
 # Some services say HTTP/2.0 here, which all browsers take for 1.1. A reason is cut
 # where it is no longer text: no program reads it (RFC 9112 4).
@@ -1526,50 +1516,11 @@ STATUS_LINE = re.compile(
     r"(?:\r?\n)?HTTP/([1-9]\.\d{1,2}) +([1-9]\d\d)"
     r"(?:[ \t](%s*)(?:[^\t -~\x80-\xff\0\r\n][^\0\r\n]*)?)?(?=\r?\n)" % TEXT
 )
-FIELDS = re.compile(r"(?:\r\n%s:%s*)*\r\n\r\n" % (TOKEN, TEXT))
-# What by_grammar() tidies. NO_FIELD is skipped by browsers, and nginx lets it pass:
-# names that are no tokens, words without a colon, a second status line.
-COLON = re.compile(r"\n(%s)[ \t]*:(?:\n?[ \t])*" % TOKEN)  # all white space around it
-FOLD = re.compile(r"(?!\A)\n[ \t]+")  # there is none of the status line
-NO_FIELD = re.compile(
-    r"\n(?!%s:)(?:[!-9;-~\x80-\xff]+(?::%s*)?|HTTP/%s*)(?=\n)" % (TOKEN, TEXT, TEXT)
-)
-EXTENSION = r"[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?" % (TOKEN, TOKEN, QUOTED)
-CHUNK = re.compile(r"([0-9A-Fa-f]{1,8})(?:%s)*\r\n" % EXTENSION)
-ODD_CHUNK = re.compile(r"0*([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
-NEXT_CHUNK = re.compile(rb"\r\n[1-9A-Fa-f][0-9A-Fa-f]{0,7}\r\n")  # ends one, too
-LINE = re.compile(rb"[^\n]*\n")
-FOLDED_LINE = re.compile(rb"\r?\n|[^\n]+\n(?:[ \t][^\n]*\n)*(?=[^ \t])")
-LABELS = r"(?:[0-9A-Za-z_-]+\.)*[0-9A-Za-z_-]+\.?"  # of any length, but none empty
-HOST = re.compile(r"(\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|%s)(?::(\d{0,5}))?" % LABELS)
-PROTOCOLS = re.compile(r"%s(?:/%s)?(?:[ \t]*,[ \t]*%s(?:/%s)?)*" % (4 * (TOKEN,)))
 ABSOLUTE = re.compile(r"(?i)(https?)://([^/?@]+)([/?].*)?")
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 2.2
 BARE_LF = re.compile(rb"(?<!\r)\n")
 END_OF_ANSWER_HEAD = re.compile(rb"\n\r?\n")
 LINE_BREAK = re.compile(r"[\r\n\0]")
-LENGTH = re.compile(r"\d{1,18}")
-# Once, or several times the same (RFC 9110 8.6).
-EQUAL_LENGTHS = re.compile(r"0*([1-9]\d{0,17}|0)(?:[ \t]*,[ \t]*0*\1)*")
-OF_OUR_HOP = frozenset(["close", "keep-alive", "te", "upgrade"])  # dropped anyway
-Framing = Tuple[bool, Optional[int]]  # whether a body is chunked, or its length
-
-# Finds the fields of these names, each with the CRLF before it.
-NAMED = r"(?ai)\r\n(%s):([^\r]*)"
-FRAMING = "content-length|transfer-encoding|"  # what we have understood, we say anew
-LOOKALIKES = "content_length|transfer_encoding"  # the same to some services
-HOP_BY_HOP = FRAMING + "connection|keep-alive|proxy-connection|te|upgrade"
-FORWARDED = "x[-_]forwarded[-_][^:]*|x[-_]real[-_]ip|forwarded"  # ours to say
-NOTED = FRAMING + LOOKALIKES + "|host|connection|upgrade|te|accept"
-NOTED_OF_REQUEST = re.compile(NAMED % NOTED)
-NOTED_OF_ANSWER = re.compile(NAMED % (FRAMING + "connection|upgrade"))
-NOT_TO_SERVICE = re.compile(NAMED % (HOP_BY_HOP + "|host|" + FORWARDED))
-NOT_TO_VISITOR = re.compile(NAMED % HOP_BY_HOP)
-WRAPPING = re.compile(NAMED % "transfer-encoding|trailer")
-SECRET = re.compile(  # not remembered beyond their connection
-    "(?ai)\n(?:cookie|set-cookie|auth|proxy-auth|location|referer|api"
-    "|x-(?:access|amz|api|auth|csrf|session|token|xsrf))"
-)
 
 
 class HTTPError(ProtocolError):
@@ -1585,193 +1536,7 @@ def malformed(cause: str) -> HTTPError:
     return HTTPError(400, "malformed", cause)
 
 
-def join_fields(pairs: List[Tuple[str, str]]) -> Dict[str, str]:
-    """Fields by name in lower case, repeated ones as one list (RFC 9110 5.3)."""
-    joined: Dict[str, str] = {}
-    for name, value in pairs:
-        name, value = name.lower(), value.strip(" \t")
-        joined[name] = joined[name] + ", " + value if name in joined else value
-    return joined
-
-
-class Fields(Dict[str, str]):
-    """Joined fields, to be asked for without regard to case."""
-
-    def __getitem__(self, name: str) -> str:
-        return super().__getitem__(name.lower())
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(str(name).lower())
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name.lower(), default)
-
-
-class Section(NamedTuple):
-    """A field section, read and rewritten. It never changes, so it can stand for every
-    head with the same fields: most requests of a visitor differ in their first line
-    only."""
-
-    raw: str = ""
-    hop: Any = None  # everything else that `rewritten` depends on
-    connection: FrozenSet[str] = frozenset()  # the members of Connection
-    upgrade: str = ""  # protocols
-    chunked: bool = False
-    length: Optional[int] = None
-    ours: str = ""  # the lines that are ours to say
-    rewritten: bytes = b""  # as it goes on
-    host: str = ""
-    name: str = ""
-    accept: str = ""
-
-
-class Recent:
-    """What a connection remembers: the field sections of its last request and its last
-    answer. They may hold cookies and passwords, so they end with the connection."""
-
-    request = answer = Section()
-
-
-recent_sections: Dict[Tuple[str, Any], Section] = {}  # of all, without secrets
-
-
-def recall(read: Callable[[str, Any], Section], raw: str, hop: Any) -> Section:
-    """read(raw, hop), unless it is a recent section of any connection."""
-    section = recent_sections.get((raw, hop))
-    if section is None:
-        section = read(raw, hop)
-        if len(raw) <= RECENT_SIZE and not SECRET.search(raw):
-            if len(recent_sections) >= RECENT:
-                recent_sections.clear()
-            recent_sections[raw, hop] = section
-    return section
-
-
-def by_grammar(raw: str, tolerant: bool) -> str:
-    """A field section, if it keeps the grammar, or "". A service's is `tolerant`, and
-    tidied where it does not: no white space before a colon (RFC 9112 5.1), no folds
-    (5.2), no line that is no field. Readers could differ in anything else."""
-    if FIELDS.fullmatch(raw):
-        return raw
-    if not tolerant:
-        return ""
-    text = COLON.sub(r"\n\1: ", raw.replace("\r\n", "\n"))
-    text = NO_FIELD.sub("", FOLD.sub(" ", text))
-    text = "\r\n".join([line.rstrip(" \t") for line in text.split("\n")])
-    return text if FIELDS.fullmatch(text) else ""
-
-
-def read_fields(
-    raw: str, wanted: Pattern[str], tolerant: bool
-) -> Tuple[str, Dict[str, str], FrozenSet[str]]:
-    """The fields by the grammar, a CRLF before each; those that are wanted; and the
-    members of Connection."""
-    text = by_grammar(raw, tolerant)
-    if not text:
-        raise malformed("a field breaks the grammar (RFC 9112, 5)")
-    if raw.count("\n") > FIELD_LIMIT + 2:
-        raise HTTPError(431, "too-long", "more than %d fields" % FIELD_LIMIT)
-    noted = join_fields(wanted.findall(text))
-    connection = list_members(noted, "connection")
-    if len(connection) > MEMBERS_LIMIT:
-        raise malformed("Connection has more than %d members" % MEMBERS_LIMIT)
-    return text[:-4], noted, connection
-
-
-def list_members(noted: Dict[str, str], name: str) -> FrozenSet[str]:
-    """The members of a list, in lower case (RFC 9110 5.6.1)."""
-    value = noted.get(name, "").lower()
-    members = [x.strip(" \t") for x in value.split(",")] if "," in value else [value]
-    return frozenset(filter(None, members))
-
-
-def strip_hop_by_hop(text: str, dropped: Pattern[str], connection: Any) -> str:
-    """The fields that go on (RFC 9110 7.6.1), a CRLF before each."""
-    text = dropped.sub("", text)
-    if not connection <= OF_OUR_HOP:
-        lines = text.split("\r\n")
-        lines = [x for x in lines if x.partition(":")[0].lower() not in connection]
-        text = "\r\n".join(lines)
-    return text
-
-
 # Requests.
-
-
-@functools.lru_cache(maxsize=RECENT)
-def read_host(host: str) -> str:
-    """The name in a Host field: in lower case, without port and dot at the end. Raises
-    HTTPError."""
-    match = HOST.fullmatch(host) if len(host) < 256 else None  # RFC 1035 2.3.4
-    if not match or int(match.group(2) or 0) >= 1 << 16:
-        raise malformed("a request has one Host field, and it names a host")
-    return match.group(1).rstrip(".").lower()
-
-
-def request_fields(raw: str, hop: Any) -> Section:
-    """Read a request's fields, and rewrite them for the service. `hop` is the visitor's
-    address, the scheme, the minor version, and the host of an absolute target, or "".
-    Raises HTTPError."""
-    address, scheme, minor, authority = hop
-    text, noted, connection = read_fields(raw, NOTED_OF_REQUEST, tolerant=False)
-    if connection & {"host", "content-length", "transfer-encoding"}:
-        raise malformed("Connection names a field that must arrive")
-    chunked, length = request_framing(noted, minor)
-    upgrade = requested_upgrade(noted, connection, minor)
-    host = noted.get("host", "")
-    name = read_host(host)  # it has to be sound even where the target names another
-    if authority:
-        host, name = authority, read_host(authority)
-    ours = "\r\nX-Forwarded-For: %s\r\nX-Forwarded-Proto: %s\r\nX-Forwarded-Host: %s"
-    ours %= (address, scheme, host)
-    if chunked:
-        ours += "\r\nTransfer-Encoding: chunked"
-    elif length is not None:
-        ours += "\r\nContent-Length: " + noted["content-length"]
-    options = []
-    if upgrade:
-        options.append("Upgrade")
-        ours += "\r\nUpgrade: " + upgrade
-    if "trailers" in list_members(noted, "te"):
-        options.append("TE")
-        ours += "\r\nTE: trailers"
-    if minor == 0:
-        options.append("close")
-    if options:
-        ours += "\r\nConnection: " + ", ".join(options)
-    ours += "\r\n\r\n"
-    text = strip_hop_by_hop(text, NOT_TO_SERVICE, connection)
-    text = "\r\nHost: " + host + text + ours
-    said = connection, upgrade, chunked, length, ours, text.encode("latin-1")
-    return Section(raw, hop, *said, host, name, noted.get("accept", ""))
-
-
-def request_framing(noted: Dict[str, str], minor: int) -> Framing:
-    """RFC 9112 6.3."""
-    if "content_length" in noted or "transfer_encoding" in noted:
-        raise malformed("a field looks like one that frames the body")
-    coding, length = noted.get("transfer-encoding"), noted.get("content-length")
-    if coding is None:
-        if length is not None and not LENGTH.fullmatch(length):
-            raise malformed("Content-Length is not one number")
-        return False, None if length is None else int(length)
-    if length is not None or minor == 0:
-        raise malformed("Transfer-Encoding with a Content-Length, or in HTTP/1.0")
-    if coding.lower() != "chunked":
-        raise HTTPError(501, "coding", "a transfer coding other than chunked")
-    return True, None
-
-
-def requested_upgrade(noted: Dict[str, str], connection: Any, minor: int) -> str:
-    """The protocols that the visitor asks for (RFC 9110 7.8), or "". h2c is refused: we
-    would not see what it carries (RFC 7540 3.2)."""
-    upgrade = noted.get("upgrade", "")
-    if not upgrade or "upgrade" not in connection:
-        return ""
-    if not PROTOCOLS.fullmatch(upgrade):
-        raise malformed("Upgrade names no protocol (RFC 9110, 7.8)")
-    names = [member.partition("/")[0] for member in list_members(noted, "upgrade")]
-    return "" if minor == 0 or "h2c" in names else upgrade
 
 
 class LazyFields:
@@ -1836,7 +1601,7 @@ class Request:
         return match.group(2)
 
     @property
-    def headers(self) -> Fields:
+    def headers(self) -> "Fields":
         """The fields by name."""
         return Fields(join_fields(self.fields))
 
@@ -1871,50 +1636,11 @@ class Request:
 # Answers.
 
 
-def answer_fields(raw: str, hop: Tuple[int, bool]) -> Section:
-    """Read an answer's fields, and rewrite them for the visitor, all but Connection.
-    `hop`: the status, and whether HEAD was asked. Raises HTTPError."""
-    status, to_head = hop
-    text, noted, connection = read_fields(raw, NOTED_OF_ANSWER, tolerant=True)
-    if "content-length" in noted and "transfer-encoding" in noted:
-        connection |= {"close"}  # it may think of another end (RFC 9112 6.3)
-    chunked, length = answer_framing(noted, status, to_head)
-    upgrade = noted.get("upgrade", "") if "upgrade" in connection else ""
-    upgrade = upgrade if PROTOCOLS.fullmatch(upgrade) else ""
-    ours = ""
-    if status >= 200 and status != 204:  # RFC 9110 8.6
-        if length is not None:
-            ours = "\r\nContent-Length: %d" % length
-        elif chunked:
-            ours = "\r\nTransfer-Encoding: chunked"
-    if upgrade and status in (101, 426):  # RFC 9110 7.8
-        ours += "\r\nUpgrade: " + upgrade
-    text = strip_hop_by_hop(text, NOT_TO_VISITOR, connection) + ours
-    said = connection, upgrade, chunked, length, ours, text.encode("latin-1")
-    return Section(raw, hop, *said)
-
-
-def answer_framing(noted: Dict[str, str], status: int, to_head: bool) -> Framing:
-    """RFC 9112 6.3. Where there is no body a fault in its framing changes nothing; but
-    of two lengths neither is the one that HEAD asks for."""
-    length = noted.get("content-length")
-    codings = list_members(noted, "transfer-encoding") - {"identity"}
-    if codings == {"chunked"}:
-        return True, None  # it overrides a length
-    match = EQUAL_LENGTHS.fullmatch(length or "")
-    if status not in (204, 304):
-        if codings and not to_head:
-            raise malformed("a transfer coding other than chunked")
-        if length is not None and not match and not (to_head and "," not in length):
-            raise malformed("Content-Length is not one number")
-    return False, int(match.group(1)) if match else None
-
-
 class Answer:
     """A service's answer to a request of this method. Raises HTTPError when it cannot
     be understood."""
 
-    def __init__(self, head: Any, method: str, recent: Optional[Recent] = None) -> None:
+    def __init__(self, head: Any, method: str, recent: Any = None) -> None:
         text = head.decode("latin-1")
         line = STATUS_LINE.match(text)
         if not line:
@@ -1923,7 +1649,8 @@ class Answer:
         self.method, self.minor = method, int(version != "1.0")
         self.status, self.reason = int(status), reason or ""
         raw, recent = text[line.end() :], recent or Recent()
-        section, hop = recent.answer, (self.status, method == "HEAD")
+        section: Section = recent.answer
+        hop = self.status, method == "HEAD"
         if section.raw != raw or section.hop != hop:
             section = recall(answer_fields, raw, hop)
             if len(raw) <= RECENT_SIZE:
@@ -1961,6 +1688,20 @@ class Answer:
 
 
 # Bodies.
+
+# CHUNK_LINE_LIMIT < LEAST_TURN: a chunk line goes on when it is whole. A stream may get
+# no more than LEAST_TURN bytes to fill, and a line that does not fit would never go on.
+CHUNK_LINE_LIMIT = 2 << 10  # bytes of a chunk line, or of a trailer
+CHUNKS_A_TURN = 64 << 10  # bytes of chunks read at once: the rest of a line waits here
+FEED_LINES = 32  # chunks between looks at the clock: some 0.1 ms
+
+QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\%s)*"' % TEXT
+EXTENSION = r"[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?" % (TOKEN, TOKEN, QUOTED)
+CHUNK = re.compile(r"([0-9A-Fa-f]{1,8})(?:%s)*\r\n" % EXTENSION)
+ODD_CHUNK = re.compile(r"0*([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
+NEXT_CHUNK = re.compile(rb"\r\n[1-9A-Fa-f][0-9A-Fa-f]{0,7}\r\n")  # ends one, too
+LINE = re.compile(rb"[^\n]*\n")
+FOLDED_LINE = re.compile(rb"\r?\n|[^\n]+\n(?:[ \t][^\n]*\n)*(?=[^ \t])")
 
 
 class Body:
@@ -3072,63 +2813,6 @@ class Exchange:
 
 
 # -----------------------------------------------------------------------------------
-# Pages: what the server says itself. HTML for browsers, text for everybody else.
-# -----------------------------------------------------------------------------------
-INDEX_LIMIT = 200  # services on an index page: to make one takes a while
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>%(title)s</title>
-<style>
-:root { color-scheme: light dark }
-body { font: 17px/1.55 system-ui, sans-serif; max-width: 40em; margin: 14vh auto;
-  padding: 0 1.2em }
-h1 { font-size: 1.5em; margin: 0 0 .6em }
-ul { list-style: none; padding: 0 }
-li { margin: .4em 0 }
-pre { background: rgba(127, 127, 127, .14); padding: .8em 1em; border-radius: 6px;
-  overflow-x: auto; font-size: .85em }
-footer { margin-top: 3em; font-size: .8em; opacity: .6 }
-</style></head><body>
-<h1>%(title)s</h1>
-%(body)s
-<footer>mdm-tunnel %(version)s</footer>
-</body></html>
-"""
-
-
-def phrase(status: int, default: str) -> str:
-    """What RFC 9110 calls a status."""
-    import http
-
-    try:
-        return http.HTTPStatus(status).phrase
-    except ValueError:
-        return default
-
-
-def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
-    """(content type, body). A line that is a URL becomes a link, one that begins with
-    two spaces something to paste; all is escaped."""
-    lines = list(map(printable, lines))
-    if not as_html:
-        return "text/plain; charset=utf-8", "\n".join([title] + lines + [""]).encode()
-    import html
-
-    parts = []
-    for line in lines:
-        text = html.escape(line)
-        if line.startswith("  "):
-            parts.append("<pre>%s</pre>" % text.strip())
-        elif line.startswith("http://") or line.startswith("https://"):
-            parts.append('<ul><li><a href="%s">%s</a></li></ul>' % (text, text))
-        else:
-            parts.append("<p>%s</p>" % text)
-    values = {"title": html.escape(title), "body": "\n".join(parts), "version": VERSION}
-    return "text/html; charset=utf-8", (PAGE % values).encode()
-
-
-# -----------------------------------------------------------------------------------
 # Server: what each port serves, and how it all stops. A Site says where a request goes
 # that came to a port: resolve() gives a destination, whose begin() takes the request
 # over, or returns a page of our own.
@@ -3315,44 +2999,6 @@ class SharedSite(Site):
         return super().resolve(request)
 
 
-class Config(NamedTuple):
-    """What the command line says; the option of the same name explains each."""
-
-    port: int = 8000
-    client_port: int = 8001
-    bind: Optional[str] = None
-    domain: str = ""
-    tokens: Optional[str] = None
-    tls_cert: Optional[str] = None
-    tls_key: Optional[str] = None
-    tls_port: Optional[int] = None
-    redirect: bool = False
-    user: Optional[str] = None
-    verbose: int = 0
-
-
-def plan_ports(config: Config) -> List[Tuple[int, Any, bool]]:
-    """The ports that there are: number, kind of site, TLS. Raises ValueError."""
-    port, client_port, tls_port = config.port, config.client_port, config.tls_port
-    tls = config.tls_cert is not None
-    if not all(0 <= number < 1 << 16 for number in (port, client_port, tls_port or 0)):
-        raise ValueError("a port is a number from 0 to 65535")
-    if tls_port is not None and not tls:
-        raise ValueError("TLS for visitors needs a certificate")
-    if config.redirect and tls_port is None:
-        raise ValueError("a redirect needs a port with TLS to lead to")
-    if port != 0 and (port == tls_port or tls and port == client_port):
-        raise ValueError("port %d cannot be both with TLS and without" % port)
-    plain = RedirectSite if config.redirect else Site
-    if tls_port is None and port == client_port != 0:
-        return [(port, SharedSite, False)]
-    if tls_port is None:
-        return [(port, plain, False), (client_port, LinkSite, tls)]
-    if tls_port == client_port != 0:
-        return [(port, plain, False), (tls_port, SharedSite, True)]
-    return [(port, plain, False), (tls_port, Site, True), (client_port, LinkSite, True)]
-
-
 class Server:
     """Listens from the start; run() serves until stop(). Port 0 takes a free port: see
     `visitor_address` and `client_address`, (host, port) each. Raises OSError when it
@@ -3363,7 +3009,7 @@ class Server:
 
     def __init__(
         self,
-        config: Optional[Config] = None,
+        config: Optional["Config"] = None,
         router: Optional[Router] = None,
         loop: Optional[Loop] = None,
     ) -> None:
@@ -3498,10 +3144,7 @@ class Server:
 
 
 # ###################################################################################
-#
-#                            PART TWO: THE ARMOUR
-#         what keeps it up: limits, TLS, overload, files, rights, command line
-#
+# PART TWO: THE ARMOUR. What keeps it up: TLS, files, fields, overload, rights, options.
 # ###################################################################################
 
 # ===================================================================================
@@ -3992,6 +3635,334 @@ class Parser(argparse.ArgumentParser):
 
 
 # -----------------------------------------------------------------------------------
+# Fields: the field section of a head, without any I/O (RFC 9110 5 and 6.5). It is read
+# by the strict grammar, checked for what frames the body, and rewritten for the other
+# side: what concerns one hop is dropped, and what is ours is said anew. Most sections
+# come again, so the last ones are remembered.
+# -----------------------------------------------------------------------------------
+FIELD_LIMIT = 200  # fields of a head, and of a trailer section
+MEMBERS_LIMIT = 32  # options in a Connection field
+RECENT = 512  # field sections that are remembered: they mostly come again
+RECENT_SIZE = 4 << 10  # bytes: longer ones would cost more memory than they save time
+
+FIELDS = re.compile(r"(?:\r\n%s:%s*)*\r\n\r\n" % (TOKEN, TEXT))
+# What by_grammar() tidies. NO_FIELD is skipped by browsers, and nginx lets it pass:
+# names that are no tokens, words without a colon, a second status line.
+COLON = re.compile(r"\n(%s)[ \t]*:(?:\n?[ \t])*" % TOKEN)  # all white space around it
+FOLD = re.compile(r"(?!\A)\n[ \t]+")  # there is none of the status line
+NO_FIELD = re.compile(
+    r"\n(?!%s:)(?:[!-9;-~\x80-\xff]+(?::%s*)?|HTTP/%s*)(?=\n)" % (TOKEN, TEXT, TEXT)
+)
+LABELS = r"(?:[0-9A-Za-z_-]+\.)*[0-9A-Za-z_-]+\.?"  # of any length, but none empty
+HOST = re.compile(r"(\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|%s)(?::(\d{0,5}))?" % LABELS)
+PROTOCOLS = re.compile(r"%s(?:/%s)?(?:[ \t]*,[ \t]*%s(?:/%s)?)*" % (4 * (TOKEN,)))
+LENGTH = re.compile(r"\d{1,18}")
+# Once, or several times the same (RFC 9110 8.6).
+EQUAL_LENGTHS = re.compile(r"0*([1-9]\d{0,17}|0)(?:[ \t]*,[ \t]*0*\1)*")
+OF_OUR_HOP = frozenset(["close", "keep-alive", "te", "upgrade"])  # dropped anyway
+Framing = Tuple[bool, Optional[int]]  # whether a body is chunked, or its length
+
+# Finds the fields of these names, each with the CRLF before it.
+NAMED = r"(?ai)\r\n(%s):([^\r]*)"
+FRAMING = "content-length|transfer-encoding|"  # what we have understood, we say anew
+LOOKALIKES = "content_length|transfer_encoding"  # the same to some services
+HOP_BY_HOP = FRAMING + "connection|keep-alive|proxy-connection|te|upgrade"
+FORWARDED = "x[-_]forwarded[-_][^:]*|x[-_]real[-_]ip|forwarded"  # ours to say
+NOTED = FRAMING + LOOKALIKES + "|host|connection|upgrade|te|accept"
+NOTED_OF_REQUEST = re.compile(NAMED % NOTED)
+NOTED_OF_ANSWER = re.compile(NAMED % (FRAMING + "connection|upgrade"))
+NOT_TO_SERVICE = re.compile(NAMED % (HOP_BY_HOP + "|host|" + FORWARDED))
+NOT_TO_VISITOR = re.compile(NAMED % HOP_BY_HOP)
+WRAPPING = re.compile(NAMED % "transfer-encoding|trailer")
+SECRET = re.compile(  # not remembered beyond their connection
+    "(?ai)\n(?:cookie|set-cookie|auth|proxy-auth|location|referer|api"
+    "|x-(?:access|amz|api|auth|csrf|session|token|xsrf))"
+)
+
+
+def join_fields(pairs: List[Tuple[str, str]]) -> Dict[str, str]:
+    """Fields by name in lower case, repeated ones as one list (RFC 9110 5.3)."""
+    joined: Dict[str, str] = {}
+    for name, value in pairs:
+        name, value = name.lower(), value.strip(" \t")
+        joined[name] = joined[name] + ", " + value if name in joined else value
+    return joined
+
+
+class Fields(Dict[str, str]):
+    """Joined fields, to be asked for without regard to case."""
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name).lower())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name.lower(), default)
+
+
+class Section(NamedTuple):
+    """A field section, read and rewritten. It never changes, so it can stand for every
+    head with the same fields: most requests of a visitor differ in their first line
+    only."""
+
+    raw: str = ""
+    hop: Any = None  # everything else that `rewritten` depends on
+    connection: FrozenSet[str] = frozenset()  # the members of Connection
+    upgrade: str = ""  # protocols
+    chunked: bool = False
+    length: Optional[int] = None
+    ours: str = ""  # the lines that are ours to say
+    rewritten: bytes = b""  # as it goes on
+    host: str = ""
+    name: str = ""
+    accept: str = ""
+
+
+class Recent:
+    """What a connection remembers: the field sections of its last request and its last
+    answer. They may hold cookies and passwords, so they end with the connection."""
+
+    request = answer = Section()
+
+
+recent_sections: Dict[Tuple[str, Any], Section] = {}  # of all, without secrets
+
+
+def recall(read: Callable[[str, Any], Section], raw: str, hop: Any) -> Section:
+    """read(raw, hop), unless it is a recent section of any connection."""
+    section = recent_sections.get((raw, hop))
+    if section is None:
+        section = read(raw, hop)
+        if len(raw) <= RECENT_SIZE and not SECRET.search(raw):
+            if len(recent_sections) >= RECENT:
+                recent_sections.clear()
+            recent_sections[raw, hop] = section
+    return section
+
+
+def by_grammar(raw: str, tolerant: bool) -> str:
+    """A field section, if it keeps the grammar, or "". A service's is `tolerant`, and
+    tidied where it does not: no white space before a colon (RFC 9112 5.1), no folds
+    (5.2), no line that is no field. Readers could differ in anything else."""
+    if FIELDS.fullmatch(raw):
+        return raw
+    if not tolerant:
+        return ""
+    text = COLON.sub(r"\n\1: ", raw.replace("\r\n", "\n"))
+    text = NO_FIELD.sub("", FOLD.sub(" ", text))
+    text = "\r\n".join([line.rstrip(" \t") for line in text.split("\n")])
+    return text if FIELDS.fullmatch(text) else ""
+
+
+def read_fields(
+    raw: str, wanted: Pattern[str], tolerant: bool
+) -> Tuple[str, Dict[str, str], FrozenSet[str]]:
+    """The fields by the grammar, a CRLF before each; those that are wanted; and the
+    members of Connection."""
+    text = by_grammar(raw, tolerant)
+    if not text:
+        raise malformed("a field breaks the grammar (RFC 9112, 5)")
+    if raw.count("\n") > FIELD_LIMIT + 2:
+        raise HTTPError(431, "too-long", "more than %d fields" % FIELD_LIMIT)
+    noted = join_fields(wanted.findall(text))
+    connection = list_members(noted, "connection")
+    if len(connection) > MEMBERS_LIMIT:
+        raise malformed("Connection has more than %d members" % MEMBERS_LIMIT)
+    return text[:-4], noted, connection
+
+
+def list_members(noted: Dict[str, str], name: str) -> FrozenSet[str]:
+    """The members of a list, in lower case (RFC 9110 5.6.1)."""
+    value = noted.get(name, "").lower()
+    members = [x.strip(" \t") for x in value.split(",")] if "," in value else [value]
+    return frozenset(filter(None, members))
+
+
+def strip_hop_by_hop(text: str, dropped: Pattern[str], connection: Any) -> str:
+    """The fields that go on (RFC 9110 7.6.1), a CRLF before each."""
+    text = dropped.sub("", text)
+    if not connection <= OF_OUR_HOP:
+        lines = text.split("\r\n")
+        lines = [x for x in lines if x.partition(":")[0].lower() not in connection]
+        text = "\r\n".join(lines)
+    return text
+
+
+@functools.lru_cache(maxsize=RECENT)
+def read_host(host: str) -> str:
+    """The name in a Host field: in lower case, without port and dot at the end. Raises
+    HTTPError."""
+    match = HOST.fullmatch(host) if len(host) < 256 else None  # RFC 1035 2.3.4
+    if not match or int(match.group(2) or 0) >= 1 << 16:
+        raise malformed("a request has one Host field, and it names a host")
+    return match.group(1).rstrip(".").lower()
+
+
+def request_fields(raw: str, hop: Any) -> Section:
+    """Read a request's fields, and rewrite them for the service. `hop` is the visitor's
+    address, the scheme, the minor version, and the host of an absolute target, or "".
+    Raises HTTPError."""
+    address, scheme, minor, authority = hop
+    text, noted, connection = read_fields(raw, NOTED_OF_REQUEST, tolerant=False)
+    if connection & {"host", "content-length", "transfer-encoding"}:
+        raise malformed("Connection names a field that must arrive")
+    chunked, length = request_framing(noted, minor)
+    upgrade = requested_upgrade(noted, connection, minor)
+    host = noted.get("host", "")
+    name = read_host(host)  # it has to be sound even where the target names another
+    if authority:
+        host, name = authority, read_host(authority)
+    ours = "\r\nX-Forwarded-For: %s\r\nX-Forwarded-Proto: %s\r\nX-Forwarded-Host: %s"
+    ours %= (address, scheme, host)
+    if chunked:
+        ours += "\r\nTransfer-Encoding: chunked"
+    elif length is not None:
+        ours += "\r\nContent-Length: " + noted["content-length"]
+    options = []
+    if upgrade:
+        options.append("Upgrade")
+        ours += "\r\nUpgrade: " + upgrade
+    if "trailers" in list_members(noted, "te"):
+        options.append("TE")
+        ours += "\r\nTE: trailers"
+    if minor == 0:
+        options.append("close")
+    if options:
+        ours += "\r\nConnection: " + ", ".join(options)
+    ours += "\r\n\r\n"
+    text = strip_hop_by_hop(text, NOT_TO_SERVICE, connection)
+    text = "\r\nHost: " + host + text + ours
+    said = connection, upgrade, chunked, length, ours, text.encode("latin-1")
+    return Section(raw, hop, *said, host, name, noted.get("accept", ""))
+
+
+def request_framing(noted: Dict[str, str], minor: int) -> Framing:
+    """RFC 9112 6.3."""
+    if "content_length" in noted or "transfer_encoding" in noted:
+        raise malformed("a field looks like one that frames the body")
+    coding, length = noted.get("transfer-encoding"), noted.get("content-length")
+    if coding is None:
+        if length is not None and not LENGTH.fullmatch(length):
+            raise malformed("Content-Length is not one number")
+        return False, None if length is None else int(length)
+    if length is not None or minor == 0:
+        raise malformed("Transfer-Encoding with a Content-Length, or in HTTP/1.0")
+    if coding.lower() != "chunked":
+        raise HTTPError(501, "coding", "a transfer coding other than chunked")
+    return True, None
+
+
+def requested_upgrade(noted: Dict[str, str], connection: Any, minor: int) -> str:
+    """The protocols that the visitor asks for (RFC 9110 7.8), or "". h2c is refused: we
+    would not see what it carries (RFC 7540 3.2)."""
+    upgrade = noted.get("upgrade", "")
+    if not upgrade or "upgrade" not in connection:
+        return ""
+    if not PROTOCOLS.fullmatch(upgrade):
+        raise malformed("Upgrade names no protocol (RFC 9110, 7.8)")
+    names = [member.partition("/")[0] for member in list_members(noted, "upgrade")]
+    return "" if minor == 0 or "h2c" in names else upgrade
+
+
+def answer_fields(raw: str, hop: Tuple[int, bool]) -> Section:
+    """Read an answer's fields, and rewrite them for the visitor, all but Connection.
+    `hop`: the status, and whether HEAD was asked. Raises HTTPError."""
+    status, to_head = hop
+    text, noted, connection = read_fields(raw, NOTED_OF_ANSWER, tolerant=True)
+    if "content-length" in noted and "transfer-encoding" in noted:
+        connection |= {"close"}  # it may think of another end (RFC 9112 6.3)
+    chunked, length = answer_framing(noted, status, to_head)
+    upgrade = noted.get("upgrade", "") if "upgrade" in connection else ""
+    upgrade = upgrade if PROTOCOLS.fullmatch(upgrade) else ""
+    ours = ""
+    if status >= 200 and status != 204:  # RFC 9110 8.6
+        if length is not None:
+            ours = "\r\nContent-Length: %d" % length
+        elif chunked:
+            ours = "\r\nTransfer-Encoding: chunked"
+    if upgrade and status in (101, 426):  # RFC 9110 7.8
+        ours += "\r\nUpgrade: " + upgrade
+    text = strip_hop_by_hop(text, NOT_TO_VISITOR, connection) + ours
+    said = connection, upgrade, chunked, length, ours, text.encode("latin-1")
+    return Section(raw, hop, *said)
+
+
+def answer_framing(noted: Dict[str, str], status: int, to_head: bool) -> Framing:
+    """RFC 9112 6.3. Where there is no body a fault in its framing changes nothing; but
+    of two lengths neither is the one that HEAD asks for."""
+    length = noted.get("content-length")
+    codings = list_members(noted, "transfer-encoding") - {"identity"}
+    if codings == {"chunked"}:
+        return True, None  # it overrides a length
+    match = EQUAL_LENGTHS.fullmatch(length or "")
+    if status not in (204, 304):
+        if codings and not to_head:
+            raise malformed("a transfer coding other than chunked")
+        if length is not None and not match and not (to_head and "," not in length):
+            raise malformed("Content-Length is not one number")
+    return False, int(match.group(1)) if match else None
+
+
+# -----------------------------------------------------------------------------------
+# Pages: what the server says itself. HTML for browsers, text for everybody else.
+# -----------------------------------------------------------------------------------
+INDEX_LIMIT = 200  # services on an index page: to make one takes a while
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>%(title)s</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 17px/1.55 system-ui, sans-serif; max-width: 40em; margin: 14vh auto;
+  padding: 0 1.2em }
+h1 { font-size: 1.5em; margin: 0 0 .6em }
+ul { list-style: none; padding: 0 }
+li { margin: .4em 0 }
+pre { background: rgba(127, 127, 127, .14); padding: .8em 1em; border-radius: 6px;
+  overflow-x: auto; font-size: .85em }
+footer { margin-top: 3em; font-size: .8em; opacity: .6 }
+</style></head><body>
+<h1>%(title)s</h1>
+%(body)s
+<footer>mdm-tunnel %(version)s</footer>
+</body></html>
+"""
+
+
+def phrase(status: int, default: str) -> str:
+    """What RFC 9110 calls a status."""
+    import http
+
+    try:
+        return http.HTTPStatus(status).phrase
+    except ValueError:
+        return default
+
+
+def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
+    """(content type, body). A line that is a URL becomes a link, one that begins with
+    two spaces something to paste; all is escaped."""
+    lines = list(map(printable, lines))
+    if not as_html:
+        return "text/plain; charset=utf-8", "\n".join([title] + lines + [""]).encode()
+    import html
+
+    parts = []
+    for line in lines:
+        text = html.escape(line)
+        if line.startswith("  "):
+            parts.append("<pre>%s</pre>" % text.strip())
+        elif line.startswith("http://") or line.startswith("https://"):
+            parts.append('<ul><li><a href="%s">%s</a></li></ul>' % (text, text))
+        else:
+            parts.append("<p>%s</p>" % text)
+    values = {"title": html.escape(title), "body": "\n".join(parts), "version": VERSION}
+    return "text/html; charset=utf-8", (PAGE % values).encode()
+
+
+# -----------------------------------------------------------------------------------
 # Ports: accept connections, hand each to what the port serves, pause where descriptors
 # are short, close. A Port knows no protocol but TLS, which lies under all of them.
 # -----------------------------------------------------------------------------------
@@ -4056,6 +4027,28 @@ def listen_all(bind: Optional[str], ports: List[int]) -> List[socket.socket]:
         socks = [undo.enter_context(listen(bind, port)) for port in ports]
         undo.pop_all()
     return socks
+
+
+def plan_ports(config: "Config") -> List[Tuple[int, Any, bool]]:
+    """The ports that there are: number, kind of site, TLS. Raises ValueError."""
+    port, client_port, tls_port = config.port, config.client_port, config.tls_port
+    tls = config.tls_cert is not None
+    if not all(0 <= number < 1 << 16 for number in (port, client_port, tls_port or 0)):
+        raise ValueError("a port is a number from 0 to 65535")
+    if tls_port is not None and not tls:
+        raise ValueError("TLS for visitors needs a certificate")
+    if config.redirect and tls_port is None:
+        raise ValueError("a redirect needs a port with TLS to lead to")
+    if port != 0 and (port == tls_port or tls and port == client_port):
+        raise ValueError("port %d cannot be both with TLS and without" % port)
+    plain = RedirectSite if config.redirect else Site
+    if tls_port is None and port == client_port != 0:
+        return [(port, SharedSite, False)]
+    if tls_port is None:
+        return [(port, plain, False), (client_port, LinkSite, tls)]
+    if tls_port == client_port != 0:
+        return [(port, plain, False), (tls_port, SharedSite, True)]
+    return [(port, plain, False), (tls_port, Site, True), (client_port, LinkSite, True)]
 
 
 class Port:
@@ -4338,6 +4331,22 @@ def drop_privileges(user: Any, paths: List[str]) -> None:
 # -----------------------------------------------------------------------------------
 # Command line
 # -----------------------------------------------------------------------------------
+class Config(NamedTuple):
+    """What the command line says; the option of the same name explains each."""
+
+    port: int = 8000
+    client_port: int = 8001
+    bind: Optional[str] = None
+    domain: str = ""
+    tokens: Optional[str] = None
+    tls_cert: Optional[str] = None
+    tls_key: Optional[str] = None
+    tls_port: Optional[int] = None
+    redirect: bool = False
+    user: Optional[str] = None
+    verbose: int = 0
+
+
 def port_number(text: str) -> int:
     if not (text.isdigit() and int(text) < 1 << 16):
         raise argparse.ArgumentTypeError("%r is no port: 0 to 65535" % text)
