@@ -79,18 +79,23 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 #        |    <------------- OPEN 1             |   a visitor's request: dial `service`
 #        |    <------------- DATA 1             |   no answer to OPEN: data may follow
 #        |   DATA 1 ------------>               |   at most the credit, 256 KiB at first
-#        |    <------------- CREDIT 1           |   you may send that many bytes more
+#        |    <------------- CREDIT 1           |   a quarter was used: so many more
 #        |   END 1 ------------->               |   I send no more (half-close)
 #        |    <------------- RESET 1            |   the stream is over, both ways
 #
-# Stream 0 is the link itself. Only the server opens streams; ids rise by one from 1
-# and are never used twice. A frame for a stream that was open and is over is late, not
-# wrong: it is dropped in silence. Whatever else is not as told here ends the link with
-# a GOODBYE of code `protocol`. A JSON key that a side does not know is ignored.
+# A visitor with two requests is OPEN, then DATA (a request) and DATA (its answer)
+# twice, then RESET `done`: a web request needs neither END nor CREDIT.
 #
-# RESET is `code cause`: done (no fault), left (the visitor has gone), refused, timeout,
-# no-service, reset, error, busy, overload, or gone: nothing was dialled, so the request
-# may go elsewhere.
+# Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
+# the server opens streams; ids rise by one from 1 and are never used twice. A frame for
+# a stream that was open and is over is late, not wrong: it is dropped in silence. What
+# else is not as told here ends the link with a GOODBYE of code `protocol`. A JSON key
+# that a side does not know is ignored.
+#
+# RESET is `code cause`: done (no fault), left (nobody wants the rest), refused,
+# timeout, no-service, reset, error, busy, overload, or gone: nothing was dialled, so
+# the request may go elsewhere. The codes of GOODBYE: protocol, error, stopping,
+# refused, taken, replaced.
 # -----------------------------------------------------------------------------------
 PROTOCOL = "mdm-tunnel/1"
 LINK_PATH = "/.well-known/mdm-tunnel"  # what the client asks for (RFC 8615)
@@ -109,7 +114,7 @@ Kind = enum.IntEnum(  # numbered from 1
 )
 # kind: who sends it, is it about a stream, bytes at least, bytes at most
 RULES: Dict[int, Tuple[str, bool, int, int]] = {
-    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON: nonce
+    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON: nonce, version
     Kind.LOGIN: ("client", False, 2, LOGIN_LIMIT),  # JSON: id, session, nonce, proof
     Kind.WELCOME: ("server", False, 2, TEXT_LIMIT),  # JSON: proof, if there are tokens
     Kind.SERVICES: ("client", False, 2, TEXT_LIMIT),  # JSON: name -> options
@@ -123,7 +128,7 @@ RULES: Dict[int, Tuple[str, bool, int, int]] = {
     Kind.PONG: ("both", False, PING_CLOCK.size, PING_CLOCK.size),  # what the PING held
     Kind.GOODBYE: ("both", False, 2, TEXT_LIMIT),  # JSON: code, reason
 }
-HANDSHAKE = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
+LOGIN_ORDER = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
 DATA, OPEN = int(Kind.DATA), int(Kind.OPEN)  # looked at for every frame
 
 # The name of a service or of an id: a DNS label (RFC 1035 2.3.1) of which `_` may be a
@@ -185,7 +190,7 @@ class FrameReader:
 
     def hold(self) -> None:
         """What is left is the beginning of a frame."""
-        self.held += bytes(self.data[self.at :])
+        self.held = bytes(self.data[self.at :])
         self.data, self.at = NO_DATA, 0
 
     def keep(self) -> None:
@@ -200,7 +205,7 @@ class FrameReader:
         on_stream, least, most = self.rules.get(self.kind, (None, 0, 0))
         if self.kind not in RULES:
             raise ProtocolError("unknown kind of frame %d" % self.kind)
-        if on_stream != (self.stream > 0):
+        if on_stream != (self.stream > 0):  # None: not this peer's to send
             said = Kind(self.kind).name, self.peer, self.stream
             raise ProtocolError("%s from the %s on stream %d" % said)
         if not least <= length <= most:
@@ -268,7 +273,7 @@ class Timer:
     def clear(self) -> None:
         self.due = None
 
-    def ring(self, when: float, now: float) -> None:
+    def fire(self, when: float, now: float) -> None:
         """The entry for `when` has come up: is it still meant?"""
         if when != self.armed:
             return
@@ -295,7 +300,7 @@ class Loop:
         self.dirty: Set[Connection] = set()  # may wait for something else now
         self.connections: Set[Connection] = set()
         self.links: Set[Any] = set()
-        self.unread = 0  # bytes that they hold
+        self.unread = 0  # bytes that the links hold unread
         # What is being read, and what is being sent: pages that nobody has dirty yet
         # take no memory, as those of a bytearray would.
         self.scratch = memoryview(mmap.mmap(-1, DATA_LIMIT))
@@ -335,7 +340,7 @@ class Loop:
         self.calls.append((owner, call, args))
 
     def from_thread(self, owner: Any, call: Call, *args: Any) -> None:
-        """Like soon(), from any thread."""
+        """Like soon(), from a thread. (The client's Resolver has one.)"""
         self.soon(owner, call, *args)
         with contextlib.suppress(OSError):  # full: it wakes already
             self.wake_sender.send(b"\0")
@@ -363,7 +368,7 @@ class Loop:
         now = self.clock()
         while self.timers and self.timers[0][0] <= now:
             when, _, timer = heapq.heappop(self.timers)
-            timer.ring(when, now)
+            timer.fire(when, now)
         self.send()
         while self.dirty:
             connection = self.dirty.pop()
@@ -389,7 +394,7 @@ class Loop:
                 self.send()
 
     def send(self) -> None:
-        """What the links owe, and what quiet streams have."""
+        """Flush the links that have something to send."""
         while self.ready_links:
             link = self.ready_links.popitem()[0]
             try:
@@ -481,9 +486,9 @@ class Plain:
     """A socket as a transport: its own methods, so that it costs nothing."""
 
     __slots__ = ("recv_into", "send", "sock")
-    unsent = 0  # bytes that wait below
-    more = False  # bytes can be read of which no selector tells
-    has_last_word = False  # one of the peer, before it closes
+    unsent = 0  # TLS: ciphertext that waits
+    more = False  # TLS: plaintext that is here, of which no selector tells
+    has_last_word = False  # TLS: close_notify
 
     def __init__(self, sock: socket.socket) -> None:
         self.recv_into, self.send, self.sock = sock.recv_into, sock.send, sock
@@ -492,7 +497,7 @@ class Plain:
         return True
 
     def forget(self) -> None:
-        pass
+        pass  # TLS: drops its ciphertext
 
     shake_hands = flush  # nothing has to be done
 
@@ -566,7 +571,7 @@ class Connection:
     def on_events(self, mask: int) -> int:
         """The socket is ready. Returns what the loop is to tell the owner."""
         if self.phase == CLOSED_PHASE:
-            return 0  # in this very turn
+            return 0  # closed earlier in this turn
         self.loop.dirty.add(self)
         if mask & READ:
             self.readable = True
@@ -759,12 +764,13 @@ class Connection:
             self.end()
 
     def end(self) -> None:
+        """All is sent: half-close where that helps, then close or linger."""
         if self.ending == Ending.ABORT:
             self.abort()
             return
-        self.phase, self.ending_write = Phase.LINGERING, True
+        self.phase = Phase.LINGERING
         if self.ending == Ending.LINGER or self.transport.has_last_word:
-            self.on_drained()
+            self.shutdown_write()
         if self.ending == Ending.CLOSE or self.eof or self.send_error:
             self.close()
         else:
@@ -808,7 +814,7 @@ class Connection:
 
 # -----------------------------------------------------------------------------------
 # Stream and Link: the multiplexer. Nothing is pushed into the link. A stream that may
-# have something to send stands in a ring, and when its turn comes, its owner's
+# have something to send stands in a queue, and when its turn comes, its owner's
 # pull(view) reads straight into the frame. So bytes wait in the kernel of the program
 # that sends them, and a stream that nobody reads stops itself and no other.
 #
@@ -862,15 +868,16 @@ class Stream:
 
     def __init__(self, link: "Link", number: int, owner: Any) -> None:
         self.link, self.id, self.owner = link, number, owner
-        self.credit = self.window = WINDOW  # bytes that we and the peer may send
+        self.credit = WINDOW  # bytes that we may still send
+        self.window = WINDOW  # bytes of the peer's that may be under way
         self.granted = self.widened = link.loop.clock()  # last CREDIT, last growth
         self.unread = 0  # bytes received that no local socket has taken
         self.uncredited = 0  # bytes taken for which the peer has no credit yet
         self.sent, self.since = 0, 0.0  # bytes sent, and from when on
         self.last_turn = 0  # bytes sent in the last turn
-        self.queued = False  # stands in a ring, or has its turn
+        self.queued = False  # stands in a queue of the link, or has its turn
         self.wants_turn = False  # was woken since its turn began
-        self.owing = False  # stands among the streams that owe control
+        self.owing = False  # stands among the link's debtors
         self.open = True
         self.ended_out = self.ended_in = False  # END was sent, END was received
         self.open_frame = self.reset_frame = b""  # the OPEN and the RESET to send
@@ -878,7 +885,8 @@ class Stream:
     # For its owner.
 
     def wake(self) -> None:
-        """The owner may have something: it is pulled when the link can send."""
+        """The owner may have something. A quiet stream is pulled when this turn ends, a
+        busy one when the link is writable."""
         self.wants_turn = True
         if self.queued or self.credit < LEAST_TURN or self.ended_out or not self.open:
             return
@@ -892,7 +900,7 @@ class Stream:
             link.loop.ready_links[link] = None
 
     def wants_read(self) -> bool:
-        """Whether the owner's source is worth watching: nothing else will wake it."""
+        """Whether to watch the owner's source. Not while queued: its turn reads it."""
         blocked = self.queued or self.credit < LEAST_TURN or self.ended_out
         return self.open and not blocked
 
@@ -942,7 +950,7 @@ class Stream:
         """The link has a frame of control to write for this stream."""
         if not self.owing:
             self.owing = True
-            self.link.owing.append(self)
+            self.link.debtors.append(self)
         self.link.loop.ready_links[self.link] = None
 
     def detach(self) -> None:
@@ -960,17 +968,17 @@ class Stream:
         """The credit that the peer gets now; 0: none. Was half a window spent in less
         than a round trip, with nothing waiting here for a slow reader? Then the window
         doubles, and its growth is credit too."""
-        credit, growth, link = self.uncredited, self.window, self.link
-        if not self.open or credit < self.window // 4:
+        credit, window, link = self.uncredited, self.window, self.link
+        if not self.open or credit < window // 4:
             return 0
         took, self.granted, self.uncredited = now - self.granted, now, 0
-        fast = credit * link.round_trip > took * growth / 2 and not self.unread
-        fits = 2 * growth <= LARGEST_WINDOW and growth <= link.spare
+        fast = credit * link.round_trip > took * window / 2 and not self.unread
+        fits = 2 * window <= LARGEST_WINDOW and window <= link.spare
         if fast and fits and now - self.widened >= WIDEN_AFTER:
             self.widened = now
-            self.window += growth
-            link.spare -= growth
-            credit += growth
+            self.window += window
+            link.spare -= window
+            credit += window
         return credit
 
 
@@ -1020,8 +1028,8 @@ class Link:
         self.ping_payload = b""  # of the PING that is under way
         self.quiet: Deque[Stream] = collections.deque()
         self.busy: Deque[Stream] = collections.deque()
-        self.owing: Deque[Stream] = collections.deque()
-        self.owed: Dict[int, bytes] = {}  # the link's own frames, one of a kind
+        self.debtors: Deque[Stream] = collections.deque()  # streams that owe control
+        self.own_frames: Dict[int, bytes] = {}  # that the link owes, one of a kind
         self.heard = loop.clock()  # when the last byte came
         self.pinged = 0.0  # when the last PING went out
         self.draining = False  # GOODBYE was said or heard: no new streams
@@ -1067,7 +1075,7 @@ class Link:
             if self.tracing:
                 self.trace("<", kind, number, payload)
             stream = self.streams.get(number)
-            if stream and kind in STREAM_FRAMES and self.step == len(HANDSHAKE):
+            if stream and kind in STREAM_FRAMES and self.step == len(LOGIN_ORDER):
                 STREAM_FRAMES[kind](self, stream, payload)
                 count += 1
             else:
@@ -1083,7 +1091,7 @@ class Link:
 
     def on_other_frame(self, kind: int, number: int, payload: memoryview) -> None:
         """One of the link's own, OPEN, or one for a stream that is over."""
-        if self.step < len(HANDSHAKE) or kind in HANDSHAKE:
+        if self.step < len(LOGIN_ORDER) or kind in LOGIN_ORDER:
             self.check_order(kind)
         if number == 0:
             self.on_link_frame(kind, payload)
@@ -1093,13 +1101,14 @@ class Link:
             raise ProtocolError("%s on no stream %d" % (Kind(kind).name, number))
 
     def check_order(self, kind: int) -> None:
-        """The frames of the handshake come in their order, and all else after them."""
-        if self.step < len(HANDSHAKE):
-            if kind == HANDSHAKE[self.step]:
+        """Frames of the login, sent or received, keep their order, and all else comes
+        after them. SERVICES may come again."""
+        if self.step < len(LOGIN_ORDER):
+            if kind == LOGIN_ORDER[self.step]:
                 self.step += 1
             elif kind != Kind.GOODBYE:
                 raise ProtocolError("%s during the handshake" % Kind(kind).name)
-        elif kind in HANDSHAKE[:-1]:
+        elif kind in LOGIN_ORDER[:-1]:
             raise ProtocolError("%s after the handshake" % Kind(kind).name)
 
     def on_link_frame(self, kind: int, payload: memoryview) -> None:
@@ -1131,7 +1140,8 @@ class Link:
 
     def on_data(self, stream: Stream, payload: memoryview) -> None:
         size = len(payload)
-        if stream.unread + stream.uncredited + size > stream.window or stream.ended_in:
+        used = stream.unread + stream.uncredited + size  # of the peer's window
+        if used > stream.window or stream.ended_in:
             raise ProtocolError("DATA over the credit or after END")
         stream.unread += size
         self.unread += size
@@ -1199,26 +1209,25 @@ class Link:
 
     def post(self, kind: int, payload: bytes) -> None:
         """Owe a frame of the link's own; a newer one of its kind takes its place."""
-        if self.step < len(HANDSHAKE) or kind in HANDSHAKE:
+        if self.step < len(LOGIN_ORDER) or kind in LOGIN_ORDER:
             self.check_order(kind)
-        self.owed[kind] = payload
+        self.own_frames[kind] = payload
         self.loop.ready_links[self] = None
 
     def on_writable(self) -> None:
-        """The kernel has room: control and quiet streams, then one busy frame."""
-        self.flush(1)
+        self.flush(writable=True)
 
-    def flush(self, busy: int = 0) -> None:
-        """Send control, quiet streams and `busy` busy frames, while the kernel takes
-        all of it."""
+    def flush(self, writable: bool = False) -> None:
+        """Send control, quiet streams and, if `writable`, one busy frame, while the
+        kernel takes all of it."""
         connection, pacer = self.connection, self.pacer
         while not (self.closed or connection.backlog or connection.transport.unsent):
-            fill = self.put_control(0) if self.owed or self.owing else 0
+            fill = self.put_control(0) if self.own_frames or self.debtors else 0
             size = min(QUIET, pacer.quantum)
             while self.quiet and fill < COLLECT:
                 fill = self.put_turn(self.quiet.popleft(), fill, size)
-            if busy and self.busy:
-                busy = 0
+            if writable and self.busy:
+                writable = False
                 size = max(LEAST_TURN, pacer.quantum // min(SHARES, len(self.busy)))
                 fill = self.put_turn(self.busy.popleft(), fill, size)
             if not fill:
@@ -1230,22 +1239,22 @@ class Link:
             connection.write(self.loop.frames[:fill])
         pacer.was_idle |= not (self.busy or connection.backlog)
         self.loop.dirty.add(connection)
-        if self.draining and not (self.streams or self.owed or self.owing):
+        if self.draining and not (self.streams or self.own_frames or self.debtors):
             if not connection.waiting():
                 self.close("goodbye")
 
     def put_control(self, fill: int) -> int:
         """Write the frames that are owed from `fill` on; return where they end."""
-        while self.owed and fill < COLLECT:
-            kind = next(iter(self.owed))
-            fill = self.put(kind, 0, self.owed.pop(kind), fill)
+        while self.own_frames and fill < COLLECT:
+            kind = next(iter(self.own_frames))
+            fill = self.put(kind, 0, self.own_frames.pop(kind), fill)
             if kind == Kind.PING:
                 self.pinged = self.loop.clock()
-        while self.owing and fill < COLLECT:
-            fill = self.put_owed(self.owing.popleft(), fill)
+        while self.debtors and fill < COLLECT:
+            fill = self.put_stream_control(self.debtors.popleft(), fill)
         return fill
 
-    def put_owed(self, stream: Stream, fill: int) -> int:
+    def put_stream_control(self, stream: Stream, fill: int) -> int:
         """The frames of control that a stream owes; with this they are paid."""
         stream.owing = False
         if stream.open_frame:
@@ -1264,12 +1273,11 @@ class Link:
     def put_turn(self, stream: Stream, fill: int, limit: int) -> int:
         """One turn of a stream: the owner writes right behind the header."""
         if stream.ended_out or stream.credit < LEAST_TURN or not stream.open:
-            stream.queued = False
-            return fill  # with no room in its view a source would seem to be at its end
+            stream.queued = False  # an empty view would read as the end
+            return fill
         start, size = fill + HEADER.size, min(limit, stream.credit)
         view = self.loop.frames[start : start + size]
-        stream.queued = True  # in its turn: wake() notes that it wants another
-        stream.wants_turn = False
+        stream.wants_turn = False  # wake(), within pull(), asks for another turn
         try:
             count = stream.owner.pull(view)
         except Exception as error:
@@ -1314,7 +1322,7 @@ class Link:
 
     def ping(self) -> None:
         """Ask for a sign of life."""
-        if self.step == len(HANDSHAKE):
+        if self.step == len(LOGIN_ORDER):
             self.ping_payload = PING_CLOCK.pack(self.loop.clock())
             self.post(Kind.PING, self.ping_payload)
 
@@ -1338,8 +1346,9 @@ class Link:
         that would delay it, perhaps for ever."""
         if not self.connection.waiting():
             message = pack_json({"code": code, "reason": reason})
-            self.owed[Kind.GOODBYE] = self.owed.pop(Kind.GOODBYE, message)  # at the end
-            self.owing.clear()
+            message = self.own_frames.pop(Kind.GOODBYE, message)
+            self.own_frames[Kind.GOODBYE] = message  # last in the dict, so sent last
+            self.debtors.clear()
             self.connection.write(self.loop.frames[: self.put_control(0)])
 
     def close(self, cause: str, code: str = "link-lost") -> None:
@@ -1429,7 +1438,7 @@ class Pipe:
         self.stream.wake()
 
     def pull(self, view: memoryview) -> Optional[int]:
-        """What was read early comes first. At both ends it is over."""
+        """What was read early comes first. When both sides have ended it is over."""
         if self.early:
             size = min(len(view), len(self.early))
             view[:size] = self.early[:size]
@@ -1640,7 +1649,7 @@ class Dial:
 
     def advance(self) -> None:
         """Begin, or go on, until it has to wait."""
-        if self.awaits == WRITE and self.is_connected():
+        if self.awaits == WRITE and self.try_connect():
             self.awaits = READ
             self.set_timer()
         if self.awaits == READ:
@@ -1653,9 +1662,9 @@ class Dial:
 
     on_readable = on_writable = advance
 
-    def is_connected(self) -> bool:
-        """A port of this machine is connected before the selector can tell."""
-        code = self.connect()
+    def try_connect(self) -> bool:
+        """True once connected: a local port is, before the selector tells."""
+        code = self.begin_or_check()
         if code in WAITING:
             try:
                 return bool(self.connection and self.connection.sock.getpeername())
@@ -1665,7 +1674,7 @@ class Dial:
             raise OSError(code, os.strerror(code))
         return True
 
-    def connect(self) -> int:
+    def begin_or_check(self) -> int:
         """Begin with the next address, or look after it; what connect() says so far."""
         if self.connection:
             sock = self.connection.sock
@@ -1769,8 +1778,8 @@ class Ask:
 
 # -----------------------------------------------------------------------------------
 # Bridge: a stream that waits for its target: a Dial, and then a Pipe. Meanwhile what
-# comes waits here, an end is remembered, and a reset gives the dial up. A Gate lets so
-# many dials to one target go at once; the rest wait their turn.
+# comes waits here, an end is remembered, and a reset gives the dial up. A Gate lets
+# DIALS dials to one target go at once; the rest wait their turn.
 # -----------------------------------------------------------------------------------
 DIAL_TIME = 5.0  # seconds from OPEN to a connected target, waiting for a place included
 DIALS = 128  # at once to a target: one that hangs holds up its own visitors only
@@ -1805,7 +1814,7 @@ class Bridge:
     def __init__(self, tunnel: "Tunnel", stream: Stream, service: str) -> None:
         self.tunnel, self.stream, self.service = tunnel, stream, service
         self.target = tunnel.client.services[service]
-        self.early = bytearray()  # what came before there was a connection
+        self.pending = bytearray()  # what came before there was a connection
         self.dial = Dial(tunnel.client.resolver, self.target, [], DIAL_TIME, self)
         stream.owner = self
         tunnel.gates[self.target].admit(self.dial)
@@ -1813,10 +1822,10 @@ class Bridge:
     def __str__(self) -> str:
         return "%s %s" % (self.tunnel, self.service)
 
-    def on_dialled(self, connection: Connection, early: bytes) -> None:
+    def on_dialled(self, connection: Connection, _early: bytes) -> None:
         pipe = Pipe(self.stream, connection, self.target.text, "reset")
-        if self.early:
-            pipe.receive(memoryview(self.early))
+        if self.pending:
+            pipe.receive(memoryview(self.pending))
         if self.stream.ended_in:
             pipe.on_end()
 
@@ -1828,7 +1837,7 @@ class Bridge:
         pass
 
     def receive(self, data: memoryview) -> None:
-        self.early += data
+        self.pending += data
 
     def on_end(self) -> None:
         pass
@@ -1880,7 +1889,7 @@ class Tunnel:
     def log_in(self, nonce: str) -> None:
         client, self.token = self.client, self.client.token
         self.nonces = nonce, make_nonce()
-        login = {"id": client.id, "session": client.session, "link": 0}
+        login = {"id": client.id, "session": client.session}
         login["nonce"] = self.nonces[1]
         if self.token:
             if not NONCE.fullmatch(nonce):

@@ -8,7 +8,7 @@ by the name in their Host field, `service.id.example.com`:
 
     visitor --TCP--> HTTPConnection --> Exchange --> Stream ==Link==> client --> service
 
-How to read it. Part one carries a request; an hour is enough for it:
+How to read it. Part one carries a request:
 
     Protocol         what is said on the wire, with a picture
     Frames           bytes to frames, without I/O
@@ -16,7 +16,7 @@ How to read it. Part one carries a request; an hour is enough for it:
     Connection       a socket, what waits for it, and how it ends
     Stream and Link  the multiplexer: credit, fair turns, liveness
     Pipe             joins a stream to a connection
-    HTTP/1.1         heads and bodies, without I/O
+    HTTP/1.1         heads and bodies, without I/O; skip it at first
     Names            which id and service a host stands for
     Registry         whose an id is, and its services
     HTTPConnection   a visitor between two requests
@@ -83,18 +83,23 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 #        |    <------------- OPEN 1             |   a visitor's request: dial `service`
 #        |    <------------- DATA 1             |   no answer to OPEN: data may follow
 #        |   DATA 1 ------------>               |   at most the credit, 256 KiB at first
-#        |    <------------- CREDIT 1           |   you may send that many bytes more
+#        |    <------------- CREDIT 1           |   a quarter was used: so many more
 #        |   END 1 ------------->               |   I send no more (half-close)
 #        |    <------------- RESET 1            |   the stream is over, both ways
 #
-# Stream 0 is the link itself. Only the server opens streams; ids rise by one from 1
-# and are never used twice. A frame for a stream that was open and is over is late, not
-# wrong: it is dropped in silence. Whatever else is not as told here ends the link with
-# a GOODBYE of code `protocol`. A JSON key that a side does not know is ignored.
+# A visitor with two requests is OPEN, then DATA (a request) and DATA (its answer)
+# twice, then RESET `done`: a web request needs neither END nor CREDIT.
 #
-# RESET is `code cause`: done (no fault), left (the visitor has gone), refused, timeout,
-# no-service, reset, error, busy, overload, or gone: nothing was dialled, so the request
-# may go elsewhere.
+# Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
+# the server opens streams; ids rise by one from 1 and are never used twice. A frame for
+# a stream that was open and is over is late, not wrong: it is dropped in silence. What
+# else is not as told here ends the link with a GOODBYE of code `protocol`. A JSON key
+# that a side does not know is ignored.
+#
+# RESET is `code cause`: done (no fault), left (nobody wants the rest), refused,
+# timeout, no-service, reset, error, busy, overload, or gone: nothing was dialled, so
+# the request may go elsewhere. The codes of GOODBYE: protocol, error, stopping,
+# refused, taken, replaced.
 # -----------------------------------------------------------------------------------
 PROTOCOL = "mdm-tunnel/1"
 LINK_PATH = "/.well-known/mdm-tunnel"  # what the client asks for (RFC 8615)
@@ -113,7 +118,7 @@ Kind = enum.IntEnum(  # numbered from 1
 )
 # kind: who sends it, is it about a stream, bytes at least, bytes at most
 RULES: Dict[int, Tuple[str, bool, int, int]] = {
-    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON: nonce
+    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON: nonce, version
     Kind.LOGIN: ("client", False, 2, LOGIN_LIMIT),  # JSON: id, session, nonce, proof
     Kind.WELCOME: ("server", False, 2, TEXT_LIMIT),  # JSON: proof, if there are tokens
     Kind.SERVICES: ("client", False, 2, TEXT_LIMIT),  # JSON: name -> options
@@ -127,7 +132,7 @@ RULES: Dict[int, Tuple[str, bool, int, int]] = {
     Kind.PONG: ("both", False, PING_CLOCK.size, PING_CLOCK.size),  # what the PING held
     Kind.GOODBYE: ("both", False, 2, TEXT_LIMIT),  # JSON: code, reason
 }
-HANDSHAKE = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
+LOGIN_ORDER = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
 DATA, OPEN = int(Kind.DATA), int(Kind.OPEN)  # looked at for every frame
 
 # The name of a service or of an id: a DNS label (RFC 1035 2.3.1) of which `_` may be a
@@ -189,7 +194,7 @@ class FrameReader:
 
     def hold(self) -> None:
         """What is left is the beginning of a frame."""
-        self.held += bytes(self.data[self.at :])
+        self.held = bytes(self.data[self.at :])
         self.data, self.at = NO_DATA, 0
 
     def keep(self) -> None:
@@ -204,7 +209,7 @@ class FrameReader:
         on_stream, least, most = self.rules.get(self.kind, (None, 0, 0))
         if self.kind not in RULES:
             raise ProtocolError("unknown kind of frame %d" % self.kind)
-        if on_stream != (self.stream > 0):
+        if on_stream != (self.stream > 0):  # None: not this peer's to send
             said = Kind(self.kind).name, self.peer, self.stream
             raise ProtocolError("%s from the %s on stream %d" % said)
         if not least <= length <= most:
@@ -272,7 +277,7 @@ class Timer:
     def clear(self) -> None:
         self.due = None
 
-    def ring(self, when: float, now: float) -> None:
+    def fire(self, when: float, now: float) -> None:
         """The entry for `when` has come up: is it still meant?"""
         if when != self.armed:
             return
@@ -299,7 +304,7 @@ class Loop:
         self.dirty: Set[Connection] = set()  # may wait for something else now
         self.connections: Set[Connection] = set()
         self.links: Set[Any] = set()
-        self.unread = 0  # bytes that they hold
+        self.unread = 0  # bytes that the links hold unread
         # What is being read, and what is being sent: pages that nobody has dirty yet
         # take no memory, as those of a bytearray would.
         self.scratch = memoryview(mmap.mmap(-1, DATA_LIMIT))
@@ -339,7 +344,7 @@ class Loop:
         self.calls.append((owner, call, args))
 
     def from_thread(self, owner: Any, call: Call, *args: Any) -> None:
-        """Like soon(), from any thread."""
+        """Like soon(), from a thread. (The client's Resolver has one.)"""
         self.soon(owner, call, *args)
         with contextlib.suppress(OSError):  # full: it wakes already
             self.wake_sender.send(b"\0")
@@ -367,7 +372,7 @@ class Loop:
         now = self.clock()
         while self.timers and self.timers[0][0] <= now:
             when, _, timer = heapq.heappop(self.timers)
-            timer.ring(when, now)
+            timer.fire(when, now)
         self.send()
         while self.dirty:
             connection = self.dirty.pop()
@@ -393,7 +398,7 @@ class Loop:
                 self.send()
 
     def send(self) -> None:
-        """What the links owe, and what quiet streams have."""
+        """Flush the links that have something to send."""
         while self.ready_links:
             link = self.ready_links.popitem()[0]
             try:
@@ -485,9 +490,9 @@ class Plain:
     """A socket as a transport: its own methods, so that it costs nothing."""
 
     __slots__ = ("recv_into", "send", "sock")
-    unsent = 0  # bytes that wait below
-    more = False  # bytes can be read of which no selector tells
-    has_last_word = False  # one of the peer, before it closes
+    unsent = 0  # TLS: ciphertext that waits
+    more = False  # TLS: plaintext that is here, of which no selector tells
+    has_last_word = False  # TLS: close_notify
 
     def __init__(self, sock: socket.socket) -> None:
         self.recv_into, self.send, self.sock = sock.recv_into, sock.send, sock
@@ -496,7 +501,7 @@ class Plain:
         return True
 
     def forget(self) -> None:
-        pass
+        pass  # TLS: drops its ciphertext
 
     shake_hands = flush  # nothing has to be done
 
@@ -570,7 +575,7 @@ class Connection:
     def on_events(self, mask: int) -> int:
         """The socket is ready. Returns what the loop is to tell the owner."""
         if self.phase == CLOSED_PHASE:
-            return 0  # in this very turn
+            return 0  # closed earlier in this turn
         self.loop.dirty.add(self)
         if mask & READ:
             self.readable = True
@@ -763,12 +768,13 @@ class Connection:
             self.end()
 
     def end(self) -> None:
+        """All is sent: half-close where that helps, then close or linger."""
         if self.ending == Ending.ABORT:
             self.abort()
             return
-        self.phase, self.ending_write = Phase.LINGERING, True
+        self.phase = Phase.LINGERING
         if self.ending == Ending.LINGER or self.transport.has_last_word:
-            self.on_drained()
+            self.shutdown_write()
         if self.ending == Ending.CLOSE or self.eof or self.send_error:
             self.close()
         else:
@@ -812,7 +818,7 @@ class Connection:
 
 # -----------------------------------------------------------------------------------
 # Stream and Link: the multiplexer. Nothing is pushed into the link. A stream that may
-# have something to send stands in a ring, and when its turn comes, its owner's
+# have something to send stands in a queue, and when its turn comes, its owner's
 # pull(view) reads straight into the frame. So bytes wait in the kernel of the program
 # that sends them, and a stream that nobody reads stops itself and no other.
 #
@@ -866,15 +872,16 @@ class Stream:
 
     def __init__(self, link: "Link", number: int, owner: Any) -> None:
         self.link, self.id, self.owner = link, number, owner
-        self.credit = self.window = WINDOW  # bytes that we and the peer may send
+        self.credit = WINDOW  # bytes that we may still send
+        self.window = WINDOW  # bytes of the peer's that may be under way
         self.granted = self.widened = link.loop.clock()  # last CREDIT, last growth
         self.unread = 0  # bytes received that no local socket has taken
         self.uncredited = 0  # bytes taken for which the peer has no credit yet
         self.sent, self.since = 0, 0.0  # bytes sent, and from when on
         self.last_turn = 0  # bytes sent in the last turn
-        self.queued = False  # stands in a ring, or has its turn
+        self.queued = False  # stands in a queue of the link, or has its turn
         self.wants_turn = False  # was woken since its turn began
-        self.owing = False  # stands among the streams that owe control
+        self.owing = False  # stands among the link's debtors
         self.open = True
         self.ended_out = self.ended_in = False  # END was sent, END was received
         self.open_frame = self.reset_frame = b""  # the OPEN and the RESET to send
@@ -882,7 +889,8 @@ class Stream:
     # For its owner.
 
     def wake(self) -> None:
-        """The owner may have something: it is pulled when the link can send."""
+        """The owner may have something. A quiet stream is pulled when this turn ends, a
+        busy one when the link is writable."""
         self.wants_turn = True
         if self.queued or self.credit < LEAST_TURN or self.ended_out or not self.open:
             return
@@ -896,7 +904,7 @@ class Stream:
             link.loop.ready_links[link] = None
 
     def wants_read(self) -> bool:
-        """Whether the owner's source is worth watching: nothing else will wake it."""
+        """Whether to watch the owner's source. Not while queued: its turn reads it."""
         blocked = self.queued or self.credit < LEAST_TURN or self.ended_out
         return self.open and not blocked
 
@@ -946,7 +954,7 @@ class Stream:
         """The link has a frame of control to write for this stream."""
         if not self.owing:
             self.owing = True
-            self.link.owing.append(self)
+            self.link.debtors.append(self)
         self.link.loop.ready_links[self.link] = None
 
     def detach(self) -> None:
@@ -964,17 +972,17 @@ class Stream:
         """The credit that the peer gets now; 0: none. Was half a window spent in less
         than a round trip, with nothing waiting here for a slow reader? Then the window
         doubles, and its growth is credit too."""
-        credit, growth, link = self.uncredited, self.window, self.link
-        if not self.open or credit < self.window // 4:
+        credit, window, link = self.uncredited, self.window, self.link
+        if not self.open or credit < window // 4:
             return 0
         took, self.granted, self.uncredited = now - self.granted, now, 0
-        fast = credit * link.round_trip > took * growth / 2 and not self.unread
-        fits = 2 * growth <= LARGEST_WINDOW and growth <= link.spare
+        fast = credit * link.round_trip > took * window / 2 and not self.unread
+        fits = 2 * window <= LARGEST_WINDOW and window <= link.spare
         if fast and fits and now - self.widened >= WIDEN_AFTER:
             self.widened = now
-            self.window += growth
-            link.spare -= growth
-            credit += growth
+            self.window += window
+            link.spare -= window
+            credit += window
         return credit
 
 
@@ -1024,8 +1032,8 @@ class Link:
         self.ping_payload = b""  # of the PING that is under way
         self.quiet: Deque[Stream] = collections.deque()
         self.busy: Deque[Stream] = collections.deque()
-        self.owing: Deque[Stream] = collections.deque()
-        self.owed: Dict[int, bytes] = {}  # the link's own frames, one of a kind
+        self.debtors: Deque[Stream] = collections.deque()  # streams that owe control
+        self.own_frames: Dict[int, bytes] = {}  # that the link owes, one of a kind
         self.heard = loop.clock()  # when the last byte came
         self.pinged = 0.0  # when the last PING went out
         self.draining = False  # GOODBYE was said or heard: no new streams
@@ -1071,7 +1079,7 @@ class Link:
             if self.tracing:
                 self.trace("<", kind, number, payload)
             stream = self.streams.get(number)
-            if stream and kind in STREAM_FRAMES and self.step == len(HANDSHAKE):
+            if stream and kind in STREAM_FRAMES and self.step == len(LOGIN_ORDER):
                 STREAM_FRAMES[kind](self, stream, payload)
                 count += 1
             else:
@@ -1087,7 +1095,7 @@ class Link:
 
     def on_other_frame(self, kind: int, number: int, payload: memoryview) -> None:
         """One of the link's own, OPEN, or one for a stream that is over."""
-        if self.step < len(HANDSHAKE) or kind in HANDSHAKE:
+        if self.step < len(LOGIN_ORDER) or kind in LOGIN_ORDER:
             self.check_order(kind)
         if number == 0:
             self.on_link_frame(kind, payload)
@@ -1097,13 +1105,14 @@ class Link:
             raise ProtocolError("%s on no stream %d" % (Kind(kind).name, number))
 
     def check_order(self, kind: int) -> None:
-        """The frames of the handshake come in their order, and all else after them."""
-        if self.step < len(HANDSHAKE):
-            if kind == HANDSHAKE[self.step]:
+        """Frames of the login, sent or received, keep their order, and all else comes
+        after them. SERVICES may come again."""
+        if self.step < len(LOGIN_ORDER):
+            if kind == LOGIN_ORDER[self.step]:
                 self.step += 1
             elif kind != Kind.GOODBYE:
                 raise ProtocolError("%s during the handshake" % Kind(kind).name)
-        elif kind in HANDSHAKE[:-1]:
+        elif kind in LOGIN_ORDER[:-1]:
             raise ProtocolError("%s after the handshake" % Kind(kind).name)
 
     def on_link_frame(self, kind: int, payload: memoryview) -> None:
@@ -1135,7 +1144,8 @@ class Link:
 
     def on_data(self, stream: Stream, payload: memoryview) -> None:
         size = len(payload)
-        if stream.unread + stream.uncredited + size > stream.window or stream.ended_in:
+        used = stream.unread + stream.uncredited + size  # of the peer's window
+        if used > stream.window or stream.ended_in:
             raise ProtocolError("DATA over the credit or after END")
         stream.unread += size
         self.unread += size
@@ -1203,26 +1213,25 @@ class Link:
 
     def post(self, kind: int, payload: bytes) -> None:
         """Owe a frame of the link's own; a newer one of its kind takes its place."""
-        if self.step < len(HANDSHAKE) or kind in HANDSHAKE:
+        if self.step < len(LOGIN_ORDER) or kind in LOGIN_ORDER:
             self.check_order(kind)
-        self.owed[kind] = payload
+        self.own_frames[kind] = payload
         self.loop.ready_links[self] = None
 
     def on_writable(self) -> None:
-        """The kernel has room: control and quiet streams, then one busy frame."""
-        self.flush(1)
+        self.flush(writable=True)
 
-    def flush(self, busy: int = 0) -> None:
-        """Send control, quiet streams and `busy` busy frames, while the kernel takes
-        all of it."""
+    def flush(self, writable: bool = False) -> None:
+        """Send control, quiet streams and, if `writable`, one busy frame, while the
+        kernel takes all of it."""
         connection, pacer = self.connection, self.pacer
         while not (self.closed or connection.backlog or connection.transport.unsent):
-            fill = self.put_control(0) if self.owed or self.owing else 0
+            fill = self.put_control(0) if self.own_frames or self.debtors else 0
             size = min(QUIET, pacer.quantum)
             while self.quiet and fill < COLLECT:
                 fill = self.put_turn(self.quiet.popleft(), fill, size)
-            if busy and self.busy:
-                busy = 0
+            if writable and self.busy:
+                writable = False
                 size = max(LEAST_TURN, pacer.quantum // min(SHARES, len(self.busy)))
                 fill = self.put_turn(self.busy.popleft(), fill, size)
             if not fill:
@@ -1234,22 +1243,22 @@ class Link:
             connection.write(self.loop.frames[:fill])
         pacer.was_idle |= not (self.busy or connection.backlog)
         self.loop.dirty.add(connection)
-        if self.draining and not (self.streams or self.owed or self.owing):
+        if self.draining and not (self.streams or self.own_frames or self.debtors):
             if not connection.waiting():
                 self.close("goodbye")
 
     def put_control(self, fill: int) -> int:
         """Write the frames that are owed from `fill` on; return where they end."""
-        while self.owed and fill < COLLECT:
-            kind = next(iter(self.owed))
-            fill = self.put(kind, 0, self.owed.pop(kind), fill)
+        while self.own_frames and fill < COLLECT:
+            kind = next(iter(self.own_frames))
+            fill = self.put(kind, 0, self.own_frames.pop(kind), fill)
             if kind == Kind.PING:
                 self.pinged = self.loop.clock()
-        while self.owing and fill < COLLECT:
-            fill = self.put_owed(self.owing.popleft(), fill)
+        while self.debtors and fill < COLLECT:
+            fill = self.put_stream_control(self.debtors.popleft(), fill)
         return fill
 
-    def put_owed(self, stream: Stream, fill: int) -> int:
+    def put_stream_control(self, stream: Stream, fill: int) -> int:
         """The frames of control that a stream owes; with this they are paid."""
         stream.owing = False
         if stream.open_frame:
@@ -1268,12 +1277,11 @@ class Link:
     def put_turn(self, stream: Stream, fill: int, limit: int) -> int:
         """One turn of a stream: the owner writes right behind the header."""
         if stream.ended_out or stream.credit < LEAST_TURN or not stream.open:
-            stream.queued = False
-            return fill  # with no room in its view a source would seem to be at its end
+            stream.queued = False  # an empty view would read as the end
+            return fill
         start, size = fill + HEADER.size, min(limit, stream.credit)
         view = self.loop.frames[start : start + size]
-        stream.queued = True  # in its turn: wake() notes that it wants another
-        stream.wants_turn = False
+        stream.wants_turn = False  # wake(), within pull(), asks for another turn
         try:
             count = stream.owner.pull(view)
         except Exception as error:
@@ -1318,7 +1326,7 @@ class Link:
 
     def ping(self) -> None:
         """Ask for a sign of life."""
-        if self.step == len(HANDSHAKE):
+        if self.step == len(LOGIN_ORDER):
             self.ping_payload = PING_CLOCK.pack(self.loop.clock())
             self.post(Kind.PING, self.ping_payload)
 
@@ -1342,8 +1350,9 @@ class Link:
         that would delay it, perhaps for ever."""
         if not self.connection.waiting():
             message = pack_json({"code": code, "reason": reason})
-            self.owed[Kind.GOODBYE] = self.owed.pop(Kind.GOODBYE, message)  # at the end
-            self.owing.clear()
+            message = self.own_frames.pop(Kind.GOODBYE, message)
+            self.own_frames[Kind.GOODBYE] = message  # last in the dict, so sent last
+            self.debtors.clear()
             self.connection.write(self.loop.frames[: self.put_control(0)])
 
     def close(self, cause: str, code: str = "link-lost") -> None:
@@ -1433,7 +1442,7 @@ class Pipe:
         self.stream.wake()
 
     def pull(self, view: memoryview) -> Optional[int]:
-        """What was read early comes first. At both ends it is over."""
+        """What was read early comes first. When both sides have ended it is over."""
         if self.early:
             size = min(len(view), len(self.early))
             view[:size] = self.early[:size]
@@ -1708,10 +1717,10 @@ class Body:
     """An empty body, and what all bodies have in common."""
 
     done = True
-    unread = True  # nothing of it has been consumed yet
+    untouched = True  # nothing of it has been consumed yet
     until_close = False
-    read_limit = 0  # bytes worth reading at once: more would only wait in our memory
-    said: Optional[bytes] = None  # what goes on in place of the bytes just consumed
+    read_limit = 0  # bytes worth reading at once, and of a Sized body what is left
+    replaced: Optional[bytes] = None  # what goes on in place of the bytes just consumed
 
     def feed(self, data: Any, tired: Call = bool) -> int:
         """Consume what is understood of `data` until it is `tired()`, and return how
@@ -1730,7 +1739,7 @@ class Sized(Body):
     def feed(self, data: Any, tired: Call = bool) -> int:
         count = min(len(data), self.read_limit)
         self.read_limit -= count
-        self.unread = self.unread and not count
+        self.untouched = self.untouched and not count
         self.done = self.read_limit == 0
         return count
 
@@ -1759,7 +1768,7 @@ class Chunked(Body):
         self.trailers = 0
 
     def feed(self, data: Any, tired: Call = bool) -> int:
-        self.said, size = None, len(data)
+        self.replaced, size = None, len(data)
         if self.left >= size:  # the inside of a big chunk
             self.left -= size
             return size
@@ -1783,9 +1792,9 @@ class Chunked(Body):
                 parts += data[copied:at], b"" if self.unwrap else text
                 copied = at + len(line)
             at += len(line)
-        self.unread = self.unread and not at
+        self.untouched = self.untouched and not at
         if parts:
-            self.said = b"".join(parts + [data[copied:at]])
+            self.replaced = b"".join(parts + [data[copied:at]])
         return at
 
     def find_line(self, data: Any, at: int) -> bytes:
@@ -1948,8 +1957,8 @@ class Names:
 
 
 # -----------------------------------------------------------------------------------
-# Registry: whose an id is, and what is published under it. A Pool is the links of one
-# id: one, until there are fleets. A Service is one entry of its list, made once, when
+# Registry: whose an id is, and what is published under it. A Pool is an id's link and
+# its services. A Service is one entry of its list, made once, when
 # the list comes. A Tunnel is one client's link: it logs in, publishes, and goes.
 # -----------------------------------------------------------------------------------
 LOGIN_TIME = 3.0  # seconds from our 101 to a whole LOGIN
@@ -1976,7 +1985,7 @@ class Service:
 
 
 class Pool:
-    """The link of an id, and its services by name."""
+    """The tunnel of an id, and its services by name."""
 
     __slots__ = ("id", "tunnel", "services")
 
@@ -2370,7 +2379,7 @@ class HTTPConnection:
         request, connection = self.request, self.connection
         if request is None or "close" not in request.connection or self.unparsed:
             return False
-        if connection.transport.has_last_word or not request.body.unread:
+        if connection.transport.has_last_word or not request.body.untouched:
             return False
         return request.body.done and not connection.has_unread()
 
@@ -2396,17 +2405,18 @@ class HTTPConnection:
 # and the stream. What comes from the service stands in an inbox; advance() acts on it
 # in order, and conclude() alone decides how the exchange ends:
 #
-#      the answer is whole, and the visitor has taken it    the stream is Kept
-#      the service ended it too early, or was not there     once more, or a 502
-#      the same, after the head of the answer has gone      the visitor is cut
-#      the visitor has left                                 the stream is reset
+#      the answer is whole, and taken              finish()    the stream is Kept
+#      the service ended it too early, or is gone  refuse()    once more, or a 502
+#      the same, behind the head of the answer     truncate()  the visitor is cut
+#      the visitor has left                        give_up()   the stream is reset
 #
 # After a 101 a Pipe owns both. A kept stream saves the client a dial for the visitor's
 # next request, and so more than half of what a small request costs.
 # -----------------------------------------------------------------------------------
 LEFT_TIME = 4.0  # seconds after a visitor's FIN in which nothing is written to it
+LEFT_STATUS = 499  # in the log, as nginx has it: the visitor left before the answer
 LEFT_LOOK = 0.5  # seconds between looks at a visitor that the selector is silent of
-RESETS = {  # what a client's RESET means to the visitor
+RESETS = {  # what the code of a RESET, or of a closed link, means to the visitor
     "no-service": 404,
     "timeout": 504,
     "busy": 503,
@@ -2476,10 +2486,10 @@ class Exchange:
         self.answer: Optional[Answer] = None  # its head, once the visitor gets it
         self.body: Any = None  # of the answer
         self.keep = False  # the visitor's connection, after this
-        self.reused = self.retried = False  # the stream, before; the request, already
+        self.reused = self.retried = False  # a kept stream; asked for the second time
         self.interim = 0  # 1xx answers so far
         self.failure: Optional[Exception] = None  # why it cannot go on
-        self.code = ""  # the same as a word, if the client said it
+        self.code = ""  # the same as a word
         self.sent = self.received = 0  # bytes of the bodies, to and from the visitor
         self.quiet_since = 0.0  # since when it was not written to; 0: it just was
         self.timer: Optional[Timer] = None  # looks at a visitor who may have left
@@ -2508,10 +2518,10 @@ class Exchange:
         self.stream.wake()
 
     def retry(self) -> bool:
-        """Ask once more: a kept stream died before it answered, or the client had not
-        even dialled. False when that may not be, or cannot."""
+        """Ask once more: a kept stream was reset before it answered, or the client had
+        not even dialled. False when that may not be, or cannot."""
         stale = self.reused and can_retry(self.request)
-        unseen = self.code in ("gone", "busy") and self.request.body.unread
+        unseen = self.code in ("gone", "busy") and self.request.body.untouched
         pool = self.service.pool
         if self.code == "busy":
             pool.tunnel.free_descriptors()
@@ -2528,7 +2538,7 @@ class Exchange:
 
     def pull(self, view: memoryview) -> Optional[int]:
         """The stream's turn: the head, then the body."""
-        if not self.head:
+        if not self.head:  # never 0, which is END: so the stream can be kept
             return None if self.request.body.done else self.pull_body(view)
         size = min(len(view), len(self.head))
         view[:size] = self.head[:size]
@@ -2635,7 +2645,7 @@ class Exchange:
 
     def on_reset(self, code: str, cause: str) -> None:
         self.code = re.sub("[^a-z-]", "", code)[:32] or "error"
-        cause = "%s: %s" % (self.said(), cause or self.code)
+        cause = "%s: %s" % (self.label(), cause or self.code)
         self.failure = HTTPError(RESETS.get(code, 502), self.code, cause)
         self.advance()
 
@@ -2644,7 +2654,7 @@ class Exchange:
         self.failure = error
         self.conclude()
 
-    def said(self) -> str:
+    def label(self) -> str:
         return "service %s of %s" % (self.service.name, self.service.pool.id)
 
     def advance(self) -> None:
@@ -2671,7 +2681,7 @@ class Exchange:
                     self.loop.soon(self, self.advance)
                     return
         except HTTPError as error:
-            self.failure = HTTPError(502, "broken", "%s: %s" % (self.said(), error))
+            self.failure = HTTPError(502, "broken", "%s: %s" % (self.label(), error))
         self.conclude()
 
     def read_head(self) -> Optional[Answer]:
@@ -2726,7 +2736,7 @@ class Exchange:
         """Write `head`, and of the body in `data` what is understood, while there is
         time. Return how many bytes that was. What is well-formed goes on as it is."""
         count: int = self.body.feed(data, self.loop.tired)
-        content = data[:count] if self.body.said is None else self.body.said
+        content = data[:count] if self.body.replaced is None else self.body.replaced
         self.sent += len(content)
         content = head + bytes(content) if head else content
         if content:
@@ -2748,7 +2758,7 @@ class Exchange:
         elif self.answer and body.done and self.code != "overload":
             if connection.waiting():
                 stream.acknowledge(len(self.inbox) + connection.waiting())
-                self.watch()  # it may never take the rest
+                self.watch()  # once the stream is closed, nothing else ends the wait
             else:
                 self.finish()
         elif self.failure is None and not stream.ended_in:
@@ -2786,10 +2796,10 @@ class Exchange:
         """Nothing has gone to the visitor: ask once more, or say why."""
         if self.failure is None:
             self.code = "reset"
-            cause = "%s: the service closed the connection too early" % self.said()
+            cause = "%s: the service closed the connection too early" % self.label()
             self.failure = HTTPError(502, "reset", cause)
         self.stream.reset("done" if self.stream.ended_in else "left")
-        if self.code and self.retry():
+        if self.code and self.retry():  # without one it was not the client's fault
             return
         failure = self.failure
         self.end()
@@ -2798,12 +2808,12 @@ class Exchange:
     def give_up(self) -> None:
         """The visitor has left, or may go: nothing is left to say."""
         self.stream.reset("left")
-        self.end(self.answer.status if self.answer else 0, "left")
+        self.end(self.answer.status if self.answer else LEFT_STATUS, "left")
         self.http.detach()
         self.connection.close()
 
     def end(self, status: int = 0, code: str = "") -> None:
-        """The visitor's connection goes back. Without a status a page says the rest."""
+        """The connection goes back. Without a status a page says the rest."""
         self.connection.owner = self.http
         if self.timer:
             self.timer.clear()
@@ -2857,7 +2867,7 @@ class Outcome(NamedTuple):
 
 
 def log_outcome(outcome: Outcome) -> None:
-    """The line that -v gives for each request."""
+    """The line that -v gives for each answer."""
     where = ("%s %s" % (outcome.id, outcome.service)).strip() or outcome.visitor
     what = ("%s %s" % (outcome.method, outcome.target)).strip() or "-"
     end = ("%d %s" % (outcome.status, outcome.code)).strip()

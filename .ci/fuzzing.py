@@ -947,7 +947,7 @@ def feed_all(pieces: Pieces, body: Any) -> Tuple[bytes, int]:
         good = -1
         while good and not (body.done or body.until_close and not rest):
             good = body.feed(memoryview(rest))
-            text += rest[:good] if body.said is None else body.said
+            text += rest[:good] if body.replaced is None else body.replaced
             consumed, rest = consumed + good, rest[good:]
         fits = body.done or len(rest) <= server.CHUNK_LINE_LIMIT
         expect(fits, "it holds %r", rest)
