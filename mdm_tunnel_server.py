@@ -2879,13 +2879,16 @@ class Site:
 
     kind = "visitor"
 
-    def first_byte_time(self) -> float:
-        return FIRST_BYTE_TIME
-
     def __init__(self, server: "Server", scheme: str) -> None:
         self.server, self.scheme = server, scheme
         self.registry, self.visitors = server.registry, server.visitors
         self.service = server.registry.service
+
+    def first_byte_time(self) -> float:
+        return FIRST_BYTE_TIME
+
+    def serve(self, connection: Connection, address: str) -> None:
+        HTTPConnection(self, connection, address)
 
     def resolve(self, request: Request) -> Any:
         """Service, or a page. Raises HTTPError, or whatever a hook raises."""
@@ -2971,6 +2974,10 @@ class LinkSite(Site):
     def first_byte_time(self) -> float:
         return HEAD_TIME
 
+    def serve(self, connection: Connection, address: str) -> None:
+        super().serve(connection, address)
+        self.registry.unauthenticated.admit(connection)
+
     def resolve(self, request: Request) -> Any:
         if request.target.partition("?")[0] != LINK_PATH:
             raise HTTPError(404, "client-port", "clients dial this port, not visitors")
@@ -3042,9 +3049,10 @@ class Server:
         self.look_timer = Timer(self.loop, self, self.look)
         self.ports = []
         for sock, (_, kind, tls) in zip(socks, plan):
-            site = kind(self, "https" if tls else "http")
-            self.ports.append(Port(sock, site, self.tls if tls else None))
-        self.note_addresses(names)
+            serve = kind(self, "https" if tls else "http").serve
+            files = self.tls if tls else None
+            self.ports.append(Port(sock, self.visitors, serve, files))
+        self.note_addresses(names, plan)
         self.files = [file for file in (self.tokens, self.tls) if file]
         for file in self.files:
             forbid_core_dumps()
@@ -3054,9 +3062,10 @@ class Server:
     def __str__(self) -> str:
         return "server"
 
-    def note_addresses(self, names: Names) -> None:
+    def note_addresses(self, names: Names, plan: List[Tuple[int, Any, bool]]) -> None:
         """Port 0 has become a real one."""
-        by_tls = [x for x in self.ports if x.tls and not isinstance(x.site, LinkSite)]
+        kinds = [kind for _, kind, _ in plan]
+        by_tls = [x for x, y in zip(self.ports, kinds) if x.tls and y is not LinkSite]
         self.visitor_address = self.ports[0].address
         self.client_address = self.ports[-1].address
         self.tls_address = by_tls[0].address if by_tls else None
@@ -4062,11 +4071,14 @@ def plan_ports(config: "Config") -> List[Tuple[int, Any, bool]]:
 
 
 class Port:
-    """Accepts for `site`, maybe by TLS: `tls` is a watched file with a context."""
+    """Accepts connections, maybe by TLS: `tls` is a watched file with a context. What
+    it calls, serve(connection, address), makes the first owner of each."""
 
-    def __init__(self, sock: socket.socket, site: Site, tls: Optional[Watched]) -> None:
-        self.sock, self.site, self.tls = sock, site, tls
-        self.loop, self.visitors = site.visitors.loop, site.visitors
+    def __init__(
+        self, sock: Any, visitors: "Visitors", serve: Call, tls: Optional[Watched]
+    ) -> None:
+        self.sock, self.serve, self.tls = sock, serve, tls
+        self.loop, self.visitors = visitors.loop, visitors
         self.address = self.sock.getsockname()[:2]
         self.timer = Timer(self.loop, self, self.resume)
         self.paused = True
@@ -4094,9 +4106,7 @@ class Port:
         crowded = self.loop.full() and not self.visitors.make_room()
         connection = Connection(self.loop, sock, self)
         host = plain_address(address[0]) if address else "?"  # gone already
-        HTTPConnection(self.site, connection, host)
-        if isinstance(self.site, LinkSite):
-            self.site.registry.unauthenticated.admit(connection)
+        self.serve(connection, host)
         if self.tls:
             self.loop.guard(connection, connection.start_tls, self.tls.value, True)
         if crowded:

@@ -131,7 +131,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 1950, "server": 2486, "client": 948}
+    BUDGETS = {"shared": 1950, "server": 2496, "client": 948}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
