@@ -1980,6 +1980,9 @@ class Uplink:
         return client.target, steps
 
     def on_dialled(self, connection: Connection, early: bytes) -> None:
+        if self.client.stopping:
+            connection.close()
+            return
         self.tunnel = Tunnel(self, connection)
         link = self.tunnel.link
         self.loop.guard(link, link.receive, memoryview(early))
@@ -1999,6 +2002,8 @@ class Uplink:
 
     def on_login(self) -> None:
         log.info("logged in at %s as %s", self.client.server, self.client.id)
+        if not self.ever:
+            self.wait = FIRST_WAIT  # not what it was while the id was taken
         self.ever, self.failures = True, 0
 
     def on_goodbye(self, tunnel: Tunnel, code: str, reason: str) -> None:
@@ -2085,9 +2090,8 @@ class Client:
         self.look_timer.set(LOOK_TIME)
         self.loop.run()
         self.stopping = True
-        tunnel = self.uplink.tunnel
-        if tunnel and tunnel.logged_in:
-            tunnel.link.close("the client is stopping")
+        for link in [link for link in self.loop.links if link.owner.logged_in]:
+            link.close("the client is stopping")
         self.loop.close()
         if self.refusal:
             raise self.refusal
@@ -2159,11 +2163,11 @@ class Client:
         self.stopping = True
         self.until = self.loop.clock() + DRAIN
         self.uplink.timer.clear()
-        tunnel = self.uplink.tunnel
-        if tunnel and tunnel.logged_in:
-            tunnel.link.goodbye("stopping", "the client is stopping")
-            self.drain()
-        else:
+        links = [link for link in self.loop.links if link.owner.logged_in]
+        for link in links:  # an old one may still carry streams
+            link.goodbye("stopping", "the client is stopping")
+        self.drain()
+        if not links:
             self.loop.running = False
 
     def drain(self) -> None:

@@ -2472,7 +2472,7 @@ class Exchange:
 
     __slots__ = (
         "http request service connection loop stream head inbox searched answer body "
-        "keep reused retried interim failure code sent received quiet_since timer"
+        "keep reused retried later interim failure code sent received quiet_since timer"
     ).split()
 
     def __init__(
@@ -2487,6 +2487,7 @@ class Exchange:
         self.body: Any = None  # of the answer
         self.keep = False  # the visitor's connection, after this
         self.reused = self.retried = False  # a kept stream; asked for the second time
+        self.later = False  # advance() goes on in the next turn
         self.interim = 0  # 1xx answers so far
         self.failure: Optional[Exception] = None  # why it cannot go on
         self.code = ""  # the same as a word
@@ -2662,6 +2663,7 @@ class Exchange:
         long enough, the rest is for the next one; until then nothing is concluded."""
         if self.connection.owner is not self:
             return  # it is over
+        self.later = False
         try:
             while self.inbox and self.answer is None:
                 answer = self.read_head()
@@ -2678,6 +2680,7 @@ class Exchange:
                 count = self.pass_on(b"", memoryview(bytes(self.inbox)))
                 del self.inbox[:count]
                 if count and self.inbox and not self.body.done and self.loop.tired():
+                    self.later = True
                     self.loop.soon(self, self.advance)
                     return
         except HTTPError as error:
@@ -2755,6 +2758,8 @@ class Exchange:
             body.done = True
         if connection.send_error:
             self.give_up()
+        elif self.later:
+            pass  # what is here comes before how it ends
         elif self.answer and body.done and self.code != "overload":
             if connection.waiting():
                 stream.acknowledge(len(self.inbox) + connection.waiting())
@@ -3767,7 +3772,7 @@ def by_grammar(raw: str, tolerant: bool) -> str:
     (5.2), no line that is no field. Readers could differ in anything else."""
     if FIELDS.fullmatch(raw):
         return raw
-    if not tolerant:
+    if not tolerant or raw.count("\n") > FIELD_LIMIT + 2:
         return ""
     text = COLON.sub(r"\n\1: ", raw.replace("\r\n", "\n"))
     text = NO_FIELD.sub("", FOLD.sub(" ", text))
