@@ -19,9 +19,9 @@ in either file): Protocol, Frames, Loop, Connection, Stream and Link, Pipe. Then
     Uplink           dials, has a tunnel, dials again
     Client           all of it, and how it stops
 
-Part two keeps it up: Secrets, TLS, Files, Limits, Log, Resolver, Command line. The
-client knows nothing of HTTP, so any protocol passes. Nothing here needs more than the
-standard library of Python 3.6.
+Part two keeps it up: Secrets, TLS, Files, Limits, Log, Resolver, Proxies, Command line.
+The client knows nothing of HTTP, so any protocol passes. Nothing here needs more than
+the standard library of Python 3.6.
 """
 
 from typing import NamedTuple
@@ -114,7 +114,7 @@ Kind = enum.IntEnum(  # numbered from 1
 )
 # kind: who sends it, is it about a stream, bytes at least, bytes at most
 RULES: Dict[int, Tuple[str, bool, int, int]] = {
-    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON: nonce, version
+    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON: nonce, version, options
     Kind.LOGIN: ("client", False, 2, LOGIN_LIMIT),  # JSON: id, session, nonce, proof
     Kind.WELCOME: ("server", False, 2, TEXT_LIMIT),  # JSON: proof, if there are tokens
     Kind.SERVICES: ("client", False, 2, TEXT_LIMIT),  # JSON: name -> options
@@ -1501,6 +1501,7 @@ class Pipe:
 # Services: what is published, by name, and where it listens.
 # -----------------------------------------------------------------------------------
 Target = collections.namedtuple("Target", "text host port")  # port 0: host is a path
+Service = collections.namedtuple("Service", "target options")  # which the server keeps
 HOST = re.compile(  # [::1] or nas, and perhaps a port; or ::1, which can have none
     r"(?:\[([^]]+)\]|([^:[]+))(?::([0-9]+))?|((?:[^:[]*:){2}[^[]*)"
 )
@@ -1519,19 +1520,28 @@ def split_host(text: str, port: int) -> Tuple[str, int]:
     return bracketed or name or address, port
 
 
+def split_url(text: str) -> Tuple[str, str]:
+    """The scheme, or "", and what a URL without a path has behind it. Raises
+    ValueError."""
+    scheme, found, rest = text.rpartition("://")
+    if not found:
+        return "", text
+    rest = rest[:-1] if rest.endswith("/") else rest
+    if scheme.lower() not in ("http", "https") or "/" in rest:
+        raise ValueError("%r is not like http://host:port, without a path" % text)
+    return scheme.lower(), rest
+
+
 def parse_target(value: Any) -> Target:
-    """9000, "host:port", "unix:/path" or {"target": any of them}. Raises ValueError."""
-    if isinstance(value, (dict, Pairs)):
-        options = dict(value)
-        extra = sorted(set(options) - {"target"})
-        if extra or "target" not in options:
-            raise ValueError("unknown option %r" % extra[0] if extra else "no target")
-        if len(value) > len(options):
-            raise ValueError("an option stands there twice")
-        value = options["target"]
+    """9000, "host:port", "http://host:port" or "unix:/path". Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError("a target is a port, host:port or unix:/path")
-    text = str(value)
+    scheme, text = split_url(str(value))  # dev servers print their URL
+    if scheme == "https":
+        raise ValueError("%r: a target is dialled without TLS" % value)
+    if scheme:
+        host, port = split_host(text, 80)
+        text = "%s:%d" % ("[%s]" % host if ":" in host else host, port)
     if text.isdigit():
         return Target("127.0.0.1:" + text, *split_host("localhost:" + text, 0))
     if text.startswith("unix:/"):
@@ -1543,7 +1553,78 @@ def parse_target(value: Any) -> Target:
     return Target(text, *split_host(text, 0))
 
 
-def parse_services(pairs: List[Tuple[str, Any]]) -> Dict[str, Target]:
+def parse_service(value: Any) -> Service:
+    """A target, or {"target": one, and options}. Raises ValueError."""
+    if not isinstance(value, (dict, Pairs)):
+        return Service(parse_target(value), {})
+    options = dict(value)
+    for name in sorted(set(options) - {"target", *OPTIONS}):
+        import difflib
+
+        near = difflib.get_close_matches(name, ["target", *OPTIONS], 1)
+        hint = "; is it %r?" % near[0] if near else ""
+        raise ValueError("unknown option %r%s" % (name, hint))
+    if len(value) > len(options):
+        raise ValueError("an option stands there twice")
+    if "target" not in options:
+        raise ValueError("no target")
+    target = parse_target(options.pop("target"))
+    if "auth" in options and "tcp" in options:
+        raise ValueError("auth is for HTTP: it cannot guard a TCP port")
+    said = {name: OPTIONS[name](given, target) for name, given in options.items()}
+    return Service(target, {name: x for name, x in said.items() if x is not None})
+
+
+# What the server is told of each option. Raises ValueError.
+
+
+def tcp_option(value: Any, target: Target) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 16:
+        raise ValueError("tcp is a port of the server, or 0 for a free one")
+    return int(value)
+
+
+def host_option(value: Any, target: Target) -> Optional[str]:
+    """None leaves Host as the visitor sent it."""
+    name = target.host if target.port else "localhost"
+    name = "[%s]" % name if ":" in name else name
+    own = name if target.port in (0, 80) else "%s:%d" % (name, target.port)
+    if not isinstance(value, str) or not value or set(value) & set("/@ \t\r\n"):
+        raise ValueError('host is "preserve", "rewrite" or a host')
+    return {"preserve": None, "rewrite": own}.get(value, value)
+
+
+def visitors_option(value: Any, target: Target) -> List[str]:
+    import ipaddress
+
+    if not isinstance(value, list) or not value:
+        raise ValueError('visitors is a list of networks, like ["203.0.113.0/24"]')
+    return [str(ipaddress.ip_network(str(text))) for text in value]
+
+
+def auth_option(value: Any, target: Target) -> List[str]:
+    """The password does not leave this machine: the server gets a salted hash."""
+    import hashlib
+
+    hashed, pairs = [], [value] if isinstance(value, str) else value
+    for pair in pairs if isinstance(pairs, list) and pairs else [""]:
+        if not isinstance(pair, str) or ":" not in pair[1:] or not pair.isprintable():
+            raise ValueError('auth is "user:password", or a list of them')
+        salt = os.urandom(16)
+        digest = hashlib.sha256(salt + pair.encode()).hexdigest()
+        hashed.append("%s:%s" % (salt.hex(), digest))
+    return hashed
+
+
+OPTIONS: Dict[str, Call] = {
+    "auth": auth_option,
+    "host": host_option,
+    "tcp": tcp_option,
+    "visitors": visitors_option,
+}
+
+
+def parse_services(pairs: List[Tuple[str, Any]]) -> Dict[str, Service]:
     """Raises ValueError, naming the service that is wrong."""
     services = {}
     for name, value in pairs:
@@ -1552,18 +1633,21 @@ def parse_services(pairs: List[Tuple[str, Any]]) -> Dict[str, Target]:
                 raise ValueError("a name has letters, digits, `-` and `_`, and no `--`")
             if name.lower() in services:
                 raise ValueError("the name stands there twice")
-            services[name.lower()] = parse_target(value)
+            services[name.lower()] = parse_service(value)
         except ValueError as error:
             raise ValueError("service %r: %s" % (name, error)) from None
     return services
 
 
-def services_message(services: Dict[str, Target]) -> Dict[str, Any]:
+def services_message(services: Dict[str, Service]) -> Dict[str, Any]:
     """What the server is told of them."""
-    return {name: {"target": target.text} for name, target in services.items()}
+    return {
+        name: dict(service.options, target=service.target.text)
+        for name, service in services.items()
+    }
 
 
-def parse_file(data: bytes = b"{}") -> Tuple[str, Dict[str, Target]]:
+def parse_file(data: bytes = b"{}") -> Tuple[str, Dict[str, Service]]:
     """The token ("" for none) and the services of a file: {"web": 9000}, or {"token":
     "secret", "services": {"web": 9000}}. Raises ValueError."""
     pairs, token = parse_object(data), ""
@@ -1609,10 +1693,10 @@ class Unreachable(OSError):
 
 
 class Answered(OSError):
-    """An HTTP server answered, but not as wanted."""
+    """An HTTP server answered, but not as wanted. `who` begins the text."""
 
-    def __init__(self, status: int, head: bytes) -> None:
-        cause, where = "answered %d" % status, LOCATION.search(head)
+    def __init__(self, status: int, head: bytes, who: str = "") -> None:
+        cause, where = "%sanswered %d" % (who, status), LOCATION.search(head)
         if where:
             cause += ", which leads to " + peer_text(where.group(1).decode("latin-1"))
         super().__init__(cause)
@@ -1748,8 +1832,8 @@ class Ask:
     """Sends the head of an HTTP request, and reads that of the answer, whose status has
     to be `want`: 101 for our Upgrade, 200 for a proxy's CONNECT."""
 
-    def __init__(self, request: bytes, want: int) -> None:
-        self.request, self.want = request, want
+    def __init__(self, request: bytes, want: int, who: str = "") -> None:
+        self.request, self.want, self.who = request, want, who
         self.answer = bytearray()
 
     def go_on(self, dial: Dial) -> bool:
@@ -1759,7 +1843,7 @@ class Ask:
         view = dial.loop.scratch[:ANSWER_LIMIT]
         count = dial.connection.read_into(view)
         if count == 0:
-            raise OSError("the server closed the connection")
+            raise OSError("%s closed the connection" % (self.who or "the server"))
         self.answer += view[: count or 0]
         if not self.answer.startswith(b"HTTP/1."[: len(self.answer)]):
             raise OSError("whoever listens there does not speak HTTP")
@@ -1772,7 +1856,7 @@ class Ask:
         match = STATUS.match(head)
         status = int(match.group(1)) if match else 0
         if status != self.want:
-            raise Answered(status, head)
+            raise Answered(status, head, self.who and self.who + " ")
         return True
 
 
@@ -1813,7 +1897,7 @@ class Gate:
 class Bridge:
     def __init__(self, tunnel: "Tunnel", stream: Stream, service: str) -> None:
         self.tunnel, self.stream, self.service = tunnel, stream, service
-        self.target = tunnel.client.services[service]
+        self.target = tunnel.client.services[service].target
         self.pending = bytearray()  # what came before there was a connection
         self.dial = Dial(tunnel.client.resolver, self.target, [], DIAL_TIME, self)
         stream.owner = self
@@ -1862,6 +1946,7 @@ class Tunnel:
         self.uplink, self.client = uplink, uplink.client
         self.token = ""  # with which we log in
         self.nonces = "", ""  # the server's and ours
+        self.known: Any = ()  # the options that the server keeps
         self.logged_in = False
         self.since = 0.0  # when it logged in
         self.gates: Dict[Target, Gate] = collections.defaultdict(Gate)
@@ -1877,6 +1962,8 @@ class Tunnel:
 
     def on_message(self, kind: int, message: Dict[str, Any]) -> None:
         if kind == Kind.CHALLENGE:
+            known = message.get("options")
+            self.known = known if isinstance(known, list) else ()
             self.log_in(str(message.get("nonce")))
         elif kind == Kind.WELCOME:
             self.on_welcome(message)
@@ -1911,9 +1998,16 @@ class Tunnel:
         self.publish()
 
     def publish(self) -> None:
-        """Send the list of services, whole."""
+        """Send the list of services, whole; but none with an option that the server
+        does not keep, since it may be there to protect."""
+        kept = dict(self.client.services)
+        for name, service in self.client.services.items():
+            for option in [x for x in service.options if x not in self.known]:
+                cause = "not published: this server does not know the option"
+                log.warning("%s: %s %s", name, cause, option)
+                kept.pop(name, None)
         if self.logged_in and not self.link.draining:
-            self.link.send(Kind.SERVICES, services_message(self.client.services))
+            self.link.send(Kind.SERVICES, services_message(kept))
 
     def on_open(self, stream: Stream, message: Dict[str, Any]) -> None:
         """Only what our own list names is dialled."""
@@ -1941,6 +2035,10 @@ TAKEN_TIME = 4.0  # seconds in which a first login that finds its id taken is re
 TAKEN_WAIT = 0.6  # the server asks the owner for a sign of life, which has 3 s
 PASSING = (429, 502, 503, 504)  # of a front that stands before the server is there
 ADVICE = (  # what an error, which begins so, probably means
+    ("proxy .*answered 407", "it wants a password: http://user:password@proxy"),
+    ("proxy .*answered 403", "it does not let us through; try port 443"),
+    ("proxy .*answered 50[234]", "it does not reach the server"),
+    ("proxy .*answered", "it is no proxy for CONNECT; --no-proxy goes without it"),
     ("answered (200|3..,)", "is this a network that wants a login in the browser?"),
     ("answered 400", "does this port want --tls?"),
     ("answered 404", "is this the visitors' port? clients dial the --client-port"),
@@ -1977,6 +2075,9 @@ class Uplink:
         steps: List[Any] = [Ask(request.encode(), 101)]
         if config.tls:
             steps.insert(0, StartTLS(config.tls, config.host, config.pin))
+        if config.proxy:
+            target, before = config.proxy.way(client.server)
+            return target, before + steps
         return client.target, steps
 
     def on_dialled(self, connection: Connection, early: bytes) -> None:
@@ -2718,6 +2819,57 @@ class Resolver:
 
 
 # -----------------------------------------------------------------------------------
+# Proxies: where only a proxy leads out, the client asks it to CONNECT (RFC 9110 9.3.6).
+# The variables http_proxy, https_proxy, all_proxy and no_proxy say so, as for curl.
+# -----------------------------------------------------------------------------------
+class Proxy:
+    """The proxy at `url`. Raises ValueError."""
+
+    def __init__(self, url: str) -> None:
+        import urllib.parse
+
+        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("the proxy is no http:// or https:// URL with a host")
+        self.tls = parts.scheme == "https"
+        port = parts.port or (443 if self.tls else 80)
+        self.name = "proxy %s:%d" % (parts.hostname, port)
+        self.target = Target(self.name, parts.hostname, port)
+        self.credentials = ""
+        if parts.username is not None:
+            import base64
+
+            pair = map(urllib.parse.unquote, (parts.username, parts.password or ""))
+            self.credentials = base64.b64encode(":".join(pair).encode()).decode()
+
+    def way(self, server: str) -> Tuple[Target, List[Any]]:
+        """What to connect to, and the steps from there to `server`, as host:port."""
+        lines = ["CONNECT %s HTTP/1.1" % server, "Host: " + server]
+        if self.credentials:
+            lines.append("Proxy-Authorization: Basic " + self.credentials)
+        request = "\r\n".join(lines + ["", ""]).encode()
+        steps: List[Any] = [Ask(request, 200, self.name)]
+        if self.tls:
+            steps.insert(0, StartTLS(make_context(None, False), self.target.host, b""))
+        return self.target, steps
+
+
+def find_proxy(host: str, port: int, tls: bool) -> Optional[Proxy]:
+    """The proxy on the way to a server; None when there is none. This machine needs no
+    proxy. Raises ValueError."""
+    local = host == "localhost" or host.startswith("127.") or host == "::1"
+    if local or not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None  # urllib is large
+    import urllib.request
+
+    proxies = urllib.request.getproxies()
+    url = proxies.get("https" if tls else "http") or proxies.get("all")
+    if not url or urllib.request.proxy_bypass("%s:%d" % (host, port)):
+        return None
+    return Proxy(url)
+
+
+# -----------------------------------------------------------------------------------
 # Command line
 # -----------------------------------------------------------------------------------
 HELP = "\0"  # what -h has for a value when it stands alone
@@ -2731,7 +2883,7 @@ class Config(NamedTuple):
     an SSLContext, `pin` the SHA-256 of the server's certificate."""
 
     file: Watched = Watched([], parse_file)
-    given: Dict[str, Target] = {}
+    given: Dict[str, Service] = {}
     token: Watched = Watched([], str)
     host: str = "localhost"
     port: int = 8001
@@ -2739,6 +2891,7 @@ class Config(NamedTuple):
     max_attempts: int = 0
     tls: Any = None
     pin: bytes = b""
+    proxy: Optional[Proxy] = None
 
 
 def make_context(ca: Optional[str], pinned: bool) -> Any:
@@ -2786,8 +2939,9 @@ def make_parser() -> FileParser:
         help='services, as {"name": target} ($HOME/.tunnel-services.json)')  # fmt: skip
     add("-i", "--id", "-u", default="admin", help="id to log in with (%(default)s)")
     add("-h", "--host", nargs="?", const=HELP, default="localhost",
-        help="the server, as host or host:port (%(default)s)")  # fmt: skip
-    add("-p", "--port", type=int, default=8001, help="its client port (%(default)s)")
+        help="the server, as host, host:port or https://host[:port], which is by "
+        "TLS on port 443 (%(default)s)")  # fmt: skip
+    add("-p", "--port", type=int, help="its client port (8001)")
     add("--token-file", metavar="FILE",
         help="holds the token of the id, and nothing else; without it "
         "$MDM_TUNNEL_TOKEN counts, then the service file")  # fmt: skip
@@ -2797,6 +2951,8 @@ def make_parser() -> FileParser:
     add("--fingerprint", type=parse_fingerprint, default=b"", metavar="SHA256",
         help="the server's certificate is this; without --tls-ca nothing else "
         "counts")  # fmt: skip
+    add("--no-proxy", action="store_true",
+        help="dial directly, whatever https_proxy and its like say")  # fmt: skip
     add("--max-attempts", type=int, default=0, metavar="N",
         help="give up after N failures in a row (no limit)")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
@@ -2818,7 +2974,13 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
             if "=" not in word or word.startswith("-"):
                 raise ValueError("no option, and not like web=9000: %s" % word)
         options.given = parse_services([word.partition("=")[::2] for word in rest])
-        options.host, options.port = split_host(options.host, options.port)
+        scheme, host = split_url(options.host)
+        if options.port is None:
+            options.port = {"https": 443, "http": 80}.get(scheme, 8001)
+        if scheme == "http" and options.tls:
+            raise ValueError("--tls goes with https://, not with http://")
+        options.tls = options.tls or scheme == "https"
+        options.host, options.port = split_host(host, options.port)
         if not LABEL.fullmatch(options.id.lower()):
             raise ValueError("an id has letters, digits, - and _, and no --")
         if options.max_attempts < 0:
@@ -2851,7 +3013,8 @@ def load_token(path: Optional[str]) -> Watched:
 
 def load_config(options: argparse.Namespace) -> Config:
     """Read the files that the command line names. Exits with 2 when one is wrong."""
-    path, pin, tls = options.config, options.fingerprint, None
+    path, pin = options.config, options.fingerprint
+    tls, proxy = None, None
     if path is None and not options.given:
         path = os.path.expanduser(DEFAULT_FILE)
     try:
@@ -2862,13 +3025,16 @@ def load_config(options: argparse.Namespace) -> Config:
         reading = options.tls_ca or "--tls"
         if options.tls or pin or options.tls_ca is not None:
             tls = make_context(options.tls_ca, bool(pin))
+        reading = "the proxy in the environment"
+        if not options.no_proxy:
+            proxy = find_proxy(options.host, options.port, tls is not None)
     except (OSError, ValueError) as error:
         cause = blame(error, [reading])
         if isinstance(error, FileNotFoundError) and reading == path != options.config:
             cause += "; write it, or name a service: web=9000"
         die(2, cause)
     return Config(file, options.given, token, options.host, options.port, options.id,
-                  options.max_attempts, tls, pin)  # fmt: skip
+                  options.max_attempts, tls, pin, proxy)  # fmt: skip
 
 
 def main(argv: Optional[List[str]] = None) -> None:

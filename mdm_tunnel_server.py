@@ -23,12 +23,12 @@ How to read it. Part one carries a request:
     Exchange         one request and its answer
     Server           what each port serves, and how it stops
 
-Part two keeps it up: Secrets, TLS, Files, Limits, Log, Fields, Pages, Ports, Overload,
-Privileges, Command line. Nothing here needs more than the standard library of Python
-3.6.
+Part two keeps it up: Secrets, TLS, Files, Limits, Log, Fields, Pages, Ports, TCP ports,
+Gates, Overload, Privileges, Command line. Nothing here needs more than the standard
+library of Python 3.6.
 """
 
-from typing import FrozenSet, NamedTuple, Pattern
+from typing import FrozenSet, Iterator, NamedTuple, Pattern
 
 # ###################################################################################
 # PART ONE: THE TUNNEL. What carries a request, from end to end.
@@ -118,7 +118,7 @@ Kind = enum.IntEnum(  # numbered from 1
 )
 # kind: who sends it, is it about a stream, bytes at least, bytes at most
 RULES: Dict[int, Tuple[str, bool, int, int]] = {
-    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON: nonce, version
+    Kind.CHALLENGE: ("server", False, 2, TEXT_LIMIT),  # JSON: nonce, version, options
     Kind.LOGIN: ("client", False, 2, LOGIN_LIMIT),  # JSON: id, session, nonce, proof
     Kind.WELCOME: ("server", False, 2, TEXT_LIMIT),  # JSON: proof, if there are tokens
     Kind.SERVICES: ("client", False, 2, TEXT_LIMIT),  # JSON: name -> options
@@ -1627,19 +1627,23 @@ class Request:
     def wants_html(self) -> bool:
         return "text/html" in self.section.accept
 
-    def to_service(self) -> bytes:
-        """The head as the service gets it. Raises ValueError when a hook left a field
-        that would break it, or hide another one."""
+    def to_service(self, host: Optional[str] = None) -> bytes:
+        """The head as the service gets it, perhaps with another `host`. Raises
+        ValueError when a hook left a field that would break it, or hide another one."""
         line = "%s %s HTTP/1.%d" % (self.method, self.target, self.minor)
-        if "fields" not in self.__dict__:
-            return line.encode("latin-1") + self.section.rewritten
+        head = line.encode("latin-1") + self.section.rewritten
+        if "fields" in self.__dict__:
+            head = (line + self.rewrite_fields()).encode("latin-1")
+        return head if host is None else replace_host(head, self.host, host)
+
+    def rewrite_fields(self) -> str:
+        """What a hook, or a gate, has left of them."""
         text = "".join(["\r\n%s: %s" % pair for pair in self.fields])
         good = FIELDS.fullmatch(text + "\r\n\r\n")
         if not good or text.count("\r\n") != len(self.fields):
             raise ValueError("a hook left a field that breaks the grammar")
         text = strip_hop_by_hop(text, NOT_TO_SERVICE, self.connection)
-        text = "%s\r\nHost: %s%s%s" % (line, self.host, text, self.section.ours)
-        return text.encode("latin-1")
+        return "\r\nHost: %s%s%s" % (self.host, text, self.section.ours)
 
 
 # Answers.
@@ -1961,6 +1965,7 @@ class Names:
 # its services. A Service is one entry of its list, made once, when
 # the list comes. A Tunnel is one client's link: it logs in, publishes, and goes.
 # -----------------------------------------------------------------------------------
+OPTIONS = ["auth", "host", "tcp", "visitors"]  # of a service, which we keep
 LOGIN_TIME = 3.0  # seconds from our 101 to a whole LOGIN
 SERVICES_LIMIT = 2000  # of a client: to make the URLs of more takes too long
 LISTS_TIME = 0.2  # seconds between two lists of services that are looked at
@@ -1968,19 +1973,31 @@ TAKEOVER = 3.0  # seconds for the owner of an id to show that it lives, when it 
 
 
 class Service:
-    """What a client publishes under one name. The object stays the same as long as the
-    client's list says the same of it: a stream is used again for no other."""
+    """What a client publishes under one name, with the options that it has there. The
+    object stays the same as long as the client's list says the same of it: a stream is
+    used again for no other."""
 
-    __slots__ = ("pool", "name", "target")
+    __slots__ = ("pool", "name", "options", "tcp", "host", "gates")
 
-    def __init__(self, pool: "Pool", name: str, target: str) -> None:
-        self.pool, self.name, self.target = pool, name, target
+    def __init__(self, pool: "Pool", name: str, options: Dict[str, Any]) -> None:
+        """Raises ValueError for an option that has no such value."""
+        self.pool, self.name, self.options = pool, name, options
+        self.tcp: Optional[int] = options.get("tcp")  # a port of ours; 0: any free one
+        self.host: Optional[str] = options.get("host")  # that the target gets to see
+        self.gates = make_gates(options)
+        if "tcp" in options and not is_port(self.tcp):
+            raise ValueError("tcp is a port of the server, or 0 for a free one")
+        host = options.get("host", "x")
+        if not isinstance(host, str) or not HOST.fullmatch(host):
+            raise ValueError("host names a host")
 
     def __str__(self) -> str:
         return "%s %s" % (self.pool.id, self.name)
 
     def begin(self, http: "HTTPConnection", request: Request) -> None:
-        """As a destination: the request goes to the service."""
+        """As a destination: the request goes to the service, if it may."""
+        for gate in self.gates:
+            gate.admit(request)
         Exchange(http, request, self).ask()
 
 
@@ -1993,31 +2010,32 @@ class Pool:
         self.id, self.tunnel = id, tunnel
         self.services: Dict[str, Service] = {}
 
-    def open(self, service: Service, owner: Any, request: Request) -> Stream:
-        """A new stream to a service. Raises HTTPError when there can be none."""
+    def open(self, service: Service, owner: Any, address: str, scheme: str) -> Stream:
+        """A new stream to a service, for a visitor from `address`. Raises HTTPError
+        when there can be none."""
         link = self.tunnel.link
         if link.draining or link.closed:
             raise HTTPError(503, "leaving", "the client of %s is leaving" % self.id)
         if len(link.streams) >= MAX_STREAMS or link.unread > UNREAD_LIMIT:
             raise HTTPError(503, "overload", "%s has too many requests" % self.id)
-        message = {"service": service.name, "visitor": request.address}
-        message["scheme"] = request.scheme
+        message = {"service": service.name, "visitor": address, "scheme": scheme}
         return link.open(owner, message)
 
-    def replace(self, targets: Dict[str, str]) -> None:
-        """The client's new list, name -> target."""
-        old = self.services
-        self.services = {name: Service(self, name, to) for name, to in targets.items()}
-        for name, service in old.items():
-            if targets.get(name) == service.target:
-                self.services[name] = service
+    def replace(self, services: Dict[str, Service]) -> None:
+        """The client's new list. What it says again stays as it is."""
+        old, self.services = self.services, services
+        for name, service in services.items():
+            if name in old and old[name].options == service.options:
+                services[name] = old[name]
 
 
 class Registry:
     """The ids and their pools. `tokens` is the watched file of --tokens, or None."""
 
-    def __init__(self, loop: Loop, names: Names, tokens: Optional["Watched"]) -> None:
-        self.loop, self.names, self.tokens = loop, names, tokens
+    def __init__(
+        self, names: Names, tokens: Optional["Watched"], tcp: "TCPPorts"
+    ) -> None:
+        self.loop, self.names, self.tokens, self.tcp = tcp.loop, names, tokens, tcp
         self.pools: Dict[str, Pool] = {}
         self.unauthenticated = Unauthenticated()
         self.note_ids()
@@ -2055,6 +2073,8 @@ class Registry:
         pool = self.pools.get(tunnel.id)
         if pool and pool.tunnel is tunnel:
             del self.pools[tunnel.id]
+            pool.replace({})
+            self.tcp.close_unused(pool)
             if not (self.tokens and tunnel.id in self.tokens.value):
                 self.names.ids.discard(tunnel.id)
 
@@ -2064,20 +2084,36 @@ class Registry:
         if pool is None or pool.tunnel is not tunnel:
             return {}
         urls: Dict[str, str] = {}
-        targets: Dict[str, str] = {}
+        services: Dict[str, Service] = {}
         url = self.names.url(tunnel.id, "%s", tunnel.host)
         for name, options in listed.items():
-            service = name.lower()
-            if len(urls) >= SERVICES_LIMIT:
-                urls[name] = "error: more than %d services" % SERVICES_LIMIT
-            elif LABEL.fullmatch(service):
-                target = options.get("target") if isinstance(options, dict) else ""
-                targets[service] = peer_text(target)
-                urls[name] = url.replace("%s", service)
-            else:
-                urls[name] = "error: a service's name is a DNS label without --"
-        pool.replace(targets)
+            try:
+                if len(urls) >= SERVICES_LIMIT:
+                    raise ValueError("more than %d services" % SERVICES_LIMIT)
+                if not LABEL.fullmatch(name.lower()):
+                    raise ValueError("a service's name is a DNS label without --")
+                options = options if isinstance(options, dict) else {}
+                service = Service(pool, name.lower(), options)
+                services[service.name] = service
+                urls[name] = url.replace("%s", service.name)
+            except ValueError as error:
+                urls[name] = "error: %s" % error
+        pool.replace(services)
+        self.tcp.close_unused(pool)
+        host = self.names.base(read_host(tunnel.host))
+        for name in urls:
+            found = services.get(name.lower())
+            if found and found.tcp is not None:
+                urls[name] = self.open_tcp(found, host)
         return urls
+
+    def open_tcp(self, service: Service, host: str) -> str:
+        """A service that wants a port of ours is published with it, or not at all."""
+        try:
+            return "tcp://%s:%d" % (host, self.tcp.give(service))
+        except ValueError as error:
+            service.pool.services.pop(service.name, None)
+            return "error: %s" % error
 
 
 class Tunnel:
@@ -2096,7 +2132,8 @@ class Tunnel:
         self.life_timer = Timer(registry.loop, self.link, self.on_no_life)
         self.listed: Optional[Dict[str, Any]] = None  # the newest, not yet looked at
         self.list_timer = Timer(registry.loop, self.link, self.on_services)
-        self.link.send(Kind.CHALLENGE, {"version": VERSION, "nonce": self.nonce})
+        message = {"version": VERSION, "nonce": self.nonce, "options": OPTIONS}
+        self.link.send(Kind.CHALLENGE, message)
 
     def __str__(self) -> str:
         return self.id or self.peer
@@ -2480,7 +2517,7 @@ class Exchange:
     ) -> None:
         self.http, self.request, self.service = http, request, service
         self.connection, self.loop = http.connection, http.loop
-        self.head = request.to_service()  # what of it is still to be pulled
+        self.head = request.to_service(service.host)  # what of it is still to be pulled
         self.inbox = bytearray()  # of the answer: what is not understood yet
         self.searched = 0  # bytes of it in which no head's end was found
         self.answer: Optional[Answer] = None  # its head, once the visitor gets it
@@ -2511,12 +2548,17 @@ class Exchange:
         else:
             if kept:
                 kept.give_up()
-            self.stream = self.service.pool.open(self.service, self, self.request)
+            self.stream = self.open_stream()
         self.connection.owner = self
         http.visitors.idle.pop(http, None)
         self.loop.dirty.add(self.connection)
         http.service = self.service
         self.stream.wake()
+
+    def open_stream(self) -> Stream:
+        """Raises HTTPError when there is none to be had."""
+        service, request = self.service, self.request
+        return service.pool.open(service, self, request.address, request.scheme)
 
     def retry(self) -> bool:
         """Ask once more: a kept stream was reset before it answered, or the client had
@@ -2532,8 +2574,9 @@ class Exchange:
         if service is None:
             return False
         self.service, self.retried = service, True
-        self.stream = service.pool.open(service, self, self.request)
-        self.head, self.failure, self.code = self.request.to_service(), None, ""
+        self.stream = self.open_stream()
+        self.head = self.request.to_service(service.host)
+        self.failure, self.code = None, ""
         self.stream.wake()
         return True
 
@@ -2932,7 +2975,7 @@ class Site:
 
     def index(self, request: Request, pool: Pool) -> Page:
         link = self.registry.names.link
-        names = sorted(pool.services)
+        names = sorted(x.name for x in pool.services.values() if x.tcp is None)
         shown = names[:INDEX_LIMIT]
         lines = [link(name, request.host, request.scheme) for name in shown]
         if len(names) > INDEX_LIMIT:
@@ -3044,8 +3087,9 @@ class Server:
         self.tls = open_tls(config.tls_cert, config.tls_key)
         socks = listen_all(config.bind, [number for number, *_ in plan])
         self.loop = loop or Loop()
-        self.registry = Registry(self.loop, names, self.tokens)
         self.visitors = Visitors(self.loop)
+        self.tcp = TCPPorts(self.visitors, config.bind, config.tcp_ports)
+        self.registry = Registry(names, self.tokens, self.tcp)
         if log.hears(INFO):
             self.visitors.observers.append(log_outcome)
         self.router = router or Router()
@@ -3090,6 +3134,7 @@ class Server:
         """Let go of everything at once; what is cut does not look whole."""
         for port in self.ports:
             port.close()
+        self.tcp.close_unused()
         self.close_links()
         self.loop.close()
 
@@ -3150,6 +3195,7 @@ class Server:
         self.until = self.loop.clock() + DRAIN
         for port in self.ports:
             port.close()
+        self.tcp.close_unused()
         for http in list(self.visitors.all):
             if http.connection.owner is http:  # between two requests
                 http.close(Ending.LINGER)
@@ -3862,6 +3908,15 @@ def request_fields(raw: str, hop: Any) -> Section:
     return Section(raw, hop, *said, host, name, noted.get("accept", ""))
 
 
+def replace_host(head: bytes, old: str, new: str) -> bytes:
+    """A request's head with another Host. Origin and Referer of the same host follow:
+    a dev server compares them. What X-Forwarded-Host says stays."""
+    line = ("\r\nHost: %s\r\n" % new).encode("latin-1")
+    head = head.replace(("\r\nHost: %s\r\n" % old).encode("latin-1"), line, 1)
+    same = r"(?i)(\r\n(?:origin|referer):[ \t]*)https?://%s(?=[/\r])" % re.escape(old)
+    return re.sub(same.encode("latin-1"), rb"\1http://" + new.encode("latin-1"), head)
+
+
 def request_framing(noted: Dict[str, str], minor: int) -> Framing:
     """RFC 9112 6.3."""
     if "content_length" in noted or "transfer_encoding" in noted:
@@ -4075,6 +4130,10 @@ def plan_ports(config: "Config") -> List[Tuple[int, Any, bool]]:
     return [(port, plain, False), (tls_port, Site, True), (client_port, LinkSite, True)]
 
 
+def is_port(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 16
+
+
 class Port:
     """Accepts connections, maybe by TLS: `tls` is a watched file with a context. What
     it calls, serve(connection, address), makes the first owner of each."""
@@ -4138,6 +4197,159 @@ class Port:
             self.paused = True
         self.timer.clear()
         self.sock.close()
+
+
+# -----------------------------------------------------------------------------------
+# TCP ports: a service with the option "tcp" has a port of the server's for itself, and
+# what comes there goes to its target byte for byte. The port is open as long as the
+# service is published.
+# -----------------------------------------------------------------------------------
+TCP_LIMIT = 64  # ports that one id may have, so that others find some
+
+
+class TCPPorts:
+    """The ports `numbers` of --tcp-ports, and the services that have one."""
+
+    def __init__(self, visitors: "Visitors", bind: Optional[str], numbers: Any) -> None:
+        self.loop, self.visitors = visitors.loop, visitors
+        self.bind, self.numbers = bind, numbers
+        self.open: Dict[int, Tuple[Service, Port]] = {}
+        self.last: Dict[int, Tuple[str, str]] = {}  # the id and service that had it
+
+    def give(self, service: Service) -> int:
+        """Open the port that a service wants, or any free one. Raises ValueError."""
+        mine = {x: n for n, (x, _) in self.open.items() if x.pool is service.pool}
+        if service in mine:
+            return mine[service]
+        if not self.numbers or self.visitors.stopping:
+            raise ValueError("this server has no --tcp-ports, or is stopping")
+        if len(mine) >= TCP_LIMIT:
+            raise ValueError("an id has at most %d ports" % TCP_LIMIT)
+        cause = "all of --tcp-ports are taken"
+        for number in [service.tcp] if service.tcp else self.free(service):
+            try:
+                return self.listen(number, service)
+            except OSError as error:  # another program has it
+                cause = str(error.strerror) if service.tcp else cause
+        raise ValueError(cause)
+
+    def free(self, service: Service) -> Iterator[int]:
+        """What to try: the port that the service had before, new ones, the others."""
+        key, last = (service.pool.id, service.name), self.last
+        mine = [number for number, owner in last.items() if owner == key]
+        new = (number for number in self.numbers if number not in last)
+        for number in itertools.chain(mine, new, self.numbers):
+            if number not in self.open:
+                yield number
+
+    def listen(self, number: int, service: Service) -> int:
+        """Raises ValueError or OSError."""
+        if number not in self.numbers:
+            raise ValueError("port %d is not among --tcp-ports" % number)
+        if number in self.open:
+            raise ValueError("port %d belongs to %s" % (number, self.open[number][0]))
+        sock = listen(self.bind, number)
+        serve = functools.partial(self.serve, service)
+        self.open[number] = service, Port(sock, self.visitors, serve, None)
+        self.loop.capacity -= 1  # it is a descriptor, too
+        self.last[number] = service.pool.id, service.name
+        return number
+
+    def close_unused(self, pool: Optional[Pool] = None) -> None:
+        """Close the ports of services that the pool no longer has; of all without."""
+        for number, (service, port) in list(self.open.items()):
+            gone = service.pool.services.get(service.name) is not service
+            if pool is None or service.pool is pool and gone:
+                del self.open[number]
+                self.loop.capacity += 1
+                port.close()
+
+    def serve(self, service: Service, connection: Connection, address: str) -> None:
+        """A visitor's connection: from here on bytes flow both ways."""
+        log.info("%s: a connection from %s", service, address)
+        try:
+            for gate in service.gates:
+                gate.admit_address(address)
+            stream = service.pool.open(service, None, address, "tcp")
+            Pipe(stream, connection, "%s %s" % (service, address), "left")
+        except HTTPError as error:
+            log.info("%s: %s", service, error)
+            connection.abort()
+
+
+# -----------------------------------------------------------------------------------
+# Gates: what a service asks of its visitors, before a stream is opened: an address out
+# of a list, a password. A gate raises HTTPError.
+# -----------------------------------------------------------------------------------
+HASHED = re.compile("([0-9a-f]{32}):([0-9a-f]{64})")  # salt, SHA-256 of it and the pair
+
+
+def make_gates(options: Dict[str, Any]) -> Tuple[Any, ...]:
+    """Those that a service's options ask for. Raises ValueError."""
+    gates: List[Any] = []
+    if "visitors" in options:
+        gates.append(Addresses(options["visitors"]))
+    if "auth" in options and "tcp" in options:
+        raise ValueError("auth is for HTTP: it cannot guard a TCP port")
+    if "auth" in options:
+        gates.append(Password(options["auth"]))
+    return tuple(gates)
+
+
+class Addresses:
+    """The option "visitors": only from these networks."""
+
+    def __init__(self, networks: Any) -> None:
+        import ipaddress
+
+        if not isinstance(networks, list) or not networks:
+            raise ValueError("visitors is a list of networks")
+        self.networks = [ipaddress.ip_network(str(text)) for text in networks]
+
+    def admit(self, request: Request) -> None:
+        self.admit_address(request.address)
+
+    def admit_address(self, text: str) -> None:
+        import ipaddress
+
+        with contextlib.suppress(ValueError):
+            address = ipaddress.ip_address(text)
+            if any(address in network for network in self.networks):
+                return
+        raise HTTPError(403, "denied", "this service is not for your address")
+
+
+class Password:
+    """The option "auth": one of these pairs of user and password, by Basic (RFC 7617).
+    The service does not get the field that was for us."""
+
+    def __init__(self, hashed: Any) -> None:
+        texts = hashed if isinstance(hashed, list) and hashed else [""]
+        found = [HASHED.fullmatch(str(text)) for text in texts]
+        if not all(found):
+            raise ValueError("auth is a list of salted hashes")
+        self.pairs = [(bytes.fromhex(x.group(1)), x.group(2)) for x in found if x]
+
+    def admit(self, request: Request) -> None:
+        import base64
+        import hashlib
+
+        kind, _, coded = request.headers.get("authorization", "").partition(" ")
+        try:
+            said = base64.b64decode(coded.strip(), validate=True)
+        except ValueError:
+            said = b""
+        good = [is_proof(hashlib.sha256(salt + said).hexdigest(), digest)
+                for salt, digest in self.pairs]  # fmt: skip
+        if kind.lower() != "basic" or not any(good):
+            realm = 'Basic realm="%s", charset="UTF-8"' % request.name
+            fields = [("WWW-Authenticate", realm)]
+            raise HTTPError(401, "denied", "a password is needed", fields)
+        ours = "authorization"
+        request.fields = [pair for pair in request.fields if pair[0].lower() != ours]
+
+    def admit_address(self, text: str) -> None:
+        """Of a TCP port, which never has a password."""
 
 
 # -----------------------------------------------------------------------------------
@@ -4367,6 +4579,7 @@ class Config(NamedTuple):
     tls_cert: Optional[str] = None
     tls_key: Optional[str] = None
     tls_port: Optional[int] = None
+    tcp_ports: Any = range(0)
     redirect: bool = False
     user: Optional[str] = None
     verbose: int = 0
@@ -4376,6 +4589,15 @@ def port_number(text: str) -> int:
     if not (text.isdigit() and int(text) < 1 << 16):
         raise argparse.ArgumentTypeError("%r is no port: 0 to 65535" % text)
     return int(text)
+
+
+def port_range(text: str) -> range:
+    """A-B, or one port."""
+    first, dash, last = text.partition("-")
+    ports = range(port_number(first), port_number(last if dash else first) + 1)
+    if not ports or ports[0] == 0:
+        raise argparse.ArgumentTypeError("%r is no range like 20000-20099" % text)
+    return ports
 
 
 def domains(text: str) -> str:
@@ -4406,6 +4628,8 @@ def parse_arguments(argv: Optional[List[str]]) -> Config:
     add("--tls-key", metavar="FILE", help="its key, if that is not in the same file")
     add("--tls-port", type=port_number, metavar="PORT",
         help="port for visitors by TLS; may be that for clients")  # fmt: skip
+    add("--tcp-ports", type=port_range, default=range(0), metavar="A-B",
+        help='ports that services with "tcp" may have (none)')  # fmt: skip
     add("--redirect", action="store_true",
         help="send visitors without TLS to the port with it")  # fmt: skip
     add("--tokens", metavar="FILE",

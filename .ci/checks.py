@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import random
+import socket
 import ssl
 import statistics
 import subprocess
@@ -22,8 +23,8 @@ import leaving
 import skew
 from browser import Browser
 from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, World, curl
-from parts import free_ports, get, run, sha256, start_haproxy_front, start_nginx_front
-from parts import wait_for
+from parts import free_ports, get, listening, run, sha256, start_haproxy_front
+from parts import start_nginx_front, wait_for
 from strictness import strictness_with_answers, strictness_with_requests
 from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection
@@ -552,6 +553,123 @@ def tls_and_tokens(world: World) -> str:
     return took
 
 
+# -----------------------------------------------------------------------------------
+# More than the web
+# -----------------------------------------------------------------------------------
+COPIED = 200 << 20  # bytes that scp carries each way
+SSHD = """
+ListenAddress 127.0.0.1
+HostKey %(folder)s/host
+AuthorizedKeysFile %(folder)s/key.pub
+StrictModes no
+UsePAM no
+PidFile none
+Subsystem sftp internal-sftp
+"""
+
+
+def start_sshd() -> Tuple[int, List[str]]:
+    """Its port, and the options of ssh and scp with which it lets us in."""
+    folder, (port,) = TMP / "ssh", free_ports(1)
+    folder.mkdir()
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for name in ("host", "key"):
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
+    (folder / "conf").write_text(SSHD % {"folder": folder})
+    words = ["-D", "-e", "-f", str(folder / "conf"), "-p", str(port)]
+    Process("sshd", "/usr/sbin/sshd", *words).wait_until_listening(port)
+    options = ["BatchMode=yes", "StrictHostKeyChecking=no", "LogLevel=ERROR"]
+    options += ["UserKnownHostsFile=" + os.devnull, "IdentityFile=%s/key" % folder]
+    return port, ["-o" + option for option in options]
+
+
+def is_closed(port: int) -> bool:
+    try:
+        return not listening(port)
+    except ConnectionRefusedError:
+        return True
+
+
+def ssh_and_redis_by_ports_of_their_own(world: World) -> str:
+    sshd, options = start_sshd()
+    ssh, redis, local = free_ports(3)
+    Process("redis", "redis-server", "--port", str(local)).wait_until_listening(local)
+    listed = {"ssh": {"target": sshd, "tcp": ssh}}
+    listed["db"] = {"target": local, "tcp": redis}
+    (TMP / "tcp.json").write_text(json.dumps(listed))
+    span = "%d-%d" % (min(ssh, redis), max(ssh, redis))
+    server = Server("--tcp-ports", span)
+    client = Client(server, "tim", {}, options=("-c", str(TMP / "tcp.json")))
+    client.process.wait_until_listening(ssh, redis)
+    where = [*options, "-p", str(ssh), "127.0.0.1"]
+    assert run("ssh", *where, "echo $((6 * 7))") == "42\n"
+    world.big()
+    with open(TMP / "web" / "big", "rb") as file:
+        (TMP / "sent").write_bytes(file.read(COPIED))
+    start = time.monotonic()
+    there = "127.0.0.1:%s" % (TMP / "there")
+    for one, two in ((str(TMP / "sent"), there), (there, str(TMP / "back"))):
+        run("scp", *options, "-P", str(ssh), one, two)
+    took = speed(start, 2 * COPIED)
+    assert sha256(TMP / "back") == sha256(TMP / "sent")
+    redis_cli = ["redis-cli", "-p", str(redis)]
+    assert run(*redis_cli, "set", "a", "b") == "OK\n"
+    assert run(*redis_cli, "get", "a") == "b\n"
+    client.process.stop()
+    wait_for("no port without its link", lambda: is_closed(ssh), seconds=1)
+    server.process.stop()
+    return took
+
+
+# -----------------------------------------------------------------------------------
+# Out by a proxy
+# -----------------------------------------------------------------------------------
+TINYPROXY = """
+Port %(port)d
+Listen %(address)s
+BasicAuth me secret
+"""
+
+
+def own_address() -> str:
+    """One of this machine's that is not loopback, or ""; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
+
+
+def out_by_tinyproxy(world: World) -> str:
+    """With the password in the URL, and without it."""
+    address, (port,) = own_address(), free_ports(1)
+    if not address:
+        return "left out: there is no address but loopback"
+    conf = TMP / "tinyproxy.conf"
+    conf.write_text(TINYPROXY % {"port": port, "address": address})
+    proxy = Process("tinyproxy", "tinyproxy", "-d", "-c", str(conf))
+    wait_for("tinyproxy", lambda: listening(port, address))
+    script = str(REPOSITORY / "mdm_tunnel_client.py")
+    where = "http://%s:" + str(world.server.client_port)
+    words = [sys.executable, script, "-h", where % address, "-i", "out"]
+    words.append("web=%d" % world.web)
+    url = "http://%s" + "%s:%d" % (address, port)
+    client = Process("client", *words, http_proxy=url % "me:secret@")
+    wait_for("login by the proxy", lambda: is_served(world.server.port, "web.out.x"))
+    assert "CONNECT %s" % address in proxy.output(), proxy.output()
+    client.stop()
+    environment = dict(os.environ, http_proxy=url % "")
+    alone = subprocess.run(words, capture_output=True, env=environment, timeout=20)
+    assert alone.returncode == 1 and b"wants a password" in alone.stderr, alone
+    proxy.stop()
+    return ""
+
+
+def is_served(port: int, host: str) -> bool:
+    return get(port, host, "/")[0] == 200
+
+
 async def one_message_by_tls(local: int, host: str, port: int) -> None:
     async def echo(connection: ServerConnection) -> None:
         async for message in connection:
@@ -690,6 +808,8 @@ CHECKS: List[Callable[[World], str]] = [
     strictness_with_requests,
     strictness_with_answers,
     tls_and_tokens,
+    ssh_and_redis_by_ports_of_their_own,
+    out_by_tinyproxy,
     *skew.CHECKS,
     *leaving.CHECKS,
     network_that_swallows_everything,

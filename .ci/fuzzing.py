@@ -1009,7 +1009,7 @@ def check_text(data: bytes) -> None:
     calls: List[Callable[[], Tuple[Any, int]]] = [
         lambda: client.split_host(text, 8001),
         lambda: client.parse_target(text)[1:],
-        lambda: client.parse_target({"target": text})[1:],
+        lambda: client.parse_service({"target": text}).target[1:],
         lambda: client.parse_services([(name, value)]) and ("a", 1),
     ]
     for call in calls:

@@ -65,9 +65,9 @@ def free_ports(count: int) -> List[int]:
     return ports
 
 
-def listening(port: int) -> bool:
+def listening(port: int, address: str = "127.0.0.1") -> bool:
     """Somebody accepts connections there; raises OSError when nobody does."""
-    socket.create_connection(("127.0.0.1", port), 5).close()
+    socket.create_connection((address, port), 5).close()
     return True
 
 
