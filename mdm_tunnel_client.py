@@ -1669,6 +1669,7 @@ def parse_file(data: bytes = b"{}") -> Tuple[str, Dict[str, Service]]:
 # have the wanted answer. A local target takes none, the server two, and a proxy before
 # it would take two more.
 # -----------------------------------------------------------------------------------
+STAGGER = 0.25  # seconds until the next address is tried, too (RFC 8305 5)
 RETRY_TIME = 0.05  # seconds until a unix socket whose queue is full is tried again
 WAITING = errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY, errno.EAGAIN
 FAILURES: Dict[Any, Tuple[str, str]] = {  # what the server is told, and people
@@ -1703,11 +1704,57 @@ class Answered(OSError):
         self.status = status
 
 
+def interleave(addresses: List[Address]) -> List[Address]:
+    """Both families in turn, beginning with that of the first (RFC 8305 4)."""
+    ours = [address for address in addresses if address[0] == addresses[0][0]]
+    others = [address for address in addresses if address[0] != addresses[0][0]]
+    pairs = itertools.zip_longest(ours, others)
+    return [address for pair in pairs for address in pair if address]
+
+
+class Attempt:
+    """One address of a dial: owns a connection that is not there yet."""
+
+    def __init__(self, dial: "Dial", family: int) -> None:
+        self.dial = dial
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        self.connection = Connection(dial.loop, sock, self)
+
+    def __str__(self) -> str:
+        return str(self.dial)
+
+    def interest(self) -> int:
+        return WRITE
+
+    def on_writable(self) -> None:
+        sock = self.connection.sock
+        if self.is_connected(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
+            self.dial.on_connected(self)
+
+    on_readable = on_writable
+
+    def is_connected(self, code: int) -> bool:
+        """What connect() has said so far. A local port is connected before the selector
+        tells. Raises OSError."""
+        if code in WAITING:
+            try:
+                return bool(self.connection.sock.getpeername())
+            except OSError:
+                return False
+        if code not in (0, errno.EISCONN):
+            raise OSError(code, os.strerror(code))
+        return True
+
+    def fail(self, error: Exception) -> None:
+        self.dial.on_failed(self, error)
+
+
 class Dial:
-    """Tries the target's addresses one after the other, then takes the steps: each has
-    go_on(dial), which returns whether it is done. All has at most `seconds`. It ends
-    with one call: of owner.on_dialled(connection, early), where `early` was read behind
-    the last step, or of owner.on_undialled(error)."""
+    """Tries the target's addresses, the next one STAGGER after the last if that has not
+    answered; the first to connect wins. Then it takes the steps: each has go_on(dial),
+    which returns whether it is done. All has at most `seconds`. It ends with one call:
+    of owner.on_dialled(connection, early), where `early` was read behind the last step,
+    or of owner.on_undialled(error)."""
 
     def __init__(
         self, resolver: Any, target: Target, steps: list, seconds: float, owner: Any
@@ -1715,27 +1762,28 @@ class Dial:
         self.resolver, self.loop = resolver, resolver.loop
         self.target, self.steps, self.owner = target, steps, owner
         self.awaits = WRITE  # while it connects; then READ, and 0 when it is over
-        self.addresses: List[Address] = []  # to be tried
+        self.addresses: Optional[List[Address]] = None  # still to be tried
+        self.attempts: List[Attempt] = []  # that go on
         self.failure: Optional[Unreachable] = None  # of the first address
-        self.connection: Any = None  # a Connection, as soon as there is a socket
+        self.connection: Any = None  # the one that won
         self.early = b""
         self.gate: Optional["Gate"] = None  # which lets it begin
-        self.until = self.loop.clock() + seconds
-        self.timer = Timer(self.loop, self, self.on_timer)
-        self.set_timer()
+        self.timer = Timer(self.loop, self, self.on_late)
+        self.timer.set(seconds)
+        self.next_timer = Timer(self.loop, self, self.advance)
 
     def __str__(self) -> str:
         return "dial to %s" % self.target.text
 
-    def set_timer(self, shares: int = 1) -> None:
-        """What comes next may last as long as is left, or for a share of that."""
-        self.timer.set(max(0.0, self.until - self.loop.clock()) / shares)
+    def interest(self) -> int:
+        return self.awaits
 
     def advance(self) -> None:
         """Begin, or go on, until it has to wait."""
-        if self.awaits == WRITE and self.try_connect():
-            self.awaits = READ
-            self.set_timer()
+        if self.awaits == WRITE and self.addresses is None:
+            self.addresses = interleave(self.resolver.resolve(self))
+        if self.awaits == WRITE and self.addresses:
+            self.try_next(self.addresses.pop(0))
         if self.awaits == READ:
             while self.steps and self.steps[0].go_on(self):
                 del self.steps[0]
@@ -1746,75 +1794,82 @@ class Dial:
 
     on_readable = on_writable = advance
 
-    def try_connect(self) -> bool:
-        """True once connected: a local port is, before the selector tells."""
-        code = self.begin_or_check()
-        if code in WAITING:
-            try:
-                return bool(self.connection and self.connection.sock.getpeername())
-            except OSError:
-                return False
-        if code not in (0, errno.EISCONN):
-            raise OSError(code, os.strerror(code))
-        return True
-
-    def begin_or_check(self) -> int:
-        """Begin with the next address, or look after it; what connect() says so far."""
-        if self.connection:
-            sock = self.connection.sock
-            return int(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-        self.addresses = self.addresses or self.resolver.resolve(self)
-        if not self.addresses:
-            return errno.EINPROGRESS  # the resolver will tell
-        self.set_timer(len(self.addresses))
-        family, address = self.addresses[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        self.connection = Connection(self.loop, sock, self)
-        code = sock.connect_ex(address)
+    def try_next(self, address: Address) -> None:
+        """Begin with one more address, beside those that are being tried."""
+        attempt = Attempt(self, address[0])
+        self.attempts.append(attempt)
+        code = attempt.connection.sock.connect_ex(address[1])
         if code == errno.EAGAIN and not self.target.port:
-            self.drop()  # the queue of a unix socket is full, and no event will tell
-            self.timer.set(RETRY_TIME)
-        return code
+            self.drop(attempt)  # the queue of a unix socket is full: no event will tell
+            self.addresses = [address]
+            self.next_timer.set(RETRY_TIME)
+            return
+        try:
+            if attempt.is_connected(code):
+                self.win(attempt)
+            elif self.addresses:
+                self.next_timer.set(STAGGER)
+        except OSError as error:
+            self.on_failed(attempt, error)
 
     def on_addresses(self, addresses: List[Address]) -> None:
         """The resolver has found them."""
-        self.addresses = addresses
+        self.addresses = interleave(addresses)
         self.advance()
 
-    def on_timer(self) -> None:
-        """Without a connection it is time to try again, if there is time left."""
-        if self.connection or self.loop.clock() >= self.until:
-            raise OSError(errno.ETIMEDOUT, "no answer in time")
+    def on_connected(self, attempt: Attempt) -> None:
+        self.win(attempt)
         self.advance()
+
+    def win(self, attempt: Attempt) -> None:
+        """This one is it; the others are closed."""
+        self.attempts.remove(attempt)
+        self.connection = attempt.connection
+        self.connection.owner = self
+        for other in list(self.attempts):
+            self.drop(other)
+        self.next_timer.clear()
+        self.awaits = READ
+        self.loop.dirty.add(self.connection)
+
+    def on_failed(self, attempt: Attempt, error: Exception) -> None:
+        """Another address may answer: the next one is tried at once."""
+        self.drop(attempt)
+        self.failure = self.failure or Unreachable(self.target, error)
+        if self.addresses:
+            self.loop.soon(self, self.advance)
+        elif not self.attempts:
+            self.fail(error)
+
+    def on_late(self) -> None:
+        raise OSError(errno.ETIMEDOUT, "no answer in time")
 
     def fail(self, error: Exception) -> None:
-        """While it connects, there may be another address."""
+        """It is over. The first that failed says why, unless another still hangs."""
         if self.awaits == WRITE:
-            error = self.failure = self.failure or Unreachable(self.target, error)
-            self.drop()
-            del self.addresses[:1]
-            if self.addresses:
-                self.loop.soon(self, self.advance)
-                return
+            failure = None if self.attempts else self.failure
+            error = failure or Unreachable(self.target, error)
         if self.awaits:
             self.end()
             self.owner.on_undialled(error)
 
-    def drop(self) -> None:
-        if self.connection:
-            self.connection.close()
-            self.connection = None
+    def drop(self, attempt: Attempt) -> None:
+        if attempt in self.attempts:
+            self.attempts.remove(attempt)
+        attempt.connection.close()
 
     def end(self) -> None:
         """Stop. The owner is not told."""
         self.awaits = 0
         self.timer.clear()
-        self.drop()
+        self.next_timer.clear()
+        for attempt in list(self.attempts):
+            self.drop(attempt)
+        if self.connection:
+            self.connection.close()
+            self.connection = None
         if self.gate:
             self.gate.leave(self)
-
-    def interest(self) -> int:
-        return self.awaits
 
 
 class StartTLS:

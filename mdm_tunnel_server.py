@@ -2295,7 +2295,7 @@ class HTTPConnection:
         self.recent = Recent()
         self.kept: Optional[Kept] = None  # the stream of the last request
         self.timer = Timer(self.loop, self, self.on_late)
-        self.timer.set(site.first_byte_time())
+        self.timer.set(site.first_byte_time)
         connection.owner = self
         self.visitors.add(self)
 
@@ -2931,9 +2931,7 @@ class Site:
         self.server, self.scheme = server, scheme
         self.registry, self.visitors = server.registry, server.visitors
         self.service = server.registry.service
-
-    def first_byte_time(self) -> float:
-        return FIRST_BYTE_TIME
+        self.first_byte_time = FIRST_BYTE_TIME
 
     def serve(self, connection: Connection, address: str) -> None:
         HTTPConnection(self, connection, address)
@@ -3019,8 +3017,9 @@ class LinkSite(Site):
 
     kind = "client"
 
-    def first_byte_time(self) -> float:
-        return HEAD_TIME
+    def __init__(self, server: "Server", scheme: str) -> None:
+        super().__init__(server, scheme)
+        self.first_byte_time = HEAD_TIME
 
     def serve(self, connection: Connection, address: str) -> None:
         super().serve(connection, address)

@@ -718,6 +718,49 @@ def network_that_swallows_everything(world: World) -> str:
     return "back %.1f s after the cable" % back
 
 
+BOTH = "fd00:213:8::99 dual.test\n10.213.8.1 dual.test\n"
+
+
+def family_that_swallows_everything(world: World) -> str:
+    """A server of both families, of which IPv6 never answers: the neighbour is made up.
+    The other begins a moment later, and not when the first has failed."""
+    name = "mdm6-%d" % os.getpid()
+    inside = ["ip", "netns", "exec", name]
+    if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+        return "left out: no namespaces here"
+    hosts = Path("/etc/netns") / name / "hosts"  # which `ip netns exec` puts in place
+    hosts.parent.mkdir(parents=True)
+    hosts.write_text(BOTH)
+    server = Server()
+    try:
+        pair = ("type", "veth", "peer", "name", "cable", "netns", name)
+        run("ip", "link", "add", name, *pair)
+        run("ip", "addr", "add", "10.213.8.1/30", "dev", name)
+        run("ip", "link", "set", name, "up")
+        for line in (
+            "addr add 10.213.8.2/30 dev cable",
+            "link set cable up",
+            "link set lo up",
+            "-6 addr add fd00:213:8::2/64 dev cable nodad",
+            "-6 neigh add fd00:213:8::99 lladdr 02:00:00:00:00:99 dev cable",
+        ):
+            run(*inside, "ip", *line.split())
+        script = str(REPOSITORY / "mdm_tunnel_client.py")
+        words = ["-h", "dual.test:%d" % server.client_port, "-i", "far", "web=9"]
+        start = time.monotonic()
+        client = Process("client", *inside, sys.executable, script, *words)
+        wait_for("login of far", functools.partial(has_an_index, server.port))
+        took = time.monotonic() - start
+        assert took < 2, "%.1f s" % took  # one address after the other took over 5
+        client.stop()
+    finally:
+        subprocess.run(["ip", "netns", "del", name])
+        hosts.unlink()
+        hosts.parent.rmdir()
+    server.process.stop()
+    return "logged in %.2f s after the start" % took
+
+
 def has_an_index(port: int) -> bool:
     return get(port, "far.localhost", "/")[0] == 200
 
@@ -813,6 +856,7 @@ CHECKS: List[Callable[[World], str]] = [
     *skew.CHECKS,
     *leaving.CHECKS,
     network_that_swallows_everything,
+    family_that_swallows_everything,
     nothing_grows_in_20000_requests,
     nothing_was_printed,
     benchmark_runs,
