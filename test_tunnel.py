@@ -6106,6 +6106,7 @@ class Options(TunnelCase):
         self.start_server(tcp_ports=[number], bind="127.0.0.1")
         option = {"target": self.echo(), "tcp": number, "visitors": ["192.0.2.0/24"]}
         self.start_client({"web": option})
+        self.server.until(lambda: self.server.program.tcp.open)
         with contextlib.suppress(ConnectionResetError):
             with socket.create_connection(("127.0.0.1", number), PATIENCE) as conn:
                 self.assertEqual(conn.recv(1), b"")
