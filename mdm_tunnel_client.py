@@ -1536,7 +1536,9 @@ def parse_target(value: Any) -> Target:
     """9000, "host:port", "http://host:port" or "unix:/path". Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError("a target is a port, host:port or unix:/path")
-    scheme, text = split_url(str(value))  # dev servers print their URL
+    scheme, text = "", str(value)
+    if not text.startswith("unix:"):
+        scheme, text = split_url(text)  # dev servers print their URL
     if scheme == "https":
         raise ValueError("%r: a target is dialled without TLS" % value)
     if scheme:
@@ -2877,17 +2879,27 @@ class Resolver:
 # Proxies: where only a proxy leads out, the client asks it to CONNECT (RFC 9110 9.3.6).
 # The variables http_proxy, https_proxy, all_proxy and no_proxy say so, as for curl.
 # -----------------------------------------------------------------------------------
+NO_PROXY_URL = (
+    "no URL like http://user:password@host:port; escape what is special in a password, "
+    "or use --no-proxy"
+)
+
+
 class Proxy:
-    """The proxy at `url`. Raises ValueError."""
+    """The proxy at `url`. Raises ValueError, whose text does not hold the URL."""
 
     def __init__(self, url: str) -> None:
         import urllib.parse
 
-        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+        try:
+            parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+            port = parts.port
+        except ValueError:  # whose text may hold the password
+            parts, port = urllib.parse.urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("the proxy is no http:// or https:// URL with a host")
+            raise ValueError(NO_PROXY_URL)
         self.tls = parts.scheme == "https"
-        port = parts.port or (443 if self.tls else 80)
+        port = port or (443 if self.tls else 80)
         self.name = "proxy %s:%d" % (parts.hostname, port)
         self.target = Target(self.name, parts.hostname, port)
         self.credentials = ""
@@ -2912,7 +2924,7 @@ class Proxy:
 def find_proxy(host: str, port: int, tls: bool) -> Optional[Proxy]:
     """The proxy on the way to a server; None when there is none. This machine needs no
     proxy. Raises ValueError."""
-    local = host == "localhost" or host.startswith("127.") or host == "::1"
+    local = re.fullmatch(r"(?i)localhost|127(\.[0-9]+){3}|::1", host)
     if local or not any(name.lower().endswith("_proxy") for name in os.environ):
         return None  # urllib is large
     import urllib.request
@@ -3032,8 +3044,8 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         scheme, host = split_url(options.host)
         if options.port is None:
             options.port = {"https": 443, "http": 80}.get(scheme, 8001)
-        if scheme == "http" and options.tls:
-            raise ValueError("--tls goes with https://, not with http://")
+        if scheme == "http" and (options.tls or options.tls_ca or options.fingerprint):
+            raise ValueError("TLS goes with https://, not with http://")
         options.tls = options.tls or scheme == "https"
         options.host, options.port = split_host(host, options.port)
         if not LABEL.fullmatch(options.id.lower()):

@@ -2101,15 +2101,19 @@ class Registry:
         pool.replace(services)
         self.tcp.close_unused(pool)
         host = self.names.base(read_host(tunnel.host))
-        for name in urls:
-            found = services.get(name.lower())
-            if found and found.tcp is not None:
-                urls[name] = self.open_tcp(found, host)
+        known = [name for name in urls if name.lower() in services]
+        names = [name for name in known if services[name.lower()].tcp is not None]
+        names.sort(key=lambda name: not services[name.lower()].tcp)
+        for number, name in enumerate(names):  # "any free one" comes last
+            urls[name] = self.open_tcp(services[name.lower()], host, number)
         return urls
 
-    def open_tcp(self, service: Service, host: str) -> str:
-        """A service that wants a port of ours is published with it, or not at all."""
+    def open_tcp(self, service: Service, host: str, number: int) -> str:
+        """A service that wants a port of ours is published with it, or not at all. It
+        is the list's so-many-th: to look for ports takes time."""
         try:
+            if number >= TCP_LIMIT:
+                raise ValueError("an id has at most %d ports" % TCP_LIMIT)
             return "tcp://%s:%d" % (host, self.tcp.give(service))
         except ValueError as error:
             service.pool.services.pop(service.name, None)
@@ -2571,8 +2575,8 @@ class Exchange:
         if self.retried or self.interim or self.inbox or not (stale or unseen):
             return False
         service = self.http.site.service(pool.id, self.service.name)
-        if service is None:
-            return False
+        if service is None or service is not self.service and service.gates:
+            return False  # this visitor has not passed its gates
         self.service, self.retried = service, True
         self.stream = self.open_stream()
         self.head = self.request.to_service(service.host)
@@ -3723,7 +3727,7 @@ NO_FIELD = re.compile(
     r"\n(?!%s:)(?:[!-9;-~\x80-\xff]+(?::%s*)?|HTTP/%s*)(?=\n)" % (TOKEN, TEXT, TEXT)
 )
 LABELS = r"(?:[0-9A-Za-z_-]+\.)*[0-9A-Za-z_-]+\.?"  # of any length, but none empty
-HOST = re.compile(r"(\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|%s)(?::(\d{0,5}))?" % LABELS)
+HOST = re.compile(r"(\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|%s)(?::([0-9]{0,5}))?" % LABELS)
 PROTOCOLS = re.compile(r"%s(?:/%s)?(?:[ \t]*,[ \t]*%s(?:/%s)?)*" % (4 * (TOKEN,)))
 LENGTH = re.compile(r"\d{1,18}")
 # Once, or several times the same (RFC 9110 8.6).
@@ -3912,7 +3916,7 @@ def replace_host(head: bytes, old: str, new: str) -> bytes:
     a dev server compares them. What X-Forwarded-Host says stays."""
     line = ("\r\nHost: %s\r\n" % new).encode("latin-1")
     head = head.replace(("\r\nHost: %s\r\n" % old).encode("latin-1"), line, 1)
-    same = r"(?i)(\r\n(?:origin|referer):[ \t]*)https?://%s(?=[/\r])" % re.escape(old)
+    same = r"(?i)(\r\n(?:origin|referer):[ \t]*)https?://%s(?=[/?#\r])" % re.escape(old)
     return re.sub(same.encode("latin-1"), rb"\1http://" + new.encode("latin-1"), head)
 
 
@@ -4204,6 +4208,9 @@ class Port:
 # service is published.
 # -----------------------------------------------------------------------------------
 TCP_LIMIT = 64  # ports that one id may have, so that others find some
+TCP_SHARE = 4  # of so many descriptors one may be a port: visitors need the others
+TRIES = 16  # ports that other programs have, until we give up: each costs time
+TRY_AGAIN = 10.0  # seconds until such a port is tried again
 
 
 class TCPPorts:
@@ -4214,6 +4221,7 @@ class TCPPorts:
         self.bind, self.numbers = bind, numbers
         self.open: Dict[int, Tuple[Service, Port]] = {}
         self.last: Dict[int, Tuple[str, str]] = {}  # the id and service that had it
+        self.foreign: Dict[int, float] = {}  # what others have, and when to look again
 
     def give(self, service: Service) -> int:
         """Open the port that a service wants, or any free one. Raises ValueError."""
@@ -4224,12 +4232,18 @@ class TCPPorts:
             raise ValueError("this server has no --tcp-ports, or is stopping")
         if len(mine) >= TCP_LIMIT:
             raise ValueError("an id has at most %d ports" % TCP_LIMIT)
+        if TCP_SHARE * len(self.open) >= self.loop.capacity or self.loop.full():
+            raise ValueError("no descriptors are left for ports")
         cause = "all of --tcp-ports are taken"
-        for number in [service.tcp] if service.tcp else self.free(service):
+        if not service.tcp and len(self.open) >= len(self.numbers):
+            raise ValueError(cause)
+        free = itertools.islice(self.free(service), TRIES)
+        for number in [service.tcp] if service.tcp else free:
             try:
                 return self.listen(number, service)
             except OSError as error:  # another program has it
-                cause = str(error.strerror) if service.tcp else cause
+                self.foreign[number] = self.loop.clock() + TRY_AGAIN
+                cause = str(error.strerror or error) if service.tcp else cause
         raise ValueError(cause)
 
     def free(self, service: Service) -> Iterator[int]:
@@ -4237,8 +4251,9 @@ class TCPPorts:
         key, last = (service.pool.id, service.name), self.last
         mine = [number for number, owner in last.items() if owner == key]
         new = (number for number in self.numbers if number not in last)
+        now = self.loop.clock()
         for number in itertools.chain(mine, new, self.numbers):
-            if number not in self.open:
+            if number not in self.open and self.foreign.get(number, now) <= now:
                 yield number
 
     def listen(self, number: int, service: Service) -> int:
