@@ -2109,8 +2109,8 @@ class Registry:
         return urls
 
     def open_tcp(self, service: Service, host: str, number: int) -> str:
-        """A service that wants a port of ours is published with it, or not at all. It
-        is the list's so-many-th: to look for ports takes time."""
+        """A service that wants a port of ours is published with it, or not at all.
+        `number` counts those of the list: to look for ports takes time."""
         try:
             if number >= TCP_LIMIT:
                 raise ValueError("an id has at most %d ports" % TCP_LIMIT)
@@ -4557,10 +4557,12 @@ def drop_privileges(user: Any, paths: List[str]) -> None:
     """Give up root's rights for good, and those of its groups. The user must be able to
     read the files, which are read again when they change. Raises OSError."""
     # Modules that are imported later may lie where only root can read.
+    import base64  # noqa: F401
     import hashlib  # noqa: F401
     import hmac  # noqa: F401
     import html  # noqa: F401
     import http  # noqa: F401
+    import ipaddress  # noqa: F401
     import random  # noqa: F401
     import traceback  # noqa: F401
 

@@ -112,6 +112,16 @@ class Promises(unittest.TestCase):
             self.assertIn(name[:-3], loaded)
             self.assertEqual(set(heavy.split()) & set(loaded), set(), name)
 
+    def test_what_is_imported_later_is_imported_before_the_rights_go(self):
+        later, before = set(), {"pwd", "resource", "ssl"}  # which are used at the start
+        for function in ast.walk(ast.parse(read(SCRIPTS[0]))):
+            if isinstance(function, ast.FunctionDef):
+                found = before if function.name == "drop_privileges" else later
+                for node in ast.walk(function):
+                    if isinstance(node, ast.Import):
+                        found.update(alias.name for alias in node.names)
+        self.assertEqual(later - before, set())
+
     def test_only_the_server_knows_http(self):
         own = read("mdm_tunnel_client.py")
         for block, _ in shared_blocks("mdm_tunnel_client.py"):
@@ -132,7 +142,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 1950, "server": 2740, "client": 1182}
+    BUDGETS = {"shared": 1950, "server": 2742, "client": 1182}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
@@ -7681,8 +7691,8 @@ class Processes(TunnelCase):
     def test_rights_that_cannot_be_given_up_end_the_server(self):
         if os.name == "nt" or os.getuid() != 0:
             self.skipTest("only root can")
-        code = "import hashlib, hmac, html, http, os, pwd, random, resource, sys; "
-        code += "import traceback; "
+        code = "import base64, hashlib, hmac, html, http, ipaddress, os, pwd, random; "
+        code += "import resource, sys, traceback; "
         code += "sys.path[0] = %r; "
         code += "import mdm_tunnel_server as s; s.parse_arguments([]); "
         code += "os.setuid(65534); s.main(%r)"

@@ -4,6 +4,7 @@ CHECKS, at the end."""
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Union
 
 import leaving
 import skew
@@ -685,36 +687,52 @@ async def one_message_by_tls(local: int, host: str, port: int) -> None:
             assert await connection.recv() == b"x" * (1 << 20)
 
 
-def network_that_swallows_everything(world: World) -> str:
-    """The client sits in a namespace whose only cable is pulled, and put back."""
-    name = "mdm-%d" % os.getpid()
-    ip = ["ip", "netns", "exec", name, "ip"]
+@contextlib.contextmanager
+def namespace(net: int) -> Iterator[List[str]]:
+    """A network namespace with one cable, to this machine, which is 10.213.NET.1: the
+    words that run a command in it; no words where there are no namespaces."""
+    name = "mdm-%d-%d" % (net, os.getpid())
+    inside = ["ip", "netns", "exec", name]
     if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
-        return "left out: no namespaces here"
-    server = Server()
+        yield []
+        return
     try:
         pair = ("type", "veth", "peer", "name", "cable", "netns", name)
         run("ip", "link", "add", name, *pair)
-        run("ip", "addr", "add", "10.213.7.1/30", "dev", name)
+        run("ip", "addr", "add", "10.213.%d.1/30" % net, "dev", name)
         run("ip", "link", "set", name, "up")
-        run(*ip, "addr", "add", "10.213.7.2/30", "dev", "cable")
-        run(*ip, "link", "set", "cable", "up")
-        run(*ip, "link", "set", "lo", "up")
-        script = str(REPOSITORY / "mdm_tunnel_client.py")
-        words = ["-h", "10.213.7.1:%d" % server.client_port, "-i", "far", "web=9"]
-        client = Process("client", *ip[:-1], sys.executable, script, *words)
+        run(*inside, "ip", "addr", "add", "10.213.%d.2/30" % net, "dev", "cable")
+        for device in ("cable", "lo"):
+            run(*inside, "ip", "link", "set", device, "up")
+        yield inside
+    finally:
+        subprocess.run(["ip", "netns", "del", name])
+
+
+def start_far(inside: List[str], server: Server, host: str) -> Process:
+    """The client `far` in a namespace."""
+    script = str(REPOSITORY / "mdm_tunnel_client.py")
+    words = ["-h", "%s:%d" % (host, server.client_port), "-i", "far", "web=9"]
+    return Process("client", *inside, sys.executable, script, *words)
+
+
+def network_that_swallows_everything(world: World) -> str:
+    """The client sits in a namespace whose only cable is pulled, and put back."""
+    with namespace(7) as inside:
+        if not inside:
+            return "left out: no namespaces here"
+        server = Server()
+        client = start_far(inside, server, "10.213.7.1")
         answers = functools.partial(has_an_index, server.port)
         wait_for("login of far", answers)
-        run(*ip, "link", "set", "cable", "down")
+        run(*inside, "ip", "link", "set", "cable", "down")
         wait_for("server's notice", lambda: not answers(), seconds=40)
-        run(*ip, "link", "set", "cable", "up")
+        run(*inside, "ip", "link", "set", "cable", "up")
         start = time.monotonic()
         wait_for("the way back", answers, seconds=40)
         back = time.monotonic() - start
         client.stop()
-    finally:
-        subprocess.run(["ip", "netns", "del", name])
-    server.process.stop()
+        server.process.stop()
     return "back %.1f s after the cable" % back
 
 
@@ -724,40 +742,27 @@ BOTH = "fd00:213:8::99 dual.test\n10.213.8.1 dual.test\n"
 def family_that_swallows_everything(world: World) -> str:
     """A server of both families, of which IPv6 never answers: the neighbour is made up.
     The other begins a moment later, and not when the first has failed."""
-    name = "mdm6-%d" % os.getpid()
-    inside = ["ip", "netns", "exec", name]
-    if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
-        return "left out: no namespaces here"
-    hosts = Path("/etc/netns") / name / "hosts"  # which `ip netns exec` puts in place
-    hosts.parent.mkdir(parents=True)
-    hosts.write_text(BOTH)
-    server = Server()
-    try:
-        pair = ("type", "veth", "peer", "name", "cable", "netns", name)
-        run("ip", "link", "add", name, *pair)
-        run("ip", "addr", "add", "10.213.8.1/30", "dev", name)
-        run("ip", "link", "set", name, "up")
-        for line in (
-            "addr add 10.213.8.2/30 dev cable",
-            "link set cable up",
-            "link set lo up",
-            "-6 addr add fd00:213:8::2/64 dev cable nodad",
-            "-6 neigh add fd00:213:8::99 lladdr 02:00:00:00:00:99 dev cable",
-        ):
-            run(*inside, "ip", *line.split())
-        script = str(REPOSITORY / "mdm_tunnel_client.py")
-        words = ["-h", "dual.test:%d" % server.client_port, "-i", "far", "web=9"]
-        start = time.monotonic()
-        client = Process("client", *inside, sys.executable, script, *words)
-        wait_for("login of far", functools.partial(has_an_index, server.port))
-        took = time.monotonic() - start
+    with namespace(8) as inside:
+        if not inside:
+            return "left out: no namespaces here"
+        run(*inside, "ip", "-6", *"addr add fd00:213:8::2/64 dev cable nodad".split())
+        neighbour = "neigh add fd00:213:8::99 lladdr 02:00:00:00:00:99 dev cable"
+        run(*inside, "ip", "-6", *neighbour.split())
+        hosts = Path("/etc/netns") / inside[-1] / "hosts"  # for ip netns exec
+        hosts.parent.mkdir(parents=True)
+        hosts.write_text(BOTH)
+        try:
+            server = Server()
+            start = time.monotonic()
+            client = start_far(inside, server, "dual.test")
+            wait_for("login of far", functools.partial(has_an_index, server.port))
+            took = time.monotonic() - start
+        finally:
+            hosts.unlink()
+            hosts.parent.rmdir()
         assert took < 2, "%.1f s" % took  # one address after the other took over 5
         client.stop()
-    finally:
-        subprocess.run(["ip", "netns", "del", name])
-        hosts.unlink()
-        hosts.parent.rmdir()
-    server.process.stop()
+        server.process.stop()
     return "logged in %.2f s after the start" % took
 
 
