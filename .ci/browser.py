@@ -1,6 +1,8 @@
 """A headless Chromium, driven by chromedriver in plain HTTP (W3C WebDriver)."""
 
 import json
+import shutil
+import tempfile
 import urllib.request
 from typing import Any, List, Optional
 
@@ -18,19 +20,39 @@ return document.readyState === "complete" && page.responseStatus === 200
 """
 
 
+# Seconds for a browser to start, the first and the second time: on a busy machine that
+# has just installed it the first start takes most of a minute.
+STARTS = 50, 60
+
+
 class Browser:
-    """One session with one window."""
+    """One session with one window, and a profile of its own: one that was left behind
+    by a browser that did not start would be locked."""
 
     def __init__(self) -> None:
+        for number, seconds in enumerate(STARTS, 1):
+            try:
+                self.start(seconds)
+                return
+            except OSError:
+                self.stop()
+                if number == len(STARTS):
+                    raise
+
+    def start(self, seconds: float) -> None:
         (port,) = free_ports(1)
+        self.profile = tempfile.mkdtemp(prefix="chromium-", dir=TMP)
         self.driver = Process("chromedriver", "chromedriver", "--port=%d" % port)
         self.driver.wait_until_listening(port)
         self.base = "http://127.0.0.1:%d/session" % port
-        flags = FLAGS + ["--user-data-dir=%s" % (TMP / "chromium")]
-        options = {"args": flags}
+        options = {"args": [*FLAGS, "--user-data-dir=%s" % self.profile]}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options}
         asked = {"capabilities": {"alwaysMatch": wanted}}
-        self.base += "/" + self.call("POST", "", asked)["sessionId"]
+        self.base += "/" + self.call("POST", "", asked, seconds)["sessionId"]
+
+    def stop(self) -> None:
+        self.driver.stop()
+        shutil.rmtree(self.profile, ignore_errors=True)
 
     def __enter__(self) -> "Browser":
         return self
@@ -39,13 +61,15 @@ class Browser:
         try:
             self.call("DELETE", "")
         finally:
-            self.driver.stop()
+            self.stop()
 
-    def call(self, method: str, path: str, body: Optional[Any] = None) -> Any:
+    def call(
+        self, method: str, path: str, body: Optional[Any] = None, seconds: float = 30
+    ) -> Any:
         """A WebDriver command; its value. Raises OSError."""
         data = None if body is None else json.dumps(body).encode()
         asked = urllib.request.Request(self.base + path, data, method=method)
-        with urllib.request.urlopen(asked, timeout=30) as answer:
+        with urllib.request.urlopen(asked, timeout=seconds) as answer:
             return json.load(answer)["value"]
 
     def run(self, script: str, *arguments: Any) -> Any:
