@@ -531,8 +531,8 @@ class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock transport owner backlog readable eof send_error ending_write "
-        "progress_at events timer phase ending"
+        "loop sock transport owner backlog readable unread eof send_error "
+        "ending_write progress_at events timer phase ending"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
@@ -542,6 +542,7 @@ class Connection:
         self.ending = Ending.CLOSE
         self.backlog = bytearray()  # what the transport has not taken yet
         self.readable = False  # a read may give something; the selector said so
+        self.unread = b""  # was read by an owner before, and is this one's
         self.eof = False  # the peer sends no more
         self.send_error: Optional[OSError] = None  # why nothing can be sent
         self.ending_write = False  # a half-close waits behind the backlog
@@ -594,15 +595,19 @@ class Connection:
             return
         else:
             events = 0 if self.phase == Phase.CLOSING else READ
+        if events & READ and (self.unread or self.transport.more and not self.eof):
+            self.announce()
         if self.eof:
             events &= ~READ
-        elif self.transport.more and events & READ:
-            key = selectors.SelectorKey(self.sock, 0, READ, self)
-            self.loop.unseen.append((key, READ))
         if self.transport.unsent or self.backlog and self.phase != Phase.HANDSHAKE:
             events |= WRITE
         if events != self.events:
             self.tell_selector(events)
+
+    def announce(self) -> None:
+        """Something can be read of which no selector tells."""
+        key = selectors.SelectorKey(self.sock, 0, READ, self)
+        self.loop.unseen.append((key, READ))
 
     def tell_selector(self, events: int) -> None:
         if self.events and events:
@@ -625,13 +630,19 @@ class Connection:
     def read_into(self, view: memoryview) -> Optional[int]:
         """Bytes read, 0 at the end, None when there are none now. Raises OSError. An
         empty view gives None: to read nothing would look like the end."""
+        count: int
         self.loop.dirty.add(self)
+        if self.unread and len(view):
+            count = min(len(view), len(self.unread))
+            view[:count], self.unread = self.unread[:count], self.unread[count:]
+            self.announce()  # there may be more, or the end was seen before
+            return count
         if self.eof:
             return 0
         if not self.readable or not len(view):
             return None
         try:
-            count: int = self.transport.recv_into(view)
+            count = self.transport.recv_into(view)
         except BlockingIOError:
             self.readable = False
             return None
@@ -649,7 +660,7 @@ class Connection:
     def has_unread(self) -> bool:
         """Whether something is here that was not read yet."""
         try:
-            return bool(self.sock.recv(1, socket.MSG_PEEK))
+            return bool(self.unread or self.sock.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
 
@@ -726,6 +737,8 @@ class Connection:
         """From here on all is encrypted: see Sealed."""
         under = self.transport
         self.transport = Sealed(self.loop, under, context, server, name, pin)
+        self.transport.incoming.write(self.unread)
+        self.unread = b""
         self.phase = Phase.HANDSHAKE
         self.watch(HANDSHAKE_TIME)
         if not server:
@@ -1393,24 +1406,19 @@ PIPE_LOOK = 5.0  # seconds between looks at a connection that nothing is waited 
 
 class Pipe:
     """Owns both. When the connection breaks the peer is told `code`: "left" for a
-    visitor, "reset" for a service. `early` was read before there was a pipe."""
+    visitor, "reset" for a service."""
 
-    __slots__ = ("stream", "connection", "name", "code", "early", "timer")
+    __slots__ = ("stream", "connection", "name", "code", "timer")
 
     def __init__(
-        self,
-        stream: Stream,
-        connection: Connection,
-        name: str,
-        code: str,
-        early: bytes = b"",
+        self, stream: Stream, connection: Connection, name: str, code: str
     ) -> None:
         self.stream, self.connection = stream, connection
-        self.name, self.code, self.early = name, code, bytearray(early)
+        self.name, self.code = name, code
         stream.owner = connection.owner = self
         self.timer = Timer(connection.loop, self, self.look)
         connection.loop.dirty.add(connection)
-        if early or connection.eof:
+        if connection.unread or connection.eof:
             stream.wake()  # no socket will announce it
 
     def __str__(self) -> str:
@@ -1438,13 +1446,7 @@ class Pipe:
         self.stream.wake()
 
     def pull(self, view: memoryview) -> Optional[int]:
-        """What was read early comes first. When both sides have ended it is over."""
-        if self.early:
-            size = min(len(view), len(self.early))
-            view[:size] = self.early[:size]
-            del self.early[:size]
-            self.stream.wake()
-            return size
+        """When both sides have ended it is over."""
         count = self.connection.read_into(view)
         if count == 0 and self.stream.ended_in:
             self.connection.close_when_drained(Ending.CLOSE)
@@ -1755,8 +1757,7 @@ class Dial:
     """Tries the target's addresses, the next one STAGGER after the last if that has not
     answered; the first to connect wins. Then it takes the steps: each has go_on(dial),
     which returns whether it is done. All has at most `seconds`. It ends with one call:
-    of owner.on_dialled(connection, early), where `early` was read behind the last step,
-    or of owner.on_undialled(error)."""
+    of owner.on_dialled(connection) or of owner.on_undialled(error)."""
 
     def __init__(
         self, resolver: Any, target: Target, steps: list, seconds: float, owner: Any
@@ -1768,7 +1769,6 @@ class Dial:
         self.attempts: List[Attempt] = []  # that go on
         self.failure: Optional[Unreachable] = None  # of the first address
         self.connection: Any = None  # the one that won
-        self.early = b""
         self.gate: Optional["Gate"] = None  # which lets it begin
         self.timer = Timer(self.loop, self, self.on_late)
         self.timer.set(seconds)
@@ -1792,7 +1792,7 @@ class Dial:
             if not self.steps:
                 connection, self.connection = self.connection, None
                 self.end()
-                self.owner.on_dialled(connection, self.early)
+                self.owner.on_dialled(connection)
 
     on_readable = on_writable = advance
 
@@ -1909,7 +1909,8 @@ class Ask:
             if len(self.answer) >= ANSWER_LIMIT:
                 raise OSError("the server's answer does not end")
             return False
-        head, dial.early = bytes(self.answer[:end]), bytes(self.answer[end:])
+        head = bytes(self.answer[:end])
+        dial.connection.unread = bytes(self.answer[end:])
         match = STATUS.match(head)
         status = int(match.group(1)) if match else 0
         if status != self.want:
@@ -1963,7 +1964,7 @@ class Bridge:
     def __str__(self) -> str:
         return "%s %s" % (self.tunnel, self.service)
 
-    def on_dialled(self, connection: Connection, _early: bytes) -> None:
+    def on_dialled(self, connection: Connection) -> None:
         pipe = Pipe(self.stream, connection, self.target.text, "reset")
         if self.pending:
             pipe.receive(memoryview(self.pending))
@@ -2137,13 +2138,11 @@ class Uplink:
             return target, before + steps
         return client.target, steps
 
-    def on_dialled(self, connection: Connection, early: bytes) -> None:
+    def on_dialled(self, connection: Connection) -> None:
         if self.client.stopping:
             connection.close()
             return
         self.tunnel = Tunnel(self, connection)
-        link = self.tunnel.link
-        self.loop.guard(link, link.receive, memoryview(early))
 
     def on_undialled(self, error: Exception) -> None:
         """There is no link. An answer that will stay the same ends the first dial."""

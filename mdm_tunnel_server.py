@@ -535,8 +535,8 @@ class Connection:
     """Its owner has interest(), on_readable(), on_writable() and fail(error)."""
 
     __slots__ = (
-        "loop sock transport owner backlog readable eof send_error ending_write "
-        "progress_at events timer phase ending"
+        "loop sock transport owner backlog readable unread eof send_error "
+        "ending_write progress_at events timer phase ending"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
@@ -546,6 +546,7 @@ class Connection:
         self.ending = Ending.CLOSE
         self.backlog = bytearray()  # what the transport has not taken yet
         self.readable = False  # a read may give something; the selector said so
+        self.unread = b""  # was read by an owner before, and is this one's
         self.eof = False  # the peer sends no more
         self.send_error: Optional[OSError] = None  # why nothing can be sent
         self.ending_write = False  # a half-close waits behind the backlog
@@ -598,15 +599,19 @@ class Connection:
             return
         else:
             events = 0 if self.phase == Phase.CLOSING else READ
+        if events & READ and (self.unread or self.transport.more and not self.eof):
+            self.announce()
         if self.eof:
             events &= ~READ
-        elif self.transport.more and events & READ:
-            key = selectors.SelectorKey(self.sock, 0, READ, self)
-            self.loop.unseen.append((key, READ))
         if self.transport.unsent or self.backlog and self.phase != Phase.HANDSHAKE:
             events |= WRITE
         if events != self.events:
             self.tell_selector(events)
+
+    def announce(self) -> None:
+        """Something can be read of which no selector tells."""
+        key = selectors.SelectorKey(self.sock, 0, READ, self)
+        self.loop.unseen.append((key, READ))
 
     def tell_selector(self, events: int) -> None:
         if self.events and events:
@@ -629,13 +634,19 @@ class Connection:
     def read_into(self, view: memoryview) -> Optional[int]:
         """Bytes read, 0 at the end, None when there are none now. Raises OSError. An
         empty view gives None: to read nothing would look like the end."""
+        count: int
         self.loop.dirty.add(self)
+        if self.unread and len(view):
+            count = min(len(view), len(self.unread))
+            view[:count], self.unread = self.unread[:count], self.unread[count:]
+            self.announce()  # there may be more, or the end was seen before
+            return count
         if self.eof:
             return 0
         if not self.readable or not len(view):
             return None
         try:
-            count: int = self.transport.recv_into(view)
+            count = self.transport.recv_into(view)
         except BlockingIOError:
             self.readable = False
             return None
@@ -653,7 +664,7 @@ class Connection:
     def has_unread(self) -> bool:
         """Whether something is here that was not read yet."""
         try:
-            return bool(self.sock.recv(1, socket.MSG_PEEK))
+            return bool(self.unread or self.sock.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
 
@@ -730,6 +741,8 @@ class Connection:
         """From here on all is encrypted: see Sealed."""
         under = self.transport
         self.transport = Sealed(self.loop, under, context, server, name, pin)
+        self.transport.incoming.write(self.unread)
+        self.unread = b""
         self.phase = Phase.HANDSHAKE
         self.watch(HANDSHAKE_TIME)
         if not server:
@@ -1397,24 +1410,19 @@ PIPE_LOOK = 5.0  # seconds between looks at a connection that nothing is waited 
 
 class Pipe:
     """Owns both. When the connection breaks the peer is told `code`: "left" for a
-    visitor, "reset" for a service. `early` was read before there was a pipe."""
+    visitor, "reset" for a service."""
 
-    __slots__ = ("stream", "connection", "name", "code", "early", "timer")
+    __slots__ = ("stream", "connection", "name", "code", "timer")
 
     def __init__(
-        self,
-        stream: Stream,
-        connection: Connection,
-        name: str,
-        code: str,
-        early: bytes = b"",
+        self, stream: Stream, connection: Connection, name: str, code: str
     ) -> None:
         self.stream, self.connection = stream, connection
-        self.name, self.code, self.early = name, code, bytearray(early)
+        self.name, self.code = name, code
         stream.owner = connection.owner = self
         self.timer = Timer(connection.loop, self, self.look)
         connection.loop.dirty.add(connection)
-        if early or connection.eof:
+        if connection.unread or connection.eof:
             stream.wake()  # no socket will announce it
 
     def __str__(self) -> str:
@@ -1442,13 +1450,7 @@ class Pipe:
         self.stream.wake()
 
     def pull(self, view: memoryview) -> Optional[int]:
-        """What was read early comes first. When both sides have ended it is over."""
-        if self.early:
-            size = min(len(view), len(self.early))
-            view[:size] = self.early[:size]
-            del self.early[:size]
-            self.stream.wake()
-            return size
+        """When both sides have ended it is over."""
         count = self.connection.read_into(view)
         if count == 0 and self.stream.ended_in:
             self.connection.close_when_drained(Ending.CLOSE)
@@ -2763,7 +2765,8 @@ class Exchange:
         self.connection.write(answer.to_visitor("") + bytes(self.inbox))
         self.end(101)
         http.detach()
-        Pipe(self.stream, self.connection, str(self), "left", bytes(http.unparsed))
+        self.connection.unread = bytes(http.unparsed)
+        Pipe(self.stream, self.connection, str(self), "left")
 
     def begin_answer(self, answer: Answer) -> None:
         """The head of the answer is whole. It goes out together with the beginning of
@@ -3050,8 +3053,8 @@ class LinkSite(Site):
         self.registry.unauthenticated.admit(connection)
         lines = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s"
         connection.write((lines % PROTOCOL + "\r\n\r\n").encode())
-        link = Tunnel(self.registry, connection, request.host).link
-        link.loop.guard(link, link.receive, memoryview(bytes(http.unparsed)))
+        connection.unread = bytes(http.unparsed)
+        Tunnel(self.registry, connection, request.host)
 
 
 class SharedSite(Site):

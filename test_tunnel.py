@@ -6198,7 +6198,7 @@ class Dials(unittest.TestCase):
         def resolve(self, dial):
             return self.addresses
 
-        def on_dialled(self, connection, early):
+        def on_dialled(self, connection):
             self.connection = connection
 
         def on_undialled(self, error):
