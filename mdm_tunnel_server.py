@@ -114,7 +114,7 @@ LOGIN_LIMIT = 4 << 10  # bytes: nobody is known yet, so nobody may cost much
 Kind = enum.IntEnum(  # numbered from 1
     "Kind",
     "CHALLENGE LOGIN WELCOME SERVICES URLS OPEN DATA CREDIT END RESET "
-    "PING PONG GOODBYE",
+    "PING PONG GOODBYE CONNECTED",
 )
 # kind: who sends it, is it about a stream, bytes at least, bytes at most
 RULES: Dict[int, Tuple[str, bool, int, int]] = {
@@ -123,7 +123,7 @@ RULES: Dict[int, Tuple[str, bool, int, int]] = {
     Kind.WELCOME: ("server", False, 2, TEXT_LIMIT),  # JSON: proof, if there are tokens
     Kind.SERVICES: ("client", False, 2, TEXT_LIMIT),  # JSON: name -> options
     Kind.URLS: ("server", False, 2, TEXT_LIMIT),  # JSON: name -> URL or error
-    Kind.OPEN: ("server", True, 2, TEXT_LIMIT),  # JSON: service, visitor, scheme
+    Kind.OPEN: ("server", True, 2, TEXT_LIMIT),  # JSON: service, visitor, scheme, ...
     Kind.DATA: ("both", True, 1, DATA_LIMIT),  # bytes
     Kind.CREDIT: ("both", True, NUMBER.size, NUMBER.size),  # u32
     Kind.END: ("both", True, 0, 0),
@@ -131,6 +131,7 @@ RULES: Dict[int, Tuple[str, bool, int, int]] = {
     Kind.PING: ("both", False, PING_CLOCK.size, PING_CLOCK.size),
     Kind.PONG: ("both", False, PING_CLOCK.size, PING_CLOCK.size),  # what the PING held
     Kind.GOODBYE: ("both", False, 2, TEXT_LIMIT),  # JSON: code, reason
+    Kind.CONNECTED: ("client", True, 0, 0),  # the target is, if OPEN said `confirm`
 }
 LOGIN_ORDER = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
 DATA, OPEN = int(Kind.DATA), int(Kind.OPEN)  # looked at for every frame
@@ -741,8 +742,6 @@ class Connection:
         """From here on all is encrypted: see Sealed."""
         under = self.transport
         self.transport = Sealed(self.loop, under, context, server, name, pin)
-        self.transport.incoming.write(self.unread)
-        self.unread = b""
         self.phase = Phase.HANDSHAKE
         self.watch(HANDSHAKE_TIME)
         if not server:
@@ -758,6 +757,8 @@ class Connection:
         if self.loop.handshakes and self.loop.tired():
             return
         self.loop.handshakes += 1
+        self.transport.incoming.write(self.unread)
+        self.unread = b""
         if not self.transport.shake_hands():
             return
         self.phase = Phase.OPEN
@@ -880,7 +881,7 @@ class Stream:
 
     __slots__ = (
         "link id owner credit window granted widened unread uncredited sent last_turn "
-        "since queued wants_turn owing open ended_out ended_in open_frame reset_frame"
+        "since queued wants_turn owing open ended_out ended_in first_frame reset_frame"
     ).split()
 
     def __init__(self, link: "Link", number: int, owner: Any) -> None:
@@ -897,7 +898,8 @@ class Stream:
         self.owing = False  # stands among the link's debtors
         self.open = True
         self.ended_out = self.ended_in = False  # END was sent, END was received
-        self.open_frame = self.reset_frame = b""  # the OPEN and the RESET to send
+        self.first_frame: Any = None  # OPEN or CONNECTED and its payload, to send
+        self.reset_frame = b""  # the RESET to send
 
     # For its owner.
 
@@ -941,6 +943,11 @@ class Stream:
             self.reset_frame = ("%s %s" % (code, cause)).encode()[:TEXT_LIMIT]
             self.owe()
             self.detach()
+
+    def begin(self, kind: int, payload: bytes = b"") -> None:
+        """Say this before anything else: OPEN, or that the target is CONNECTED."""
+        self.first_frame = kind, payload
+        self.owe()
 
     def fail(self, error: Exception) -> None:
         """It could not be given an owner."""
@@ -1190,6 +1197,12 @@ class Link:
         stream.credit += more
         stream.wake()
 
+    def on_connected(self, stream: Stream, payload: memoryview) -> None:
+        told = getattr(stream.owner, "on_connected", None)
+        if told is None:
+            raise ProtocolError("CONNECTED, and nobody asked")
+        self.loop.guard(stream.owner, told)
+
     def on_end(self, stream: Stream, payload: memoryview) -> None:
         if stream.ended_in:
             raise ProtocolError("END after END")
@@ -1215,8 +1228,7 @@ class Link:
     def open(self, owner: Any, message: Dict[str, Any]) -> Stream:
         """Open a stream, as only the server does."""
         stream = self.add(owner)
-        stream.open_frame = pack_json(message)
-        stream.owe()
+        stream.begin(Kind.OPEN, pack_json(message))
         if self.last_id == LAST_ID:
             self.goodbye("stopping", "all stream ids are used up")
         return stream
@@ -1274,9 +1286,10 @@ class Link:
     def put_stream_control(self, stream: Stream, fill: int) -> int:
         """The frames of control that a stream owes; with this they are paid."""
         stream.owing = False
-        if stream.open_frame:
-            fill = self.put(Kind.OPEN, stream.id, stream.open_frame, fill)
-            stream.open_frame = b""
+        if stream.first_frame:
+            kind, payload = stream.first_frame
+            fill = self.put(kind, stream.id, payload, fill)
+            stream.first_frame = None
         if stream.reset_frame:
             return self.put(Kind.RESET, stream.id, stream.reset_frame, fill)
         now = self.loop.clock()
@@ -1398,6 +1411,7 @@ STREAM_FRAMES: Dict[int, Call] = {
     Kind.CREDIT: Link.on_credit,
     Kind.END: Link.on_end,
     Kind.RESET: Link.on_reset,
+    Kind.CONNECTED: Link.on_connected,
 }
 
 
