@@ -1587,8 +1587,8 @@ def parse_service(value: Any) -> Service:
     if "target" not in options:
         raise ValueError("no target")
     target = parse_target(options.pop("target"))
-    if "auth" in options and "tcp" in options:
-        raise ValueError("auth is for HTTP: it cannot guard a TCP port")
+    if "auth" in options and ("tcp" in options or "tls" in options):
+        raise ValueError("auth is for HTTP: it cannot guard tcp, or TLS of your own")
     said = {name: OPTIONS[name](given, target) for name, given in options.items()}
     return Service(target, {name: x for name, x in said.items() if x is not None})
 
@@ -1596,10 +1596,29 @@ def parse_service(value: Any) -> Service:
 # What the server is told of each option. Raises ValueError.
 
 
-def tcp_option(value: Any, target: Target) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 16:
-        raise ValueError("tcp is a port of the server, or 0 for a free one")
-    return int(value)
+def tcp_option(value: Any, target: Target) -> Any:
+    if value is not True and (type(value) is not int or not 0 <= value < 1 << 16):
+        raise ValueError("tcp is a port of the server, 0 for a free one, or true")
+    return value
+
+
+def tls_option(value: Any, target: Target) -> str:
+    if value != "passthrough":
+        raise ValueError('tls can be "passthrough": visitors\' TLS is for the target')
+    return str(value)
+
+
+def domains_option(value: Any, target: Target) -> List[str]:
+    texts = value if isinstance(value, list) else [""]
+    if not all(isinstance(text, str) and "." in text for text in texts):
+        raise ValueError('domains is a list, like ["www.example.org"]')
+    return texts
+
+
+def proxy_protocol_option(value: Any, target: Target) -> int:
+    if type(value) is not int or value not in (1, 2):
+        raise ValueError("proxy_protocol is its version, 1 or 2")
+    return value
 
 
 def host_option(value: Any, target: Target) -> Optional[str]:
@@ -1636,8 +1655,11 @@ def auth_option(value: Any, target: Target) -> List[str]:
 
 OPTIONS: Dict[str, Call] = {
     "auth": auth_option,
+    "domains": domains_option,
     "host": host_option,
+    "proxy_protocol": proxy_protocol_option,
     "tcp": tcp_option,
+    "tls": tls_option,
     "visitors": visitors_option,
 }
 
@@ -1899,6 +1921,17 @@ class StartTLS:
         return True
 
 
+class Say:
+    """Sends something before all else."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def go_on(self, dial: Dial) -> bool:
+        dial.connection.write(self.data)
+        return True
+
+
 class Ask:
     """Sends the head of an HTTP request, and reads that of the answer, whose status has
     to be `want`: 101 for our Upgrade, 200 for a proxy's CONNECT."""
@@ -1967,18 +2000,26 @@ class Gate:
 
 
 class Bridge:
-    def __init__(self, tunnel: "Tunnel", stream: Stream, service: str) -> None:
-        self.tunnel, self.stream, self.service = tunnel, stream, service
-        self.target = tunnel.client.services[service].target
+    def __init__(
+        self, tunnel: "Tunnel", stream: Stream, name: str, message: Dict[str, Any]
+    ) -> None:
+        self.tunnel, self.stream, self.name = tunnel, stream, name
+        service = tunnel.client.services[name]
+        self.target, self.confirm = service.target, message.get("confirm") is True
         self.pending = bytearray()  # what came before there was a connection
-        self.dial = Dial(tunnel.client.resolver, self.target, [], DIAL_TIME, self)
+        steps, version = [], service.options.get("proxy_protocol")
+        if version:
+            steps.append(Say(proxy_header(version, message)))
+        self.dial = Dial(tunnel.client.resolver, self.target, steps, DIAL_TIME, self)
         stream.owner = self
         tunnel.gates[self.target].admit(self.dial)
 
     def __str__(self) -> str:
-        return "%s %s" % (self.tunnel, self.service)
+        return "%s %s" % (self.tunnel, self.name)
 
     def on_dialled(self, connection: Connection) -> None:
+        if self.confirm:
+            self.stream.begin(Kind.CONNECTED)
         pipe = Pipe(self.stream, connection, self.target.text, "reset")
         if self.pending:
             pipe.receive(memoryview(self.pending))
@@ -2089,7 +2130,7 @@ class Tunnel:
         elif self.link.loop.full():
             stream.reset("busy", "the client has no descriptors left")
         else:
-            Bridge(self, stream, service)
+            Bridge(self, stream, service, message)
 
     def on_closed(self, cause: str) -> None:
         self.timer.clear()
@@ -2886,6 +2927,40 @@ class Resolver:
     def look_up(host: str, port: int, flags: int) -> List[Address]:
         found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, flags)
         return [(entry[0], entry[4]) for entry in found]
+
+
+# -----------------------------------------------------------------------------------
+# PROXY protocol: tells a target who the visitor is, in its versions 1 and 2 (see
+# haproxy.org, proxy-protocol.txt).
+# -----------------------------------------------------------------------------------
+PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+
+
+def proxy_header(version: int, message: Dict[str, Any]) -> bytes:
+    """The header for a stream, of which the server's OPEN says whose it is."""
+    import ipaddress
+
+    try:
+        found = [ipaddress.ip_address(message[key]) for key in ("visitor", "to")]
+        ports = [int(message.get(key, 0)) & 0xFFFF for key in ("port", "to_port")]
+    except (ValueError, TypeError, KeyError):  # the visitor had gone already
+        unknown = PROXY_SIGNATURE + struct.pack("!BBH", 0x21, 0, 0)
+        return b"PROXY UNKNOWN\r\n" if version == 1 else unknown
+    wide = any(address.version == 6 for address in found)
+    packed = [widen(x) if wide else x.packed for x in found]
+    if version == 2:
+        body = b"".join(packed) + struct.pack("!HH", *ports)
+        family = 0x21 if wide else 0x11
+        return PROXY_SIGNATURE + struct.pack("!BBH", 0x21, family, len(body)) + body
+    texts = [str(ipaddress.ip_address(address)) for address in packed]
+    line = "PROXY %s %s %s %d %d\r\n"
+    return (line % ("TCP6" if wide else "TCP4", *texts, *ports)).encode()
+
+
+def widen(address: Any) -> bytes:
+    """An address as IPv6, where the other one is (RFC 4291 2.5.5.2)."""
+    packed: bytes = address.packed
+    return packed if len(packed) == 16 else bytes(10) + b"\xff\xff" + packed
 
 
 # -----------------------------------------------------------------------------------

@@ -1583,7 +1583,12 @@ class Request:
     fields: List[Tuple[str, str]] = LazyFields()  # type: ignore[assignment]
 
     def __init__(
-        self, head: Any, address: str, scheme: str = "http", recent: Any = None
+        self,
+        head: Any,
+        address: str,
+        scheme: str = "http",
+        recent: Any = None,
+        front: Any = None,
     ) -> None:
         text = head.decode("latin-1")
         line = REQUEST_LINE.match(text)
@@ -1592,13 +1597,14 @@ class Request:
         self.method, self.target, major, minor = line.groups()
         if major != "1":
             raise HTTPError(505, "version", "only HTTP/1.x is spoken here")
-        if self.method == "CONNECT":
-            raise HTTPError(501, "connect", "CONNECT is not served here")
         self.minor = int(minor != "0")  # RFC 9110 2.5: 1.7 is 1.1 to us
+        raw, recent, authority = text[line.end() - 2 :], recent or Recent(), ""
+        if front:  # of --trust-proxy
+            address, scheme, authority = front.read(raw, address, scheme)
         self.address, self.scheme = address, scheme
-        authority = "" if self.target[0] == "/" else self.make_origin_form()
+        if self.target[0] != "/" or self.method == "CONNECT":
+            authority = self.make_origin_form() or authority
         hop = address, scheme, self.minor, authority
-        raw, recent = text[line.end() - 2 :], recent or Recent()
         section: Section = recent.request
         if section.raw != raw or section.hop != hop:
             section = recall(request_fields, raw, hop)
@@ -1613,9 +1619,13 @@ class Request:
 
     def make_origin_form(self) -> str:
         """Bring the target into origin-form (RFC 9112 3.2.1). Returns the host that an
-        absolute target names, or ""."""
+        absolute target names, or CONNECT's, or ""."""
         if (self.target, self.method) == ("*", "OPTIONS"):
             return ""
+        if self.method == "CONNECT":
+            if not re.search(":[0-9]+$", self.target):
+                raise malformed("CONNECT names host:port (RFC 9112, 3.2.3)")
+            return self.target
         match = ABSOLUTE.fullmatch(self.target)
         if not match or match.group(1).lower() != self.scheme:
             raise malformed("the target is neither a path nor its %s URL" % self.scheme)
@@ -1917,10 +1927,19 @@ class Names:
         self.domains, self.ids = domains, ids
         names = [domain.name for domain in domains] + ["localhost"]
         self.bases = sorted(names, key=len, reverse=True)  # one may be below another
+        self.owners: Dict[str, Service] = {}  # of domains that are not ours
+        self.granted: Dict[str, str] = {}  # such a domain, and an id that may have it
         self.scheme, self.port = "http", 0  # of the visitors' port, for the URLs
 
     def find(self, name: str) -> Tuple[Optional[str], Optional[str]]:
         """(id, service), (id, None) or (None, None) for a host in lower case."""
+        if self.granted:
+            wildcard = wildcard_of(name)
+            owner = self.owners.get(name) or self.owners.get(wildcard)
+            if owner:
+                return owner.pool.id, owner.name
+            if name in self.granted or wildcard in self.granted:
+                return self.granted.get(name) or self.granted[wildcard], name
         if name in self.bases or ADDRESS.fullmatch(name):
             return None, None
         if not self.domains:
@@ -1970,10 +1989,25 @@ class Names:
             name = "localhost"
         elif not name or ADDRESS.fullmatch(name):
             return "error: no name: the server wants --domain, or a name to dial"
+        return self.make_url("%s.%s.%s" % (service, id, name), scheme, port)
+
+    def make_url(self, host: str, scheme: str = "", port: Optional[int] = None) -> str:
+        """Without a port it is that of the visitors, or of the front before us."""
         if port is None:
             scheme, port = self.scheme, self.port
         suffix = "" if port in (0, 80 if scheme == "http" else 443) else ":%d" % port
-        return "%s://%s.%s.%s%s/" % (scheme, service, id, name, suffix)
+        return "%s://%s%s/" % (scheme, host, suffix)
+
+    def own_url(self, host: str) -> str:
+        """The URL of a domain of a service's own."""
+        scheme, _, port = self.domains[0] if self.domains else ("", "", None)
+        return self.make_url(host, scheme, port)
+
+
+def wildcard_of(name: str) -> str:
+    """*.example.org for www.example.org: as in certificates, it stands for one label
+    (RFC 6125 6.4.3)."""
+    return "*." + name.partition(".")[2]
 
 
 # -----------------------------------------------------------------------------------
@@ -1981,7 +2015,8 @@ class Names:
 # its services. A Service is one entry of its list, made once, when
 # the list comes. A Tunnel is one client's link: it logs in, publishes, and goes.
 # -----------------------------------------------------------------------------------
-OPTIONS = ["auth", "host", "tcp", "visitors"]  # of a service, which we keep
+# What a service may ask of us. A client does not publish one that asks for more.
+OPTIONS = "auth domains host proxy_protocol tcp tls visitors".split()
 LOGIN_TIME = 3.0  # seconds from our 101 to a whole LOGIN
 SERVICES_LIMIT = 2000  # of a client: to make the URLs of more takes too long
 LISTS_TIME = 0.2  # seconds between two lists of services that are looked at
@@ -1993,28 +2028,67 @@ class Service:
     object stays the same as long as the client's list says the same of it: a stream is
     used again for no other."""
 
-    __slots__ = ("pool", "name", "options", "tcp", "host", "gates")
+    __slots__ = (
+        "pool name options tcp host domains passthrough proxied gates"
+    ).split()
 
     def __init__(self, pool: "Pool", name: str, options: Dict[str, Any]) -> None:
         """Raises ValueError for an option that has no such value."""
         self.pool, self.name, self.options = pool, name, options
-        self.tcp: Optional[int] = options.get("tcp")  # a port of ours; 0: any free one
+        self.tcp = options.get("tcp")  # a port of ours; 0: any; True: CONNECT only
         self.host: Optional[str] = options.get("host")  # that the target gets to see
+        self.domains = read_domains(options.get("domains", []))  # names of its own
+        self.passthrough = "tls" in options  # visitors' TLS is for the target
+        self.proxied = "proxy_protocol" in options  # the target is told who comes
         self.gates = make_gates(options)
-        if "tcp" in options and not is_port(self.tcp):
-            raise ValueError("tcp is a port of the server, or 0 for a free one")
+        if "tcp" in options and self.tcp is not True and not is_port(self.tcp):
+            raise ValueError("tcp is a port of the server, 0 for a free one, or true")
         host = options.get("host", "x")
         if not isinstance(host, str) or not HOST.fullmatch(host):
             raise ValueError("host names a host")
+        if options.get("tls", "passthrough") != "passthrough":
+            raise ValueError('tls can be "passthrough"')
 
     def __str__(self) -> str:
         return "%s %s" % (self.pool.id, self.name)
+
+    def wants_port(self) -> bool:
+        return self.tcp is not None and self.tcp is not True
+
+    def is_web(self) -> bool:
+        return self.tcp is None and not self.passthrough
+
+    def label(self) -> str:
+        return "service %s of %s" % (self.name, self.pool.id)
 
     def begin(self, http: "HTTPConnection", request: Request) -> None:
         """As a destination: the request goes to the service, if it may."""
         for gate in self.gates:
             gate.admit(request)
-        Exchange(http, request, self).ask()
+        if request.method == "CONNECT":
+            Connect(http, request, self)
+        elif self.passthrough:
+            cause = "%s speaks TLS itself: ask for it by https" % self.label()
+            raise HTTPError(421, "tls", cause)
+        else:
+            Exchange(http, request, self).ask()
+
+    def carry_tcp(self, connection: Connection, ends: "Ends") -> None:
+        """What comes to a port of its own."""
+        self.carry(connection, ends, "tcp")
+
+    def carry(self, connection: Connection, ends: "Ends", scheme: str) -> None:
+        """A visitor's connection that is for this service alone, if it may: from here
+        on bytes flow both ways."""
+        log.info("%s: a connection from %s", self, ends.address)
+        try:
+            for gate in self.gates:
+                gate.admit_address(ends.address)
+            stream = self.pool.open(self, None, ends, scheme)
+            Pipe(stream, connection, "%s %s" % (self, ends.address), "left")
+        except HTTPError as error:
+            log.info("%s: %s", self, error)
+            connection.abort()
 
 
 class Pool:
@@ -2026,16 +2100,20 @@ class Pool:
         self.id, self.tunnel = id, tunnel
         self.services: Dict[str, Service] = {}
 
-    def open(self, service: Service, owner: Any, address: str, scheme: str) -> Stream:
-        """A new stream to a service, for a visitor from `address`. Raises HTTPError
-        when there can be none."""
+    def open(
+        self, service: Service, owner: Any, ends: "Ends", scheme: str, **more: Any
+    ) -> Stream:
+        """A new stream to a service, for a visitor at one of the `ends`. Raises
+        HTTPError when there can be none."""
         link = self.tunnel.link
         if link.draining or link.closed:
             raise HTTPError(503, "leaving", "the client of %s is leaving" % self.id)
         if len(link.streams) >= MAX_STREAMS or link.unread > UNREAD_LIMIT:
             raise HTTPError(503, "overload", "%s has too many requests" % self.id)
-        message = {"service": service.name, "visitor": address, "scheme": scheme}
-        return link.open(owner, message)
+        if service.proxied:
+            more.update(port=ends.port, to=ends.to, to_port=ends.to_port)
+        message = {"service": service.name, "visitor": ends.address, "scheme": scheme}
+        return link.open(owner, {**message, **more})
 
     def replace(self, services: Dict[str, Service]) -> None:
         """The client's new list. What it says again stays as it is."""
@@ -2059,8 +2137,12 @@ class Registry:
     def note_ids(self) -> None:
         """Names are read by the ids that are known. With tokens these are known also
         while their clients are not connected."""
-        self.names.ids.clear()
-        self.names.ids.update(self.pools, self.tokens.value if self.tokens else ())
+        names, grants = self.names, self.tokens.value if self.tokens else {}
+        names.ids.clear()
+        names.ids.update(self.pools, grants)
+        names.granted.clear()
+        for id, grant in grants.items():
+            names.granted.update(dict.fromkeys(grant.domains, id))
 
     def service(self, id: Any, name: Any) -> Optional[Service]:
         pool = self.pools.get(id)
@@ -2090,7 +2172,7 @@ class Registry:
         if pool and pool.tunnel is tunnel:
             del self.pools[tunnel.id]
             pool.replace({})
-            self.tcp.close_unused(pool)
+            self.drop_unused(pool)
             if not (self.tokens and tunnel.id in self.tokens.value):
                 self.names.ids.discard(tunnel.id)
 
@@ -2115,36 +2197,69 @@ class Registry:
             except ValueError as error:
                 urls[name] = "error: %s" % error
         pool.replace(services)
-        self.tcp.close_unused(pool)
-        host = self.names.base(read_host(tunnel.host))
+        self.drop_unused(pool)
         known = [name for name in urls if name.lower() in services]
-        names = [name for name in known if services[name.lower()].tcp is not None]
-        names.sort(key=lambda name: not services[name.lower()].tcp)
-        for number, name in enumerate(names):  # "any free one" comes last
-            urls[name] = self.open_tcp(services[name.lower()], host, number)
+        known.sort(key=lambda name: services[name.lower()].tcp == 0)
+        ports = 0  # asked for in this list
+        for name in known:  # "any free one" comes last
+            service = services[name.lower()]
+            ports += service.wants_port()
+            try:
+                if ports > TCP_LIMIT:
+                    raise ValueError("an id has at most %d ports" % TCP_LIMIT)
+                urls[name] = self.way_to(service, tunnel, urls[name])
+            except ValueError as error:
+                del services[service.name]
+                urls[name] = "error: %s" % error
+        self.drop_unused(pool)
         return urls
 
-    def open_tcp(self, service: Service, host: str, number: int) -> str:
-        """A service that wants a port of ours is published with it, or not at all.
-        `number` counts those of the list: to look for ports takes time."""
-        try:
-            if number >= TCP_LIMIT:
-                raise ValueError("an id has at most %d ports" % TCP_LIMIT)
-            return "tcp://%s:%d" % (host, self.tcp.give(service))
-        except ValueError as error:
-            service.pool.services.pop(service.name, None)
-            return "error: %s" % error
+    def way_to(self, service: Service, tunnel: "Tunnel", url: str) -> str:
+        """Where visitors find a service whose name has this URL; what else it needs for
+        that is made. Raises ValueError where it cannot be had."""
+        names = self.names
+        if service.passthrough and names.scheme != "https":
+            raise ValueError("this server has no port with TLS")
+        urls = [url] + [self.claim_domain(service, x) for x in service.domains]
+        base = names.base(read_host(tunnel.host))
+        if service.wants_port():
+            urls[0] = "tcp://%s:%d" % (base, self.tcp.give(service))
+        elif service.tcp is True:
+            host = url.partition("://")[2].partition(":")[0].rstrip("/")
+            urls[0] = "tcp://%s by CONNECT to %s" % (host, names.own_url(base))
+        return " ".join(urls)
+
+    def claim_domain(self, service: Service, domain: str) -> str:
+        """The URL of a domain that is the service's from now on. Raises ValueError."""
+        names, pool = self.names, service.pool
+        grant = self.tokens.value.get(pool.id) if self.tokens else None
+        if not grant or not {domain, wildcard_of(domain)} & set(grant.domains):
+            raise ValueError("the server does not grant %s to %s" % (domain, pool.id))
+        owner = names.owners.setdefault(domain, service)
+        if owner is not service:
+            raise ValueError("%s belongs to %s" % (domain, owner))
+        return names.own_url(domain)
+
+    def drop_unused(self, pool: Pool) -> None:
+        """Ports and domains of services that are no longer there are free."""
+        self.tcp.close_unused(pool)
+        for domain, service in list(self.names.owners.items()):
+            gone = pool.services.get(service.name) is not service
+            if service.pool is pool and gone:
+                del self.names.owners[domain]
 
 
 class Tunnel:
     """One client's link, from our 101 on. `host` is the Host that was dialled."""
 
-    def __init__(self, registry: Registry, connection: Connection, host: str) -> None:
+    def __init__(
+        self, registry: Registry, connection: Connection, host: str, address: str
+    ) -> None:
         self.registry, self.host = registry, host
         self.id = self.session = ""
-        self.token = ""  # of our id, once it is proven
+        self.token, self.grant = "", None  # of our id, once it is proven
         self.nonce = make_nonce()
-        self.peer = "client %s" % address_of(connection.sock)
+        self.peer = "client %s" % address
         self.link = Link(registry.loop, connection, self, "server")
         self.timer = Timer(registry.loop, self.link, self.on_late)
         self.timer.set(LOGIN_TIME)
@@ -2193,14 +2308,15 @@ class Tunnel:
         is told the same, after the same work."""
         welcome, tokens = {}, self.registry.tokens
         if tokens is not None:
-            token = tokens.value.get(self.id)
+            grant = tokens.value.get(self.id)
+            token = grant.token if grant else None
             nonces = self.nonce, str(message.get("nonce"))
             proof = prove(token or self.nonce, "client", nonces, self.id)
             if "proof" not in message:
                 return self.refuse("refused", "this server wants a token")
             if not is_proof(message["proof"], proof) or token is None:
                 return self.refuse("refused", "no such id, or a wrong token")
-            self.token = token
+            self.token, self.grant = token, grant
             welcome["proof"] = prove(token, "server", nonces, self.id)
         if not self.registry.claim(self):
             return self.refuse("taken", "the id %s is taken" % self.id)
@@ -2303,10 +2419,11 @@ class Page(NamedTuple):
 class HTTPConnection:
     """Owns `connection` until a request is handed over, and again after the answer."""
 
-    def __init__(self, site: "Site", connection: Connection, address: str) -> None:
-        self.site, self.connection, self.address = site, connection, address
+    def __init__(self, site: "Site", connection: Connection, ends: "Ends") -> None:
+        self.site, self.connection, self.ends = site, connection, ends
         self.loop = connection.loop
         self.visitors = site.visitors
+        self.front = site.visitors.fronts.before(ends.address)
         self.unparsed = bytearray()  # read, and not yet understood
         self.searched = 0  # bytes of it in which no head's end was found
         self.request: Optional[Request] = None  # the one that is being answered
@@ -2320,18 +2437,22 @@ class HTTPConnection:
         self.visitors.add(self)
 
     def __str__(self) -> str:
-        return "%s %s" % (self.site.kind, self.address)
+        return "%s %s" % (self.site.kind, self.ends.address)
 
     def interest(self) -> int:
         return 0 if self.connection.backlog else READ
 
     def on_readable(self) -> None:
+        if self.read_ahead() is not None:
+            self.next()
+
+    def read_ahead(self) -> Optional[int]:
+        """Read what fits behind what is not understood yet; as read_into() does."""
         view = self.loop.scratch[: HEAD_LIMIT - len(self.unparsed)]
         count = self.connection.read_into(view)
         if count:
             self.unparsed += view[:count]
-        if count is not None:
-            self.next()
+        return count
 
     def on_writable(self) -> None:
         self.next()
@@ -2360,8 +2481,8 @@ class HTTPConnection:
             del self.unparsed[:end]
             self.searched, self.service, self.since = 0, None, self.loop.clock()
             self.timer.clear()
-            scheme = self.site.scheme
-            self.request = Request(head, self.address, scheme, self.recent)
+            hop = self.ends.address, self.site.scheme, self.recent, self.front
+            self.request = Request(head, *hop)
             page = self.site.resolve(self.request).begin(self, self.request)
             if page is not None:
                 self.respond(page)
@@ -2369,6 +2490,12 @@ class HTTPConnection:
             self.give_up()
         elif self.unparsed:
             self.wait_for_head()
+
+    def ends_of(self, request: Request) -> "Ends":
+        """The connection's, but a front may say who the visitor is."""
+        if request.address == self.ends.address:
+            return self.ends
+        return self.ends._replace(address=request.address, port=0)
 
     def wait_for_head(self) -> None:
         """A part of a head is here. Dribbling does not prolong its time."""
@@ -2483,13 +2610,21 @@ RESETS = {  # what the code of a RESET, or of a closed link, means to the visito
 }
 
 
+def reset_error(service: Service, code: str, cause: str) -> HTTPError:
+    """What the RESET of a stream to a service means to the visitor."""
+    word = re.sub("[^a-z-]", "", code)[:32] or "error"
+    cause = "%s: %s" % (service.label(), cause or word)
+    return HTTPError(RESETS.get(code, 502), word, cause)
+
+
 class Kept:
     """Owns a stream between two requests. Whatever comes on it is unasked."""
 
-    __slots__ = ("stream", "service", "since")
+    __slots__ = ("stream", "service", "address", "since")
 
-    def __init__(self, stream: Stream, service: Service, since: float) -> None:
-        self.stream, self.service, self.since = stream, service, since
+    def __init__(self, stream: Stream, service: Service, address: str) -> None:
+        self.stream, self.service, self.address = stream, service, address
+        self.since = stream.link.loop.clock()
         stream.owner = self
 
     def serves(self, service: Service, request: Request) -> bool:
@@ -2498,6 +2633,8 @@ class Kept:
         stream = self.stream
         if self.service is not service or not stream.open or stream.link.draining:
             return False
+        if service.proxied and self.address != request.address:
+            return False  # a front brought another visitor on the same connection
         return stream.link.loop.clock() - self.since < KEPT_TIME or can_retry(request)
 
     def give_up(self) -> None:
@@ -2577,8 +2714,8 @@ class Exchange:
 
     def open_stream(self) -> Stream:
         """Raises HTTPError when there is none to be had."""
-        service, request = self.service, self.request
-        return service.pool.open(service, self, request.address, request.scheme)
+        ends, scheme = self.http.ends_of(self.request), self.request.scheme
+        return self.service.pool.open(self.service, self, ends, scheme)
 
     def retry(self) -> bool:
         """Ask once more: a kept stream was reset before it answered, or the client had
@@ -2654,12 +2791,8 @@ class Exchange:
         if not self.request.body.done and self.stream.wants_read():
             self.stream.wake()
             return
-        unparsed = self.http.unparsed
-        view = self.loop.scratch[: HEAD_LIMIT - len(unparsed)]
-        count = self.connection.read_into(view)
-        if count:
-            unparsed += view[:count]
-        if count == 0 or len(unparsed) == HEAD_LIMIT:
+        count = self.http.read_ahead()
+        if count == 0 or len(self.http.unparsed) == HEAD_LIMIT:
             self.watch()  # from here on the selector tells nothing of the visitor
         if count == 0:
             self.http.visitors.idle[self.http] = None  # it may go where room is short
@@ -2708,18 +2841,14 @@ class Exchange:
         self.advance()
 
     def on_reset(self, code: str, cause: str) -> None:
-        self.code = re.sub("[^a-z-]", "", code)[:32] or "error"
-        cause = "%s: %s" % (self.label(), cause or self.code)
-        self.failure = HTTPError(RESETS.get(code, 502), self.code, cause)
+        self.failure = reset_error(self.service, code, cause)
+        self.code = self.failure.code
         self.advance()
 
     def fail(self, error: Exception) -> None:
         """Something raised while the stream or the visitor was served."""
         self.failure = error
         self.conclude()
-
-    def label(self) -> str:
-        return "service %s of %s" % (self.service.name, self.service.pool.id)
 
     def advance(self) -> None:
         """Act on the inbox, in order: heads, then the body. When the turn has lasted
@@ -2747,7 +2876,8 @@ class Exchange:
                     self.loop.soon(self, self.advance)
                     return
         except HTTPError as error:
-            self.failure = HTTPError(502, "broken", "%s: %s" % (self.label(), error))
+            cause = "%s: %s" % (self.service.label(), error)
+            self.failure = HTTPError(502, "broken", cause)
         self.conclude()
 
     def read_head(self) -> Optional[Answer]:
@@ -2845,7 +2975,7 @@ class Exchange:
         usable = self.keep and stream.open and not (stream.ended_in or self.head)
         usable = usable and not (self.inbox or stream.link.draining)
         if usable and self.request.minor and answer and answer.keeps_alive():
-            http.kept = Kept(stream, self.service, self.loop.clock())
+            http.kept = Kept(stream, self.service, self.request.address)
         else:
             stream.reset("done")
         self.end(answer.status if answer else 0)
@@ -2865,8 +2995,8 @@ class Exchange:
         """Nothing has gone to the visitor: ask once more, or say why."""
         if self.failure is None:
             self.code = "reset"
-            cause = "%s: the service closed the connection too early" % self.label()
-            self.failure = HTTPError(502, "reset", cause)
+            cause = "the service closed the connection too early"
+            self.failure = reset_error(self.service, "reset", cause)
         self.stream.reset("done" if self.stream.ended_in else "left")
         if self.code and self.retry():  # without one it was not the client's fault
             return
@@ -2889,6 +3019,67 @@ class Exchange:
         visitors = self.http.visitors
         if visitors.observers and status:
             visitors.observe(self.http, status, code, self.sent, self.received)
+
+
+class Connect:
+    """A CONNECT request (RFC 9110 9.3.6): a visitor who waits until the client says
+    that the target is connected. Then a Pipe owns both ends."""
+
+    __slots__ = ("http", "connection", "service", "stream")
+
+    def __init__(
+        self, http: HTTPConnection, request: Request, service: Service
+    ) -> None:
+        self.http, self.connection, self.service = http, http.connection, service
+        if service.tcp is None:
+            cause = "%s is not for CONNECT: it has no tcp" % service.label()
+            raise HTTPError(403, "denied", cause)
+        if not request.body.done:
+            raise malformed("a body in a request to CONNECT")
+        ends, open_stream = http.ends_of(request), service.pool.open
+        self.stream = open_stream(service, self, ends, "tcp", confirm=True)
+        http.service, self.connection.owner = service, self
+        http.visitors.idle.pop(http, None)
+        http.loop.dirty.add(self.connection)
+
+    def __str__(self) -> str:
+        return str(self.service)
+
+    def interest(self) -> int:
+        return READ if len(self.http.unparsed) < HEAD_LIMIT else 0
+
+    def on_readable(self) -> None:
+        self.http.read_ahead()  # it may speak, or end, before it has its answer
+
+    def on_writable(self) -> None:
+        pass
+
+    def on_connected(self) -> None:
+        http, connection = self.http, self.connection
+        connection.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        if http.visitors.observers:
+            http.visitors.observe(http, 200, "", 0, 0)
+        http.detach()
+        connection.unread = bytes(http.unparsed)
+        Pipe(self.stream, connection, str(self), "left")
+
+    def pull(self, view: memoryview) -> None:
+        pass
+
+    def receive(self, data: memoryview) -> None:
+        self.fail(HTTPError(502, "broken", "its client spoke before it was connected"))
+
+    def on_end(self) -> None:
+        self.receive(NO_DATA)
+
+    def on_reset(self, code: str, cause: str) -> None:
+        self.fail(reset_error(self.service, code, cause))
+
+    def fail(self, error: Exception) -> None:
+        """There is no target, or no visitor any more."""
+        self.stream.reset("left")
+        self.connection.owner = self.http
+        self.http.fail(error)
 
 
 # -----------------------------------------------------------------------------------
@@ -2954,8 +3145,8 @@ class Site:
         self.service = server.registry.service
         self.first_byte_time = FIRST_BYTE_TIME
 
-    def serve(self, connection: Connection, address: str) -> None:
-        HTTPConnection(self, connection, address)
+    def serve(self, connection: Connection, ends: "Ends") -> None:
+        HTTPConnection(self, connection, ends)
 
     def resolve(self, request: Request) -> Any:
         """Service, or a page. Raises HTTPError, or whatever a hook raises."""
@@ -2965,6 +3156,11 @@ class Site:
             raise self.denial(*denied)
         id, name = route or (None, None)
         return self.service(id, name) or self.page_for(request, id, name)
+
+    def find_passthrough(self, name: str) -> Optional[Service]:
+        """The service to which a visitor by TLS goes without our reading it."""
+        service = self.service(*self.registry.names.find(name))
+        return service if service and service.passthrough else None
 
     def denial(self, status: Any, fields: Any) -> HTTPError:
         """What authorize() wants to be said."""
@@ -2994,7 +3190,7 @@ class Site:
 
     def index(self, request: Request, pool: Pool) -> Page:
         link = self.registry.names.link
-        names = sorted(x.name for x in pool.services.values() if x.tcp is None)
+        names = sorted(x.name for x in pool.services.values() if x.is_web())
         shown = names[:INDEX_LIMIT]
         lines = [link(name, request.host, request.scheme) for name in shown]
         if len(names) > INDEX_LIMIT:
@@ -3025,7 +3221,9 @@ class Site:
 class RedirectSite(Site):
     """Sends visitors to the same place by TLS (RFC 9110 15.4.9)."""
 
-    def resolve(self, request: Request) -> Page:
+    def resolve(self, request: Request) -> Any:
+        if request.scheme == "https":
+            return super().resolve(request)  # by TLS to a front that we trust
         port = self.registry.names.port
         host = request.name + (":%d" % port if port != 443 else "")
         path = request.target if request.target.startswith("/") else "/"
@@ -3042,9 +3240,12 @@ class LinkSite(Site):
         super().__init__(server, scheme)
         self.first_byte_time = HEAD_TIME
 
-    def serve(self, connection: Connection, address: str) -> None:
-        super().serve(connection, address)
-        self.registry.unauthenticated.admit(connection)
+    def find_passthrough(self, name: str) -> Optional[Service]:
+        return None
+
+    def serve(self, connection: Connection, ends: "Ends") -> None:
+        super().serve(connection, ends)
+        self.registry.unauthenticated.admit(connection, ends.address)
 
     def resolve(self, request: Request) -> Any:
         if request.target.partition("?")[0] != LINK_PATH:
@@ -3062,13 +3263,13 @@ class LinkSite(Site):
 
     def begin(self, http: HTTPConnection, request: Request) -> None:
         """RFC 9110 7.8: go over to our protocol. What follows the head is frames."""
-        connection = http.connection
+        connection, address = http.connection, http.ends.address
         http.detach()
-        self.registry.unauthenticated.admit(connection)
+        self.registry.unauthenticated.admit(connection, address)
         lines = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s"
         connection.write((lines % PROTOCOL + "\r\n\r\n").encode())
         connection.unread = bytes(http.unparsed)
-        Tunnel(self.registry, connection, request.host)
+        Tunnel(self.registry, connection, request.host, address)
 
 
 class SharedSite(Site):
@@ -3100,14 +3301,16 @@ class Server:
     ) -> None:
         config = config or Config()
         names = Names(parse_domains(config.domain), set())
+        fronts = Fronts(config.trust_proxy, config.proxy_protocol)
         plan = plan_ports(config)
         self.tokens = None
         if config.tokens is not None:
             self.tokens = open_file([config.tokens], parse_tokens)
         self.tls = open_tls(config.tls_cert, config.tls_key)
+        self.certificates = Certificates(self.tls, config.tls_dir)
         socks = listen_all(config.bind, [number for number, *_ in plan])
         self.loop = loop or Loop()
-        self.visitors = Visitors(self.loop)
+        self.visitors = Visitors(self.loop, fronts)
         self.tcp = TCPPorts(self.visitors, config.bind, config.tcp_ports)
         self.registry = Registry(names, self.tokens, self.tcp)
         if log.hears(INFO):
@@ -3118,9 +3321,9 @@ class Server:
         self.look_timer = Timer(self.loop, self, self.look)
         self.ports = []
         for sock, (_, kind, tls) in zip(socks, plan):
-            serve = kind(self, "https" if tls else "http").serve
-            files = self.tls if tls else None
-            self.ports.append(Port(sock, self.visitors, serve, files))
+            site = kind(self, "https" if tls else "http")
+            serves = TLSPort(site, self.certificates) if tls else site
+            self.ports.append(Port(sock, self.visitors, serves.serve))
         self.note_addresses(names, plan)
         self.files = [file for file in (self.tokens, self.tls) if file]
         for file in self.files:
@@ -3133,8 +3336,8 @@ class Server:
 
     def note_addresses(self, names: Names, plan: List[Tuple[int, Any, bool]]) -> None:
         """Port 0 has become a real one."""
-        kinds = [kind for _, kind, _ in plan]
-        by_tls = [x for x, y in zip(self.ports, kinds) if x.tls and y is not LinkSite]
+        by_tls = [port for port, (_, kind, tls) in zip(self.ports, plan)
+                  if tls and kind is not LinkSite]  # fmt: skip
         self.visitor_address = self.ports[0].address
         self.client_address = self.ports[-1].address
         self.tls_address = by_tls[0].address if by_tls else None
@@ -3189,14 +3392,18 @@ class Server:
             with contextlib.suppress(ValueError):
                 log.info("certificate: SHA256 %s", fingerprint(file.contents[0]))
 
-    def close_invalid_links(self, tokens: Dict[str, str]) -> None:
-        """An id whose token has gone or changed is free."""
+    def close_invalid_links(self, grants: Dict[str, "Grant"]) -> None:
+        """An id whose token has gone or changed is free. One that is granted other
+        domains has to publish anew; what runs may end."""
         for link in list(self.loop.links):  # also those that were replaced
-            id, token = link.owner.id, link.owner.token
-            if token and token != tokens.get(id):
-                link.owner.evict("refused", "the token of %s is no longer valid" % id)
+            tunnel, grant = link.owner, grants.get(link.owner.id)
+            if tunnel.token and (grant is None or tunnel.token != grant.token):
+                cause = "the token of %s is no longer valid" % tunnel.id
+                tunnel.evict("refused", cause)
                 link.flush()
                 link.close("its token has changed")
+            elif tunnel.token and grant != tunnel.grant and not link.draining:
+                tunnel.evict("stopping", "the domains of %s have changed" % tunnel.id)
 
     # Stopping.
 
@@ -3900,7 +4107,7 @@ def request_fields(raw: str, hop: Any) -> Section:
         raise malformed("Connection names a field that must arrive")
     chunked, length = request_framing(noted, minor)
     upgrade = requested_upgrade(noted, connection, minor)
-    host = noted.get("host", "")
+    host = noted.get("host", authority if minor == 0 else "")
     name = read_host(host)  # it has to be sound even where the target names another
     if authority:
         host, name = authority, read_host(authority)
@@ -4063,7 +4270,7 @@ def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
 
 # -----------------------------------------------------------------------------------
 # Ports: accept connections, hand each to what the port serves, pause where descriptors
-# are short, close. A Port knows no protocol but TLS, which lies under all of them.
+# are short, close. A Port knows no protocol.
 # -----------------------------------------------------------------------------------
 ACCEPT_BATCH = 64  # connections accepted in one turn of the loop, on each port
 ACCEPT_PAUSE = 0.5  # seconds without accepting when no descriptors are left
@@ -4077,12 +4284,20 @@ def plain_address(host: str) -> str:
     return re.sub("^::ffff:(?=.*[.])|%.*", "", host)
 
 
-def address_of(sock: socket.socket) -> str:
-    """The address of a socket's peer; "?" when it has gone already."""
-    try:
-        return plain_address(sock.getpeername()[0])
-    except OSError:
-        return "?"
+class Ends(NamedTuple):
+    """The two ends of a connection from outside."""
+
+    address: str  # of the visitor, or the client
+    port: int
+    to: str  # where it was reached
+    to_port: int
+
+
+def ends_of(sock: socket.socket, address: Any) -> Ends:
+    """The ends of a connection that was accepted from `address`."""
+    host, port = address[:2] if address else ("?", 0)  # it has gone already
+    to, to_port = sock.getsockname()[:2]
+    return Ends(plain_address(host), port, plain_address(to), to_port)
 
 
 def listen(bind: Optional[str], port: int) -> socket.socket:
@@ -4131,7 +4346,7 @@ def listen_all(bind: Optional[str], ports: List[int]) -> List[socket.socket]:
 def plan_ports(config: "Config") -> List[Tuple[int, Any, bool]]:
     """The ports that there are: number, kind of site, TLS. Raises ValueError."""
     port, client_port, tls_port = config.port, config.client_port, config.tls_port
-    tls = config.tls_cert is not None
+    tls = config.tls_cert is not None or config.tls_dir is not None
     if not all(0 <= number < 1 << 16 for number in (port, client_port, tls_port or 0)):
         raise ValueError("a port is a number from 0 to 65535")
     if tls_port is not None and not tls:
@@ -4155,13 +4370,11 @@ def is_port(value: Any) -> bool:
 
 
 class Port:
-    """Accepts connections, maybe by TLS: `tls` is a watched file with a context. What
-    it calls, serve(connection, address), makes the first owner of each."""
+    """Accepts connections. What it calls, serve(connection, ends), makes the first
+    owner of each."""
 
-    def __init__(
-        self, sock: Any, visitors: "Visitors", serve: Call, tls: Optional[Watched]
-    ) -> None:
-        self.sock, self.serve, self.tls = sock, serve, tls
+    def __init__(self, sock: Any, visitors: "Visitors", serve: Call) -> None:
+        self.sock, self.serve = sock, visitors.fronts.wrap(serve, visitors)
         self.loop, self.visitors = visitors.loop, visitors
         self.address = self.sock.getsockname()[:2]
         self.timer = Timer(self.loop, self, self.resume)
@@ -4189,10 +4402,7 @@ class Port:
             return False
         crowded = self.loop.full() and not self.visitors.make_room()
         connection = Connection(self.loop, sock, self)
-        host = plain_address(address[0]) if address else "?"  # gone already
-        self.serve(connection, host)
-        if self.tls:
-            self.loop.guard(connection, connection.start_tls, self.tls.value, True)
+        self.serve(connection, ends_of(sock, address))
         if crowded:
             self.pause("no descriptors left")
         return not crowded
@@ -4280,8 +4490,7 @@ class TCPPorts:
         if number in self.open:
             raise ValueError("port %d belongs to %s" % (number, self.open[number][0]))
         sock = listen(self.bind, number)
-        serve = functools.partial(self.serve, service)
-        self.open[number] = service, Port(sock, self.visitors, serve, None)
+        self.open[number] = service, Port(sock, self.visitors, service.carry_tcp)
         self.loop.capacity -= 1  # it is a descriptor, too
         self.last[number] = service.pool.id, service.name
         return number
@@ -4295,17 +4504,287 @@ class TCPPorts:
                 self.loop.capacity += 1
                 port.close()
 
-    def serve(self, service: Service, connection: Connection, address: str) -> None:
-        """A visitor's connection: from here on bytes flow both ways."""
-        log.info("%s: a connection from %s", service, address)
+
+# -----------------------------------------------------------------------------------
+# Prefaces: what a connection says before HTTP, or instead of it. A front in TCP mode
+# says who comes, by the PROXY protocol (haproxy.org, proxy-protocol.txt). A visitor by
+# TLS says in its ClientHello for whom it is: a service with "tls": "passthrough" gets
+# the connection as it is, and all else is decrypted here.
+# -----------------------------------------------------------------------------------
+PREFACE_LIMIT = 16 << 10  # bytes: post-quantum keys make a ClientHello 2 KiB or more
+SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # of version 2 of the PROXY protocol
+PROXY_LINE = re.compile(
+    rb"PROXY (?:UNKNOWN[^\r\n]*|TCP[46] ([0-9A-Fa-f.:]+) ([0-9A-Fa-f.:]+) "
+    rb"(0|[1-9]\d{0,4}) (0|[1-9]\d{0,4}))\r\n"
+)
+PROXY_LINE_LIMIT = 107  # bytes, by the specification
+SERVER_NAME = re.compile(r"(?=.{1,255}\Z)%s" % LABELS)
+UNRECOGNIZED_NAME = b"\x15\3\1\0\2\2\x70"  # an alert (RFC 6066 3, RFC 8446 6)
+
+
+SAID_BY_FRONT = re.compile(NAMED % "x-forwarded-(?:for|proto|host)")
+HOP_PORT = re.compile(r"\[([^]]*)\](?::\d+)?|([\d.]+):\d+")  # some write it
+
+
+class Preface:
+    """Reads the first bytes of a connection. parse(buffer) returns None while more must
+    come, or what it found, and how many bytes of the buffer that takes; the others stay
+    for the next owner, which then(connection, ends, found) makes. `parse` may raise
+    ProtocolError, which cuts the connection."""
+
+    def __init__(
+        self,
+        visitors: "Visitors",
+        connection: Connection,
+        ends: Ends,
+        parse: Call,
+        then: Call,
+    ) -> None:
+        self.visitors, self.connection, self.ends = visitors, connection, ends
+        self.parse, self.then = parse, then
+        self.buffer = bytearray()
+        self.timer = Timer(connection.loop, self, self.give_up)
+        self.timer.set(HANDSHAKE_TIME)
+        connection.owner = self
+        connection.loop.dirty.add(connection)
+        visitors.add(self)
+
+    def __str__(self) -> str:
+        return "visitor %s" % self.ends.address
+
+    def interest(self) -> int:
+        return READ
+
+    def on_readable(self) -> None:
+        connection = self.connection
+        view = connection.loop.scratch[: PREFACE_LIMIT - len(self.buffer)]
+        count = connection.read_into(view)
+        if count == 0:
+            self.give_up()
+        elif count:
+            self.buffer += view[:count]
+            found = self.parse(self.buffer)
+            if found:
+                self.detach()
+                connection.unread = bytes(self.buffer[found[1] :])
+                self.then(connection, self.ends, found[0])
+
+    def on_writable(self) -> None:
+        pass
+
+    def fail(self, error: Exception) -> None:
+        log.info("%s: %s", self, error)
+        self.detach()
+        self.connection.abort()
+
+    def give_up(self) -> None:
+        """It has ended, or has had its time."""
+        self.close(Ending.CLOSE)
+
+    def close(self, ending: Ending) -> None:
+        self.detach()
+        self.connection.close_when_drained(ending)
+
+    def detach(self) -> None:
+        self.timer.clear()
+        self.visitors.discard(self)
+
+
+def parse_proxy_header(buffer: bytearray) -> Optional[Tuple[Optional[Ends], int]]:
+    """The ends that a PROXY header tells, None for none, and its length; or None while
+    it is not whole. Raises ProtocolError when there is no such header."""
+    if buffer[:12] == SIGNATURE[: len(buffer)]:
+        return parse_proxy_2(buffer)
+    end = buffer.find(b"\n", 0, PROXY_LINE_LIMIT) + 1
+    if not end and len(buffer) < PROXY_LINE_LIMIT:
+        if not buffer.startswith(b"PROXY "[: len(buffer)]):
+            raise ProtocolError("no PROXY header, which every connection must have")
+        return None
+    match = PROXY_LINE.fullmatch(bytes(buffer[:end]))
+    if not match:
+        raise ProtocolError("a PROXY header breaks the grammar")
+    if not match.group(1):
+        return None, end
+    source, to, port, to_port = [text.decode() for text in match.groups()]
+    return make_ends(source, int(port), to, int(to_port)), end
+
+
+def parse_proxy_2(buffer: bytearray) -> Optional[Tuple[Optional[Ends], int]]:
+    """The same for version 2, which is binary. What it tells beyond the addresses is
+    skipped."""
+    if len(buffer) < 16:
+        return None
+    command, family, length = struct.unpack_from("!BBH", buffer, 12)
+    if command not in (0x20, 0x21) or 16 + length > PREFACE_LIMIT:
+        raise ProtocolError("a PROXY header of another version, or too long a one")
+    if len(buffer) < 16 + length:
+        return None
+    kind, size = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}.get(
+        family, (0, 0)
+    )
+    if command == 0x20 or not kind:  # the front speaks for itself: a health check
+        return None, 16 + length
+    if length < 2 * size + 4:
+        raise ProtocolError("a PROXY header without its addresses")
+    hosts = bytes(buffer[16 : 16 + 2 * size])
+    port, to_port = struct.unpack_from("!HH", buffer, 16 + 2 * size)
+    source, to = [socket.inet_ntop(kind, x) for x in (hosts[:size], hosts[size:])]
+    return make_ends(source, port, to, to_port), 16 + length
+
+
+def make_ends(source: str, port: int, to: str, to_port: int) -> Ends:
+    """Raises ProtocolError when one is no address or no port."""
+    source, to = read_address(source), read_address(to)
+    if not (source and to and is_port(port) and is_port(to_port)):
+        raise ProtocolError("a PROXY header names no address or no port")
+    return Ends(source, port, to, to_port)
+
+
+class ClientHello:
+    """Finds the name in a ClientHello (RFC 8446 4.1.2, RFC 6066 3) as it comes, in any
+    number of records and pieces. What is no such thing, or not clear, has the name "":
+    our own TLS then says what is wrong with it."""
+
+    def __init__(self) -> None:
+        self.message = bytearray()  # the handshake message, out of its records
+        self.at = 0  # where the next record begins
+
+    def parse(self, buffer: bytearray) -> Optional[Tuple[str, int]]:
+        """(name, 0) once it is there: all bytes stay for the next owner."""
         try:
-            for gate in service.gates:
-                gate.admit_address(address)
-            stream = service.pool.open(service, None, address, "tcp")
-            Pipe(stream, connection, "%s %s" % (service, address), "left")
-        except HTTPError as error:
-            log.info("%s: %s", service, error)
-            connection.abort()
+            while self.at + 5 <= len(buffer):
+                kind, major, _, length = struct.unpack_from("!BBBH", buffer, self.at)
+                if (kind, major) != (22, 3) or not 0 < length <= 1 << 14:
+                    return "", 0
+                end = self.at + 5 + length
+                if end > len(buffer):
+                    break
+                self.message += buffer[self.at + 5 : end]
+                self.at = end
+                size = 4 + int.from_bytes(self.message[1:4], "big")
+                if len(self.message) >= max(4, size):
+                    return find_server_name(bytes(self.message[:size])), 0
+            if buffer[:1] != b"\x16" or len(buffer) >= PREFACE_LIMIT:
+                return "", 0
+            return None
+        except (struct.error, ValueError):
+            return "", 0
+
+
+class Bytes:
+    """Takes numbers and strings off the front of some bytes. Raises ValueError where
+    there are too few."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data):
+            raise ValueError("too short")
+        taken, self.data = self.data[:count], self.data[count:]
+        return taken
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "big")
+
+    def block(self, size: int) -> "Bytes":
+        """What has its length before it, in `size` bytes."""
+        return Bytes(self.take(self.number(size)))
+
+
+def find_server_name(message: bytes) -> str:
+    """The host of the server_name extension, in lower case; "" when there is none.
+    Raises ValueError when the message is no ClientHello, or names more than one."""
+    hello = Bytes(message)
+    if hello.number(1) != 1:
+        raise ValueError("another message")
+    hello = hello.block(3)
+    hello.take(2 + 32)  # version, random
+    for size in (1, 2, 1):  # session, cipher suites, compression
+        hello.block(size)
+    extensions, names = Bytes(b""), []
+    if hello.data:
+        extensions = hello.block(2)
+    while extensions.data:
+        kind, content = extensions.number(2), extensions.block(2)
+        if kind == 0:
+            names.append(content)
+    if len(names) != 1 or hello.data:
+        return ""
+    entries = names[0].block(2)
+    kind, host = entries.number(1), entries.block(2).data
+    if kind != 0 or entries.data or names[0].data:
+        return ""
+    text = host.decode("latin-1")
+    return text.rstrip(".").lower() if SERVER_NAME.fullmatch(text) else ""
+
+
+class TLSPort:
+    """What a port with TLS serves: to whom the ClientHello says."""
+
+    def __init__(self, site: "Site", certificates: "Certificates") -> None:
+        self.site, self.certificates = site, certificates
+
+    def serve(self, connection: Connection, ends: Ends) -> None:
+        parse, visitors = ClientHello().parse, self.site.visitors
+        Preface(visitors, connection, ends, parse, self.on_name)
+
+    def on_name(self, connection: Connection, ends: Ends, name: str) -> None:
+        service = self.site.find_passthrough(name)
+        context = self.certificates.find(name)
+        if service:
+            service.carry(connection, ends, "tls")
+        elif context is None:
+            connection.write(UNRECOGNIZED_NAME)
+            connection.close_when_drained(Ending.LINGER)
+        else:
+            self.site.serve(connection, ends)
+            connection.loop.guard(connection, connection.start_tls, context, True)
+
+
+class Fronts:
+    """The proxies of --trust-proxy, which say for whom they speak: in X-Forwarded-*, or
+    with `proxied` by a PROXY header on every connection."""
+
+    def __init__(self, trusted: Any, proxied: bool) -> None:
+        if proxied and not trusted:
+            raise ValueError("--proxy-protocol believes only --trust-proxy")
+        self.networks = Networks(trusted)
+        self.proxied = proxied
+
+    def before(self, address: str) -> Optional["Fronts"]:
+        """Itself where what comes from this address is believed."""
+        return self if self.networks.networks and self.networks.hold(address) else None
+
+    def wrap(self, serve: Call, visitors: "Visitors") -> Call:
+        """serve(connection, ends), with the PROXY header read before."""
+        if not self.proxied:
+            return serve
+
+        def on_header(connection: Connection, ends: Ends, told: Optional[Ends]) -> None:
+            serve(connection, told or ends)
+
+        def read_header(connection: Connection, ends: Ends) -> None:
+            if self.networks.hold(ends.address):
+                Preface(visitors, connection, ends, parse_proxy_header, on_header)
+            else:
+                log.info("%s is no proxy that we trust: cut", ends.address)
+                connection.abort()
+
+        return read_header
+
+    def read(self, raw: str, address: str, scheme: str) -> Tuple[str, str, str]:
+        """Who asks, by which scheme, and for which host ("": as Host says), by the
+        fields of a request that came from a trusted `address`."""
+        noted = join_fields(SAID_BY_FRONT.findall(raw))
+        for hop in reversed(noted.get("x-forwarded-for", "").split(",")):
+            hop = read_address(HOP_PORT.sub(r"\1\2", hop.strip(" \t")))
+            if not (hop and self.networks.hold(address)):
+                break
+            address = hop
+        last = noted.get("x-forwarded-proto", "").rpartition(",")[2].strip().lower()
+        host = noted.get("x-forwarded-host", "").rpartition(",")[2].strip()
+        return address, last if last in ("http", "https") else scheme, host
 
 
 # -----------------------------------------------------------------------------------
@@ -4320,34 +4799,46 @@ def make_gates(options: Dict[str, Any]) -> Tuple[Any, ...]:
     gates: List[Any] = []
     if "visitors" in options:
         gates.append(Addresses(options["visitors"]))
-    if "auth" in options and "tcp" in options:
-        raise ValueError("auth is for HTTP: it cannot guard a TCP port")
+    if "auth" in options and ("tcp" in options or "tls" in options):
+        raise ValueError("auth is for HTTP: it cannot guard what we cannot read")
     if "auth" in options:
         gates.append(Password(options["auth"]))
     return tuple(gates)
+
+
+class Networks:
+    """A list of networks, as texts. Raises ValueError."""
+
+    def __init__(self, texts: Any) -> None:
+        import ipaddress
+
+        self.networks = [ipaddress.ip_network(str(text).strip()) for text in texts]
+
+    def hold(self, text: str) -> bool:
+        """Whether the address is in one of them. What is no address is in none."""
+        import ipaddress
+
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError:
+            return False
+        return any(address in network for network in self.networks)
 
 
 class Addresses:
     """The option "visitors": only from these networks."""
 
     def __init__(self, networks: Any) -> None:
-        import ipaddress
-
         if not isinstance(networks, list) or not networks:
             raise ValueError("visitors is a list of networks")
-        self.networks = [ipaddress.ip_network(str(text)) for text in networks]
+        self.networks = Networks(networks)
 
     def admit(self, request: Request) -> None:
         self.admit_address(request.address)
 
     def admit_address(self, text: str) -> None:
-        import ipaddress
-
-        with contextlib.suppress(ValueError):
-            address = ipaddress.ip_address(text)
-            if any(address in network for network in self.networks):
-                return
-        raise HTTPError(403, "denied", "this service is not for your address")
+        if not self.networks.hold(text):
+            raise HTTPError(403, "denied", "this service is not for your address")
 
 
 class Password:
@@ -4380,7 +4871,7 @@ class Password:
         request.fields = [pair for pair in request.fields if pair[0].lower() != ours]
 
     def admit_address(self, text: str) -> None:
-        """Of a TCP port, which never has a password."""
+        """Of TCP or TLS that passes through, which never has a password."""
 
 
 # -----------------------------------------------------------------------------------
@@ -4391,20 +4882,21 @@ UNAUTHENTICATED = 128  # connections on which no client has logged in yet
 
 
 class Visitors:
-    """The connections that speak HTTP, and who is told how their requests end."""
+    """The connections that speak HTTP, or are about to; and who is told how requests
+    end. `fronts` are the proxies that may stand before us."""
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
-        self.all: Set[HTTPConnection] = set()
+    def __init__(self, loop: Loop, fronts: Optional["Fronts"] = None) -> None:
+        self.loop, self.fronts = loop, fronts or Fronts((), False)
+        self.all: Set[Any] = set()
         self.idle: Any = collections.OrderedDict()  # may go; idle longest: first
         self.stopping = False  # each request is the last of its connection
         self.observers: List[Callable[[Outcome], None]] = []
 
-    def add(self, http: HTTPConnection) -> None:
+    def add(self, http: Any) -> None:
         self.all.add(http)
         self.idle[http] = None
 
-    def discard(self, http: HTTPConnection) -> None:
+    def discard(self, http: Any) -> None:
         self.all.discard(http)
         self.idle.pop(http, None)
 
@@ -4432,7 +4924,8 @@ class Visitors:
         where = (service.pool.id, service.name) if service else ("", "")
         what = (request.method, request.target) if request else ("", "")
         end = status, code, sent, received, self.loop.clock() - http.since
-        outcome = Outcome(http.address, *(where + what + end))
+        address = request.address if request else http.ends.address
+        outcome = Outcome(address, *(where + what + end))
         for observer in self.observers:
             self.loop.guard(self, observer, outcome)
 
@@ -4449,7 +4942,7 @@ class Unauthenticated:
     def __init__(self) -> None:
         self.networks: Dict[Connection, str] = collections.OrderedDict()
 
-    def admit(self, connection: Connection) -> None:
+    def admit(self, connection: Connection, address: str) -> None:
         self.discard(connection)
         if len(self.networks) >= UNAUTHENTICATED:
             gone = [other for other in self.networks if other.closed]
@@ -4457,7 +4950,7 @@ class Unauthenticated:
                 del self.networks[other]
             if not gone:
                 self.drop_one()
-        self.networks[connection] = network_of(address_of(connection.sock))
+        self.networks[connection] = network_of(address)
 
     def discard(self, connection: Connection) -> None:
         self.networks.pop(connection, None)
@@ -4470,6 +4963,17 @@ class Unauthenticated:
         victim = random.choice(crowd)
         del self.networks[victim]
         victim.fail(OSError("too many connections have not logged in"))
+
+
+def read_address(text: str) -> str:
+    """An address as plain_address() has it; "" for what is none."""
+    import ipaddress
+
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return ""
+    return plain_address(str(getattr(address, "ipv4_mapped", None) or address))
 
 
 def network_of(address: str) -> str:
@@ -4485,20 +4989,49 @@ def network_of(address: str) -> str:
 # -----------------------------------------------------------------------------------
 # Files of the server: tokens, and the certificate with its key.
 # -----------------------------------------------------------------------------------
-def parse_tokens(data: bytes) -> Dict[str, str]:
+class Grant(NamedTuple):
+    """What the file of --tokens says of an id."""
+
+    token: str
+    domains: Tuple[str, ...] = ()  # that its services may have
+
+
+def parse_tokens(data: bytes) -> Dict[str, Grant]:
     """The file of --tokens, {"tim": "secret"}. Raises ValueError, which names the id
     that is wrong, and no token."""
-    tokens: Dict[str, str] = {}
-    for id, token in parse_object(data):
+    grants: Dict[str, Grant] = {}
+    for id, value in parse_object(data):
         try:
             if not LABEL.fullmatch(id.lower()):
                 raise ValueError("an id has letters, digits, `-` and `_`, and no `--`")
-            if id.lower() in tokens:
+            if id.lower() in grants:
                 raise ValueError("the id stands there twice")
-            tokens[id.lower()] = check_token(token)
+            grants[id.lower()] = parse_grant(value)
         except ValueError as error:
             raise ValueError("id %r: %s" % (id, error)) from None
-    return tokens
+    return grants
+
+
+def parse_grant(value: Any) -> Grant:
+    """A token, or {"token": one, "domains": a list}. Raises ValueError."""
+    if not isinstance(value, Pairs):
+        return Grant(check_token(value))
+    said = dict(value)
+    if len(said) < len(value) or set(said) - {"token", "domains"}:
+        raise ValueError('beside "token" stands "domains", once, and nothing else')
+    return Grant(check_token(said.get("token")), read_domains(said.get("domains", [])))
+
+
+def read_domains(value: Any) -> Tuple[str, ...]:
+    """A list of domains, some perhaps like *.example.org. Raises ValueError."""
+    if not isinstance(value, list):
+        raise ValueError('domains is a list like ["www.example.org"]')
+    domains = [str(domain).rstrip(".").lower() for domain in value]
+    for domain in domains:
+        name = domain[2:] if domain.startswith("*.") else domain
+        if not SERVER_NAME.fullmatch(name) or "." not in name:
+            raise ValueError("%r is no domain" % domain)
+    return tuple(domains)
 
 
 def open_file(paths: List[str], parse: Callable[..., Any]) -> Watched:
@@ -4515,7 +5048,11 @@ def open_tls(cert: Optional[str], key: Optional[str]) -> Optional[Watched]:
         if key is not None:
             raise ValueError("a key is of no use without its certificate")
         return None
-    paths = [cert, key or cert]
+    return open_pair([cert, key or cert])
+
+
+def open_pair(paths: List[str]) -> Watched:
+    """The TLS context of a certificate and its key. Raises ValueError."""
 
     def parse(*contents: bytes) -> Any:
         for path, held, what in zip(paths, contents, ("certificate", "private key")):
@@ -4526,6 +5063,55 @@ def open_tls(cert: Optional[str], key: Optional[str]) -> Optional[Watched]:
         return make_context(*paths)
 
     return open_file(paths, parse)
+
+
+class Certificates:
+    """The TLS contexts: that of --tls-cert, and those of the names in --tls-dir, which
+    holds NAME.crt and NAME.key. A file is looked at when its name is asked for, so
+    there may be many. Raises ValueError where one is broken from the start."""
+
+    def __init__(self, default: Optional[Watched], folder: Optional[str]) -> None:
+        self.default, self.folder = default, folder
+        self.found: Dict[str, Tuple[Watched, float]] = {}  # and when it was looked at
+        try:
+            names = sorted(os.listdir(folder)) if folder else []
+        except OSError as error:
+            raise ValueError(blame(error, [str(folder)])) from None
+        stems = [name[:-4] for name in names if name.endswith(".crt")]
+        if folder and default is None and not stems:
+            raise ValueError("%s holds no NAME.crt" % folder)
+        self.paths = [path for stem in stems for path in self.pair(stem)]
+        for stem in stems:
+            self.found[stem] = open_pair(self.pair(stem)), 0.0
+
+    def pair(self, stem: str) -> List[str]:
+        return [os.path.join(str(self.folder), stem + end) for end in (".crt", ".key")]
+
+    def find(self, name: str) -> Any:
+        """The context for a host name that was asked for; None when there is none."""
+        wildcard = "_wildcard." + name.partition(".")[2]
+        for stem in (name, wildcard) if self.folder and name else ():
+            file = self.look(stem)
+            if file:
+                return file.value
+        return self.default.value if self.default else None
+
+    def look(self, stem: str) -> Optional[Watched]:
+        """The file pair of a name, as it is now or was a second ago."""
+        known, now = self.found.get(stem), time.monotonic()
+        if known and now - known[1] < LOOK_TIME:
+            return known[0]
+        if not os.path.exists(self.pair(stem)[0]):
+            self.found.pop(stem, None)
+            return None
+        try:
+            file = known[0] if known else open_pair(self.pair(stem))
+        except ValueError as error:
+            log.warning("%s", error)
+            return None
+        file.look()
+        self.found[stem] = file, now
+        return file
 
 
 def make_context(cert: str, key: str) -> Any:
@@ -4612,8 +5198,11 @@ class Config(NamedTuple):
     tls_cert: Optional[str] = None
     tls_key: Optional[str] = None
     tls_port: Optional[int] = None
+    tls_dir: Optional[str] = None
     tcp_ports: Any = range(0)
     redirect: bool = False
+    trust_proxy: Any = ()
+    proxy_protocol: bool = False
     user: Optional[str] = None
     verbose: int = 0
 
@@ -4631,6 +5220,15 @@ def port_range(text: str) -> range:
     if not ports or ports[0] == 0:
         raise argparse.ArgumentTypeError("%r is no range like 20000-20099" % text)
     return ports
+
+
+def networks(text: str) -> List[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        Networks(found)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return found
 
 
 def domains(text: str) -> str:
@@ -4661,6 +5259,9 @@ def parse_arguments(argv: Optional[List[str]]) -> Config:
     add("--tls-key", metavar="FILE", help="its key, if that is not in the same file")
     add("--tls-port", type=port_number, metavar="PORT",
         help="port for visitors by TLS; may be that for clients")  # fmt: skip
+    add("--tls-dir", metavar="DIR",
+        help="holds NAME.crt and NAME.key, also _wildcard.NAME.crt: the certificates "
+        "of the names that are asked for")  # fmt: skip
     add("--tcp-ports", type=port_range, default=range(0), metavar="A-B",
         help='ports that services with "tcp" may have (none)')  # fmt: skip
     add("--redirect", action="store_true",
@@ -4668,6 +5269,11 @@ def parse_arguments(argv: Optional[List[str]]) -> Config:
     add("--tokens", metavar="FILE",
         help='the token of each id, as {"id": "token"}; without it any client gets a '
         "free id")  # fmt: skip
+    add("--trust-proxy", type=networks, default=(), metavar="CIDR,...",
+        help="believe X-Forwarded-For, -Proto and -Host from these addresses")
+    add("--proxy-protocol", action="store_true",
+        help="every connection, on every port, comes from such an address and begins "
+        "with a PROXY header")  # fmt: skip
     add("--user", metavar="NAME",
         help="once the ports are open, go on as this user, not as root")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
@@ -4690,6 +5296,7 @@ def main(argv: Optional[List[str]] = None, router: Optional[Router] = None) -> N
     if user is not None:
         try:
             paths = [path for file in server.files for path in file.paths]
+            paths += server.certificates.paths
             drop_privileges(user, paths)
         except OSError as error:
             die(1, "cannot become %s: %s" % (config.user, error.strerror or error))

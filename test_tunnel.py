@@ -41,6 +41,7 @@ import tempfile
 import threading
 import time
 import unittest
+import zlib
 
 import mdm_tunnel_client as client_module
 import mdm_tunnel_server as server_module
@@ -329,7 +330,13 @@ class Secrets(unittest.TestCase):
             (b'{"tim": null}', "tim"),
             (b'{"tim": 5}', "tim"),
             (b'{"tim": ["hidden"]}', "tim"),
-            (b'{"tim": {"token": "hidden"}}', "tim"),
+            (b'{"tim": {"token": "hidden", "domain": ["a.b"]}}', "tim"),
+            (b'{"tim": {"token": "hidden", "token": "hidden"}}', "tim"),
+            (b'{"tim": {"domains": ["a.b"]}}', "tim"),
+            (b'{"tim": {"token": "hidden", "domains": "a.b"}}', "list"),
+            (b'{"tim": {"token": "hidden", "domains": ["a b.c"]}}', "no domain"),
+            (b'{"tim": {"token": "hidden", "domains": ["*"]}}', "no domain"),
+            (b'{"tim": {"token": "hidden", "domains": ["a.*.c"]}}', "no domain"),
             (b'{"tim": "hid\\u0000den"}', "tim"),
             (b'{"tim": "hidd\xc3\xa9n"}', "tim"),
             (b'{"tim": "%s"}' % (b"x" * 5000), "tim"),
@@ -342,8 +349,10 @@ class Secrets(unittest.TestCase):
             self.assertIn(word, str(caught.exception))
             self.assertNotIn("hid", str(caught.exception))
 
-    def test_ids_of_tokens_are_read_without_regard_to_case(self):
-        self.assertEqual(server_module.parse_tokens(b'{"Tim": "s"}'), {"tim": "s"})
+    def test_ids_and_domains_are_read_without_regard_to_case(self):
+        data = b'{"Tim": "s", "eva": {"token": "t", "domains": ["A.b.", "*.C.d"]}}'
+        found = server_module.parse_tokens(data)
+        self.assertEqual(found, {"tim": ("s", ()), "eva": ("t", ("a.b", "*.c.d"))})
 
 
 class Clock:
@@ -1534,8 +1543,18 @@ class RequestHeads(unittest.TestCase):
         (head(first="\x00GET / HTTP/1.1"), 400, "9112 3.1"),
         (head(first='"GET" / HTTP/1.1'), 400, "9112 3.1"),
         (head(first="G\xcbT / HTTP/1.1"), 400, "9112 3.1"),
-        (head(first="CONNECT a.b:443 HTTP/1.1"), 501, "9110 9.3.6"),
-        (head(first="CONNECT / HTTP/1.1"), 501, "9110 9.3.6"),
+        (head(first="CONNECT / HTTP/1.1"), 400, "9112 3.2.3"),
+        (head(first="CONNECT a.b HTTP/1.1"), 400, "9112 3.2.3"),
+        (head(first="CONNECT a.b: HTTP/1.1"), 400, "9112 3.2.3"),
+        (head(first="CONNECT a.b:ssh HTTP/1.1"), 400, "9112 3.2.3"),
+        (head(first="CONNECT a.b:65536 HTTP/1.1"), 400, "9112 3.2.3"),
+        (head(first="CONNECT :22 HTTP/1.1"), 400, "9112 3.2.3"),
+        (head(first="CONNECT u@a.b:22 HTTP/1.1"), 400, "9112 3.2.3"),
+        (head(first="CONNECT http://a.b:22 HTTP/1.1"), 400, "9112 3.2.3"),
+        (head(first="CONNECT /a.b:22 HTTP/1.1"), 400, "9112 3.2.3"),
+        (head(first="CONNECT a.b:22 HTTP/1.1", host=""), 400, "9112 3.2"),
+        (head(first="CONNECT a.b:22 HTTP/1.0", host="Host: c d"), 400, "9112 3.2"),
+        (head(first="connect a.b:22 HTTP/1.1"), 400, "9110 9.1"),
         # The target.
         (head(first="GET /a b HTTP/1.1"), 400, "9112 3.2"),
         (head(first="GET / / HTTP/1.1"), 400, "9112 3.2"),
@@ -1826,6 +1845,16 @@ class RequestHeads(unittest.TestCase):
             "9112 3.2",
         ),
         (head(first="OPTIONS * HTTP/1.1"), ("OPTIONS", "*", "a.b"), "9112 3.2.4"),
+        (
+            head(first="CONNECT C.d:022 HTTP/1.1"),
+            ("CONNECT", "C.d:022", "c.d"),
+            "9110 9.3.6",
+        ),
+        (
+            head(first="CONNECT c.d:22 HTTP/1.0", host=""),  # as nc sends it
+            ("CONNECT", "c.d:22", "c.d"),
+            "9110 9.3.6",
+        ),
         (
             head(first="GET http://c.d:80/x?y HTTP/1.1"),
             ("GET", "/x?y", "c.d"),
@@ -2957,6 +2986,437 @@ class NamesOfHosts(unittest.TestCase):
 # -----------------------------------------------------------------------------------
 # Exchange, without sockets and threads: a visitor and a stream that only take notes
 # -----------------------------------------------------------------------------------
+def u8(data):
+    return bytes([len(data)]) + data
+
+
+def u16(data):
+    return struct.pack("!H", len(data)) + data
+
+
+def server_name(*names, kind=0):
+    """The server_name extension (RFC 6066 3)."""
+    entries = b"".join(bytes([kind]) + u16(name) for name in names)
+    return struct.pack("!H", 0) + u16(u16(entries))
+
+
+def hello_message(*extensions, kind=1):
+    """A ClientHello, before it is cut into records."""
+    body = b"\3\3" + bytes(32) + u8(b"s" * 32) + u16(b"\x13\1\x0a\x0a") + u8(b"\0")
+    body += u16(b"".join(extensions))
+    return bytes([kind]) + struct.pack("!I", len(body))[1:] + body
+
+
+def records(message, size=1 << 14, kind=22, version=b"\3\1"):
+    """A message of TLS as records of at most `size` bytes."""
+    parts = [message[i : i + size] for i in range(0, len(message), size)]
+    return b"".join(bytes([kind]) + version + u16(part) for part in parts)
+
+
+# What real programs said first, for https://web.tim.example.com/ or for an address:
+# compressed (zlib), in base85.
+HELLOS = {
+    # Chromium 156, with a post-quantum key share and GREASE
+    "chromium": (
+        "c-l49c{J2}AHebN>|?Cc3<g7!Flnq~8(IiiD@@j+#WHpc@gVyeS}Y-E?E9cpwxQfR5zRH++tVetZrA"
+        "m=C_<q~JdbBM$M28Vd7tzB{m$=vzkhr`GB5~g8Uj$0Fqp&qP$zWTa^Mz|SfUx!z)@JM82=M*ej%ed3"
+        "@y<f@tPDg>k%KMWL5T_X1a4JE2!lAE1XC0K#VpuAwh*Zu2~OAIXO584vK^EC_HVR22W>%Gt$Jv@$jG"
+        "wlml&GApB9(yLSLsjsgULK?A6O0#L{sH(+oW3}Ap5z+f=gMW6^|0pWk*5P1L~0OA8kO-;e>TM}Ox47"
+        "v-ufaRjKHdbJ@)X<V{*9k7pn{1o`U-(rii<gR5D?^CK(+%#gF>Nk21!QAvP4we%alzZe)`JsbqH+jR"
+        "qL0zs;bU3`auc~Y?9^byW_jrA>(A$?%dJceop3kHNiT<Ao3X#!$*?(Pax9xE_uh5gSvpqmkmT}>kT^"
+        "pRHdMJw8!8vS^Bf)Dr+J#qFWcIfLE2-Lcjm)-^zNN|q!LDc`Y>_3UAs^bz6A4c`|%Nr>+i8=F1Oy&>"
+        "`JShR6BtC7sQDYGUbpP?2wnD`uoZ_S|Q97r2IE?WrJiy`Yxtg>Ad3c-oloDeU`mh$d^<N3$5F{we*v"
+        "+%iC;Z_-9nBR~1HlO?X0JM|d~@=)ph3moOM%Vi(~&O0Qe`_4MYr(dfrFXBtbLuF79Hl#SE(LkwUIR?"
+        "`eMpl4(_hayP*x4eV5SmAok-E4J8s%T_BxqL49AfyDUn|e0##@N_>x3c7Kdd8*UMdw^QtjHPHWZ6dB"
+        "?dHg?ov|Tp=5SWKsFp`yzN|A$>czCLp@NSO+s$FD-^hxZbAtQ4#4#xmMY$f?W*uYBEo%E~K7k%-?wK"
+        "F%@n?EaPnc4#oad9LsnV252J4ku_?9e7?E<^&Wtn60iRB#S?_A~O;F`tZSmZ?;|8$j>w2U3~XEU6j)"
+        "Un*St(-UB@de{vFusixH?ztL{~XE3O63@AwA6kYS)i(at$7h!R=<#Q{sGys=%$ILiJ`Bt@ns<Cz%@k"
+        "Zrk-~qAN*?eOPorkId^vZtO%h_l~d@`5x{_Imsd-CmT#`$$zPt~E=?aEjuI%iyDwIY+}TPoT1_xwM9"
+        "h$Mu#b;gN9#C8^`EOcXzMuiX0}28i<x^q>bO<+%2o2@KXM-gEWK|0>X?EtMQhqAmz#6Ls9BYQ@kUoa"
+        ";4YlK6VrO0novvYT?b-mJ*Vj2BTiM(HL}p!tP`t+eIwb4>um6|b*;Z~;i|hINUd1^kegWSX4umq?wQ"
+        "8#sxdldJXcppvMrCHxrK;zA2W=9@;yw_x`DTN<aIN1NILVwkxREvWtCc>fsH=rT?0x-olPTE4E5t9;"
+        "KTT58-x0#{vqDXdrnpK9Q$PaaL&C!cY?Wj+bzZ;&kXfv*)59<8&Ag3ZQIb^lLZ1;XTSABh{qJ;ymoy"
+        "o)>!J?!oaI8ugm#>f{n8~->1{jqLg3ivXF4uQgH&IL{im*3i_)i2$J=KzEcGNevnRR_}W^h(b8B^0#"
+        "6jsRvtgJYjCAHTl284#3-Y#AD)Lw5~W!$|L!Sszj=4o+GBZK=SuxAR4RfcQ*AQcGn!YSGmF`P^hvHK"
+        "=joLs5{P7DY(O(H!MAp_=0V^`HE9kTyO?C%h?L%9mW(T|v{I9vs^0$cqB|1b7fVShM%TSbzPSbz?NZ"
+        "mGZgyt$shojlSX+wGI}|eGrE2^)GP~R6E8ByjCcm}*<?NCbGm41)bv;m>UWS>n>@6^)Ced&RRJUODM"
+        "Ws&U%nIr(kw`9KpbbuH5Cg7`jNZ>^c+^$(zVN6wp&_MP>h$(Y!!CbiU#Vg%*;M<1YXbDn*2U7;!%2a"
+        "^8CcNF77owOx!P`ay<!X;yKvP4T{Dj^rX9#HQggWbWMHYt!tE2$?zTw)MTT9KWSXT9E93opCbNdacM"
+        "zO$kxg-O>6&nTpv|W~mcMdb5Ir$eHyI8;p^rC>ce02yT&A8K6ghS6Q%hV3S*=q^!i1KGg%%GrddU?0"
+        "!Q%bkT50s&_3CX5qE(X9wP_JoCaXuLQdQf1Ro(rn3+vJl$DD>XGxB=OJ`jHne|<XJC77>fmCmU{liL"
+        "RKuPFJUd!q1i9mn}{`Q|j^pXQ<qPWMk&9ewNgVm(IS%(B00Rp`AC1!W^S3_7lZlx!Pl*O)SY=-tWsk"
+        "}pLzsDI+WwglULB-{T-sa<zE*MIA!%F3a{JiKn2$%<>50mg~a|E=+@;{7X$$|FUl?UfB}P4|Bj6W;w"
+        "K)k&3(K6x`b;Ya?X>f@TN&omvh{+MCrx}<DAIg;&12MWU30iZw>Kp|jQAM^q)BK2<^6tX9BPw_n^_L"
+        "SW7z@E50@#r*`?`^gw1hpUN{Ses?%zlXOhuD6I@5h1tz`@_dia>UO?}FF`xeIC+^e&iPM0XL}MSK@Y"
+        ";TS{+?{MLxDclSMhy!^*u(K0^iy(yG!_aUz1OY=M5D+vH2>}Q8-Xs7S0C3TM-dd4?p;~@1S3{X0ep)"
+        "`)Lcw9-suYj_V#3La4v36oYU^t01_cR6!~X$+U`<Z"
+    ),
+    # the same, for https://127.0.0.1/
+    "chromium-address": (
+        "c-l48c{J4PAHebFYZkK^`x0pe6$W=K%^(UF&9$Xy5mS*ROUqy^5!oV_JB%4wZ>ceevSk^A?%-ZqQ>2"
+        "uuTj7`8O}9mtUq61vIi5dW=l$1n&gc1@^Qgce=^zM5pM$|Di?v8EEn01a6_VdGiLOT{*9-73`R26`+"
+        "e<Ihzl4arZCv`KryE=K_k?%<`}4O&+-&r5F?}@dBPG3+F6(X&h!~6_q$s5b6B&reB14g}_@1~*q$pA"
+        "XrQlaU1{4S&SDl>!00uxBiNV0&Fc>g{FT?*{SO5@^UxJI^euq9p`Z5}oXJh&<nbwUPBwiMJ2=(<0j$"
+        "HSDLHx5IT9u1G$hj-Lx7(qS)})m=*Wi=5q+Ec(>c%#wF&>UGnm0tZdIG6$GkiT9Y{sk^YgNC-We?eB"
+        "5u5Y|zHoU#NkX4^g68|KH}OUM#%rB3wy$l?c(X;1lxn<V$hUFB+5vD_tZKNlQc4J!f+9@t1LVW~53}"
+        "j;SA%DS>aGpMrZh#z5Zm)rkp{*)l#-i74Sj9F-G(Px_qw!PCfN*ilP5bw=5~Is<bsZm_Y9ePT95eBO"
+        "?_H#L<xRQC$-zbn9S^ID*TA6M~s47o*Hc7y4$~Unx9b7k16iKa^d}n%A}_ME+j0v7{iCXh!YrCE2lo"
+        "5u~JU58J7(!4@tw^W_mr!2=!g=$#)xPKjOiQKf4+oEeJw53wLlv%+a*m@Hf6jKWA`U=Gumxz-cjc<H"
+        "*6zRf2JuItLf2tKQB^s@bm>$kz&@&0A!J5S(i)Sqq{Ym4neCPgCK0`pZjBe~!#jL*XGk>+8NZ4@n_h"
+        "6=vD2XnKE7%`XY9=y#cdGeB$b=viGu8nxou&gW>>dASEASEZ{<7unGBt9wQk@Wp#iDo>>)df%+ySIX"
+        "+3xMiv2#Nj=wLKIqQRtDmer|##h7HjMI>3Y;ul=KPYhg9roQ(~V3)8<U`aEnv9aolPS=)m^uKKo<o^"
+        "y_O*!{$k8sPa)8vPyFGG(M-B{D&CpTiv-UMZJrClQ3WKnSrBg-*sl+f5N|>U)|n48)GcUEpKzI9W?E"
+        "IVXc{6m~sBVRGjf3T=VXyi-p}0EDpn=so~X}%d|?sGWVQmWnp+$ahKjMROvtgJb$e#`a`d=iKQHyqs"
+        "9K0w90E6!xl9jPrp12$T$YY-pPUHH4v)Xbi*+J#|Lj>t3zve@+AX~yFC)VB_0zwu4h|P*~trmOano("
+        "Week{_>7Z<VXF4(jo=QxF|69ID9q~Q*P;}w0-uB?bFCO$;h5(mL!~U=dig4?RY3+nG-)HoV_n`UI@w"
+        ")gik}%RoSb(@d-knC;&w>8W%2j-cf@f#`LC5;q@9OO`5)QW)gq3)R2$bpEQmWl*k&;CTT%9j+tR#<u"
+        "+*>Awr7rJ7O)7d2pwdWo7GNUpPk_^&nn-h=GTR_3a>DUNZ*<E6931rxRr}%^^)4u{dK-~7VW9cSurx"
+        "(qu-)`m@FP-I9#;d0bP4Z(U=JE55avA94aVBEYcqD3PQ?HUL8%jC7VWiyV3%0zE}Gqwl~UZz$tCr!#"
+        "Z&lU-taz8mB+svkN;O%G9t5)!^O-Z91xve_0;S`+gBtx>qWRIknPx;%mN*Wvt&T)mV9}F%rhWfk>Y-"
+        "udE2RXiE34cQ{5ZURFY;mQlTiF}Vvdh!)6BP$l>6Ogkdp4%_^&z2O3S|F^Peo4}}0TX(b3OwYWuXqT"
+        "=}d02b113%e5DN-$a#;y0BIbmi3*bJzs8C39_hg_}wAarrfVE?(4mOKrWIn&!w5WPPx^}FpkX2iWWk"
+        "(nAB)ercYF*Eu;2l0it?{-u|M$Fopi>C}TN?ftq_kzV3Je@U@5tXy{f!<T0_hdSy*E{>^U#EvolP&{"
+        "IK+Gj8lmDZ_m-0NuO`J6(7BiPdn%Ywa>Oy)ov|(BM%>V)*ARswLKnj9@Dgf&;KnOO!K*$adMYW#^tQ"
+        "6!Ago^owp+Jg}@NQ%H+;lul&Sgp2t60qz<mP0E^l#!!WnXtHzvzDUCDob7jkToxo#}mNoIs_F=rovl"
+        "Mt&oFd0nS+*krZ0gA`Ahw-MDH<rLrY;qFVW{rGloZ{U7}niS7*%{r5thFc*PHU4wT+h)Lg{r&Q#KQJ"
+        "?`In9yEIzuB58fHI1)MVC`i6sTutAu~vA23Sbw+3rFD3s;SUQ+t_jwa@?P`UuSIR^kb0BmfI0Dv681"
+        "DsT_DJq!BWROjMFaa6>CIzGh_iauoK%~4=l!CTIZYi@ReoNUc6}D8|QVEq>9FSdN1W9iPYCF)|f!Pl"
+        "1cHp){W;+zNLlOS+3L26Cmw=FflprkuB>^J=D*-1#MuIHB035(9EXXfyE?E_*0R;dYo@_1?wmB-00q"
+        "Q`FL_)*Sh|SwzC^#HKz)%PTghC=Ab@k0>`9C>X8s`"
+    ),
+    # Firefox 153
+    "firefox": (
+        "c-n=O=UdZh7KYzn3JFz6sDcg#6U5LG17?U)6p#==hq{1Z!Vp?OV1Xnwm*^<f0t67rC{+nXL<u5ALSS"
+        "g3Vqp=%9VH;jpfDoEGCJ97|A0N8&h^~SIUjFbIE0FZ0E!KVo4VSDhWE$aE<_(G>_$Af6XC^W?pce<&"
+        "*NwMw6`I$jRix01^1p@zPi`pyz$J-Td|LgOV`b|pV6woUXYi2{`3qOV<9XY3zHJ1R%7C^da1e8TB;("
+        "&O0|Iq{0gjq4Fr_F0s!=ZE&x~_JIpdUI?j^KXT>GNvMqm(j{|xDe1`x8fC|tA8d^(Wn<CN&28s*<ss"
+        "N@SCW;3N2Gn3tWOP(=a)K4fk_3<dsbGr1DNfM{I1;V|hrt0xk?cWQAuY6)5YjwDB45pCGsUzpA9rzw"
+        "^bux@u%C69eKnURvz_zYC94~ylhc=exKd|hOCx+Lh%l^I(ioyi=0lSx7Fc2YvWm6tL}ZF;?AzZG?Pv"
+        "YbjO*f+EsG*T-y^r&^oJ@ntQ0PD!`c7KFiLL|Z<C5Dok*$Hvn+IG5s>aGF)4wMU?+SGWKj?0S~kw2t"
+        "*@pN2Xp=H@$LUvcd+zn^Q|BzTH9G|MA|D~*j|*}KO1Y$7QD7|+*e2aL)iY-=BC^8*6)0#Q6bYJeMrp"
+        "bhvw6ZlCIJZi9DT3mX#|f`!RHgKZXx!<|U{8a{0}i?D);2_;vS;pUC5*>8k|#rjGzoG$0jqQ76hIA2"
+        "=qJVE?mwM;1MT-8HwJY<mB-bX3RWl>CwjUuYx8ar#l=S%`opGZxCN9v6U%E_R)AiTju{fIWF!@8&Y="
+        "XFNS=$BhTWuBqo<Z~0W~TS|*xf^|@eDPf%^Wt7&my#aSN9Jj59Wgc|e9&mf2acDR|quHtOFxm$z5Gg"
+        "af7K16h!y|n>=bc|Ku4ps9J!7)Uvk5v5ulx*2B~n9%%|b$R!|K24Bwm@b!n&pSWcGn{f)?%BP!>$(A"
+        "Lb9X)_7wgd*wsMjecXnc9C%M&RjTG*f<zF)6<e83M1&5XL(i*#O+i)=+c)ZtnxxL>0~!f1B6)4_aJ5"
+        "`>ygkTxT}CzFw)?`th1PY+}Aus)hDU^X6`%n`E(?$CEBn$rBJi`jbjz9BRYi>vZR^JJs`=bxldweR$"
+        "i!>wQr(jFP`ej5fr~E4{nLX`xI^62krf{cz9;Uaml0Te9={H9y?>|Zuy(+o|krOuv6x0uE+dJ6Q?j|"
+        "Z?%l>W3OWfDE9r$M5>)~f`RFYzf@{{kL(LAav)vwHCoZAj~VE?q2$JLM0ISfvD;sE1PLkcUro5co8G"
+        "gEzIKwegJjevp~XZHk}l~%=XD(lMsFXCxUARh?Kr-l#}8i6><y>M8u1p(tz>eE!$;(aq{rNfo5jy3Y"
+        "5JOBoiqvRb=oOW-+bgS8HGQikH@X^L=-D*4NKpRH%dR_wPsMa9>#QM%=T+Z+sSR4(g*!nI5%--xXxi"
+        "a>zqXPH95^b{p`U%x@Nah@n%2X70WuEWu5m(vr_0mhE<k9b|9{WXynB4y<K3&P|-mZBviu#N}}*1oh"
+        "Qlc#LA+;^L@K7y!fO&7wcDM6C6ra=VVkkO{BJAdOnT^Ei>V?4)MVZOK%kJqXZu|SjAJTzm~?QnWk#2"
+        "HhZpkH(&FZ&tQuWm_l5;Nl}L!M!^_~uF$kYiU+4-`o;%#eb12$u6q42dY)Es{h90C!=_qoHFeVi0#!"
+        "*fbxdpg$<WbXGL6gp&03u!0^3+OzzaiIZ9nxrcF5J}5~JS4pTza$<Rg9l85_|3h*<SxF5E{mzY3C0x"
+        "@W6dGnFOX9gRK(HmwU~)r54*&8HEU?xEII;QY^;VnK~_J4KWxer;&Yb2ONETF%I2nV44OH!<>4&CV^"
+        "96S?t?UdTbOY_q0>GrMy*9ll4G`E6Yf7>uzf8M?l%M0Yr%gfgT4O<tL&q}<A^B~9AH%Gn4hqH#I+_-"
+        "?UTO@=~-#{ajY2b>T`ymfyUjxBUARU1`v^wm8ahwp?qucp=GlCG~!w;e6Rdg_!+xxnA8ysH?vo;;IR"
+        "xgis3l{N-P>L(8V`ej=!AOa);j)22~`hQ*hKbxWvXe3$*0U;qJ2nJV}*g~OW2p9pFBLoZqN=cz@7=V"
+        "9MhYWyXg;s&_7Zz(%{xr<4s5}1c9_FEDZ8sO}s-1n{T6u!+T*1;EunfDOK3J7`Y%@8<Klf2$#vztCi"
+        "ddb+U8?n;N8%R4Dch|^f`VfRytq6q!Cr^h@OS47MtRg`s_?z5pPM5s#9CAPvwrS9Sy%X`Jisve^hSg"
+        "I!qv9sW4sT;lFNZ(7*ZJJ-C=TZmaRNa_GjM6!=Q!}s%HH!GXW-pUMIHRnbtebt$#m~RVLW-?;RfKps"
+        "z1VsQj2bHO%}9=hAV)l^eR@w*HtYm&vJ|hBF1Q=Rw^hN<6o*C`a~Vs_hH^D?QI+54}3A)N}Tu#)n?P"
+        "{4RR#ySO&1#}h86cW}i@ov7d0V#tH2Ui0BrcZWNI^EdUbDqa"
+    ),
+    # curl 7.88 with OpenSSL 3.0
+    "curl": (
+        "c-qyD%PWLo7{$+fna?}plKL1!kz6M;=7L$MAsY)D3#G`yWqg^*%$PDV8w)85lfFrIZY6gqWnufS*bJ"
+        "qVNHZIfjfI7k;`L`ZbvCDSp66$0go1#4GnTsz#XG8U`Gd*l^x(n!&F*FI@TkvycKY@3dZ+o$YeUzo%"
+        "Yk*Xzwa%xFtjxC(rA19=v~?8!MgkU#mvAEx^=2Eok+LzVJCZ>J<6U)m-J#=Hb^I?WxZ_1l(fk*bV{q"
+        "#(T*)_q6<L;;Kh%^m;>N|9nj~E2~RQ-^BAe|SR!h8LNhTGf-@*yn`)Gy8WpHPB^+u;2qlbgl%fPhG~"
+        "6b_$z;Oo_xS&AsUF~0E=CKSoLQL0M1c^(Dr}-qaA6S|Cl;a+#u#CgQw!B7T(AnpRYVy<D<~lfxCssF"
+        "ajoNN_Gj%V^(dly`3&C}>q!Sqrx}SG=Ec=#>tQF#ae{xNUu5f6tp"
+    ),
+    # openssl s_client 3.0
+    "openssl": (
+        "c-jq)y-Px29EH#CeXqAy&7!WDf|``1WojQJ8TK_7HP#kc5;v11qO8fJC0g715CWkhXox@>;;mWeAIL"
+        "C>hK3?2Xsf%Pa~{s);6!5tN^suy_1^2KZoRGLV#y!%w>DI2{(Q_2&Q9DHs?Tk;dSAi4-B5@x9uzMpb"
+        "?0u=Q=t5@F;hw}$EL3GacX?Uh{iOok?fW|C|1rZXO#;Xl2M#UzYHQR+hqVt(jx7MOS9C_k7FER7zqp"
+        "@ia!Ew065_Qw9Qm9vaV+$soZ=fyON45tY%<^!a)ocV_}B}E%3qxr=d^8h?9bLgEwfS0c_|(P~j%7a#"
+        "1IQFbj*Y3PqTNs*s6P;+zv_3Nta4Aq2DFiV-nR2!jzBdL8f^H@?Hpm%Xs})aHwiKU{y`>F)CW&TZ>-"
+        "BI`=pJo@O|Kjn-}dH"
+    ),
+    # the same with -tls1_2
+    "openssl-tls12": (
+        "c-jq(%`O8`7>1v7zBA)=%0k)<U9hRpAXD)ZBy8P)D?p|qjGv?lH(=3wsIqKv2^QZ4Opu7Zl?$-2<t*"
+        "OClRQt}R16;m-b7YkliuFu*X{gMcbIm*N6!!S&(78R&!D&d(wN-;g)Lpy74FMXIV>M_N!tu`PFtL6Q"
+        "x`baMC)v8MQf~aN1t7G*r3f{I5-EUNuhR~A7<T?BFk?Mip#S+JGv;S;sj$!7!R9aidh=LZ-y!~fnkD"
+        "0T23N~#gBRKD?ag6?|kHAXCf0D5iw$&jcjcH0a8*hQ~"
+    ),
+    # the same with -max_send_frag 512: three records
+    "openssl-split": (
+        "c-n2#&1(}u9LDiyb~bU6pcb~qC`LjP+iFdknQ5!RT2KB1MSD;bo4OWllP#fQ5zqA`coW|bUet5%jt3"
+        "7yR1jYxiXsT2;H|}iO5L9OT)#5|^I_(fmBNF7Uzf6T_RHeu=g<D_S~~sUO=rue>~!<mkJX8<%WK8G`"
+        "M*2!g_+#yg^`ua<)gn_d*t%U)3@8soESaSdD8WA;l|Y?FK%Ki@B$eKx8GH9zx}BFu>IH#xIx@=CD)G"
+        "`S9E=tc4^m*noGF=7I$$6hcSv_3}Q_{egu$176>kd^~(JDMkQRBY|PDum8qzK419_BzUg>JH}cqy-P"
+        "nPgfDpnHQurvw=euN&ECh3{Xg->XX3Ncsje6KBSF2UhG--x3OWF`=!=#Onc7U{lq}4VyO&ppyG;wI+"
+        "&_h9X{S$0lAQ(+BnqV}+Xo4{WV+h6&j3F399>oxcAr3<vhBypySmLn6VTr>Mhb0b69F{mNaaiK8we>"
+        "-ZhX~k=eTY8+&h`5;A(K*VQc9&%T4j{45-RD7gh&c0rI4QQCA_4E0i=}l<K)HX%J77U$GI1!cq|L!w"
+        "~xOXyH$F9<=D^g)VsxR-+%qN{vjIgX(lH6PQG8-`X4w?ZAb"
+    ),
+    # the same with -noservername
+    "openssl-noservername": (
+        "c-jq)y-Pw-7>9rFdC$EaHJ9$?R$y_-TZvW%(GX}5xHJVp6x3h@HTVxS)DnUb4bqg**O(1aG&lvvr4K"
+        "NOK9=eqs41|b2(r6A&+t4B6L|!3ne+Gc<DbfP;r#6KdBwTCxN$eD6C0(0;%X*0y`Idw*|*t6FPhCn3"
+        "Ljq?mEO9WY^2uapX#sW_w0f*SHY+yEVfAZ=|Sw*%C*DVkxu9&_Oz#C$myu=#gYzc8zVZPEev57J4hp"
+        "iVI<KYpo9=4g9L(bV50-A=tMi({6!)`OcGJRckm4mMjSE82Aiy!lu`i|R3Rmmp-f2znZ(S*LJC8e0t"
+        "o~ZOCJd)^g|H&3qA1sjC&9sI~{M{{?2i^%YHa<m+jxFNO$$K`1jcIauuKX2PDQy{Q"
+    ),
+    # gnutls-cli 3.7
+    "gnutls": (
+        "c-j+VW@PMPWMJ%IW=`3+EOb}Bs7SgH*CEL@G1rumxYzyX(0=IE_W7wq{)bY93+C@UDmE{_R^aYDW!q"
+        "}AqYW2XE7h03?|vX|WESXB<;!3t%p}Y#%qYxqK<CWL18Wa(9ne0o<^bmbgEK1*h#b&AAj~lLz+47Xh"
+        "B*i3Fz7SPKeOt<d<IK~c?ae(7z3Ta$^e9n3?RV8AjTlVAkHAcAju%hAP1CWWMpDwW@KUDW?%v;;bl-"
+        "_P+(!?;N)OoVdh|GW#r)EU}a_I;9z6q;O1asV`gGxVg{PQ05pSvK^cgR8L}BNfjmc+aF)e0E=7jjyB"
+        "8f{F5-B#?RNFEzL@PUKmKvbW!HV+?9|~t`9r=UN@VArq)QjB=}h2vS6;54etM01cXk|$i*E_gK?*&x"
+        ">N^xmeJ?8SIA>O~R=%R~^SjUK-zLvrlvOy*ds3x0gEj*v2Qv#ZGcyx2<A0#@L7tKTIY_uXHA$}|Ggm"
+        "LQA~ClhCsi*wKbJw5ff?j083rZ?MgZ14a)b"
+    ),
+    # Go 1.19
+    "go": (
+        "c-j+VW@KbzWME`sW?u2-K)s*ir7yF+=P1sOk8OHBX~SO|skztl-q#r~^yj~?z+m*}3tPy`G|pplHy1"
+        "3q;waJ)`#V{RWuc!^>YT6V`(qf?4rm|HKcI8K;LOT1D-LiT5I(?lK!jlq!(0Y^2GavV3|zvD!c4-<j"
+        "0_Bu85kHO7{nMDgv(Qt^hz>w^-?Pma|?1(^^)^*8CV%ufogz&3kW$FWEsSPiX|Di8JK{=ybMwd5*#c"
+        "n%pB|-tQ>4CjI2NpurjkTGXXvEALtbZ1|gtUZ3b2rW)@~<24e;_1{I(g3Wdk!@EGiUw6TBf{TUMt-}"
+        "coVnw0x>_y0F*mZWMd-B4r?04GUIK>"
+    ),
+    # OpenJDK 17
+    "java": (
+        "c-j+VW@bFk$iR4-nOUv-kMTN>mu89*2copt48!<yre6;@=Xy8S_4~vZCtg-4q)To1_IWqoS9zN&bMg"
+        "vyu{oYU92VSqRd=Q4k|JxzlM@-dgqegHg_#fN9MC?q@_@ma6$kVg=AT)`u$W;U!=eK!2Q&^SA5dq=X"
+        "2@blXK*;cbwK0*=K)~`O9l%DV+JFJxeRj{Y#D4AOd0eU{sWz4!N9;E!63%KAY7iBq*s!etCw1lm|Kv"
+        "Os+XLf%fQOO%E$l$TtFov46+R3K*f>_azKrYj7*Hoj4TY?3`{^Jf()Dt>`V+SV8!A<tPI4w3_1*2EX"
+        "=ITY|I?&92^`h9IPB{9Go0n9Na97tc+}oEKJP6kYQ$GVrF7wVq(x{U}a%uVP<B~1)9kSbS!Dwje(xd"
+        "1iDcn`^KEdGrD5*W72ph|8QM1dl!q6vumK`rQFgbd=o2f#sMAZ$fBV+i~me@z^Ox?<=6MGjr4Zz*Kt"
+        "~L*7wUY;g;{IN7v5&a3Pi__{Y7!r@!2Ld`iy2yD@SqW2EUEoBfdz)@s+nHUj`6r*;G"
+    ),
+    # uv 0.13, which is rustls
+    "uv-rustls": (
+        "c-jHh1u6O#0|5om0RRQf0|OjDL|WMvN?I`8op`Rfk=`TmXcXpxSHH?05WmN?Zh{~<`}I9Xdl0OxQ;`"
+        "JMo^Hc{O>l3;aGNuTAGjDGw1s~F6cYjy0TTnjEWj(wslYJ6FU+U_{{a96Z~zbh4gd@SXfg<BbaZepF"
+        ")lFxBLDyZ1poyB000000000O02TlM6L)1|E_7*aE@gOOZE$R5E@N+P01W^f02&1Y1Oo;G2nPrT2n7f"
+        "P1_1>D1OW*I2?YrT04)Fl0RaFD00IF304o3m1Oo&E0{{vD3IGTZ>;N4A7XTOl7XSbNGX&}c=n?D$z~"
+        "vU6(3crhA)W9xA@`IKO_C*wE2T%1p7`u2E3g$a@Eza;2<v2-PqNEexdkRgY@>;f_@NU{?4Z$^8dLjM"
+        "&(TwzC|^j+cE(eSfrDE8MY-Am&5~Oh2dpG@XI_|)isOhDcw2QO94=g1WXESpsd_036q}gGaWgcUd3;"
+        "DWkeqiDlR&Giiv&d;N)7iHGeV)xBEfd<dX^cZP}e4>Kvl+E1G@pX5X!`rmmyL4mPgljxAa0XpWJ|jV"
+        "VRnjgTG{prw1-;0IA$)J_zEO`(n$b3KwgqI~@kDhvg@g%2EjY2uM*Dm<x~h#Bf7vR{gaIU;%y(8Cyd"
+        "0D@j&0G^cAK*$v#GMpoQjS*dbTasga%Kl`FNNgG*bv5n<)!{?T6LPs+%(K_0Nh9oI6OsY{t=UdE~G`"
+        "9vNc;atydaY%fVS0Nm#P_%4)j%WmqJbrq*AkDl5QzEkOoygbBhXU{Y!l&_cR)3~XosY)8#ooURy0$@"
+        "UgIJ@CMZH;3N~p%3u9Ky7p~-YIy5)833!f{x?u}r2IKeyZ;5)j#5l9Dx*jP^F-yhrv2xF>us*!Lep>"
+        "~|XJAm$Ms;a~9>g%e)i79yjOG<ayjO#*rjQ^!Y@Y?R3+khGv7KenxW!;21^mL^K{L3~C8o9^qIOSD+"
+        "X_wATuKtHCRUh{mN>>BOg0RZ$5w3d_RFd3RiOt9OO|b3%08CBw(A(HhUtD5mZpgIG*Jhv^_s1r^S%c"
+        "meffO0n2|c~(J$6mMAu|1DpQ=Eb80%MPclZG?<l>5_Nx6lE9Np&KO@Qp3baPS8m;t^E)s}>;CLIEfo"
+        "=s{bwde}0t^<1IEQ+0+DxliP)Jb14h`EmhP0M`8h>%+JSJ*z?0gmY%Lz!NbbM29%+aZ@2M|Dri56xz"
+        "@i>30XJRWEgFG{R!rQ|cRC{}iFF&Hd^76$G0cdSVZz=(=zzLDUH!Dm?rfT4uQc|SfRzd6Ak#z^0&a)"
+        "6ETV``?9Diy!vuwZd(kss!0B^vVHlP<;Q)s!jWhHU1;XJdyskMG^F5>k$yo)cgsGX2tb1e0Ddk8CgY"
+        "IG}jSH3XF@ilHdOk3#$Dmr5(S7mP$X)t4YV-ga8_n<B>x;Yd;S_XrRcjX+j1GTSm!kz-CZD>`BG9)W"
+        "36@_D1K!s8afVMputAIqLMJfSmlzyBPbN(<U??ESi1HO2$T6w%DOY=)X;#|fgS!+04DM_s#cNX<}Br"
+        "};cUU_EvvAo^bLaZbpYKsskAxcaerqN|+J;Y?vkx^x9CZ;lY!GQ~r)+Y89bwpd2zjMoOd5+5)UKWZB"
+        "q3Us7CQR+LyTW6(rsc;>y8=P*5RfP&hO3Z{>_ZpwCtLHzMj=*ET8d42LqArqmHCxYTa+gBC%#)vYK%"
+        "Z!WnUJMFN63U=E97!phf-aaz_&ixPpwCwZ?pf&mBldd!tLX6t{gi9zHpVTY+fhM5<I-hg;f1$cRl_D"
+        "Zf>qva3W5wJ0=Gse!OVC?B(1+d3L-AZ#J^EBP9Tid?7lTunrtsL0T0oWZuixht$DvU^<u(+)(6&cHC"
+        "7H%rj<#UV7gq<6{$FmaLzf_2j<Vo7ks0PI*STmT&aAiyx3H%rj<#UV7gq<6{$FmaLzf_2j<Vo7ks0P"
+        "I*ST$s6aBm"
+    ),
+}
+
+
+class ClientHellos(unittest.TestCase):
+    NAME = server_name(b"web.tim.example.com")
+    OTHER = struct.pack("!HH", 0x0A0A, 0)  # GREASE (RFC 8701)
+    LARGE = struct.pack("!H", 51) + u16(bytes(1800))  # a post-quantum key share
+
+    def find(self, data, step=None):
+        """What is found, and in how many bytes; None: more must come."""
+        hello, buffer = server_module.ClientHello(), bytearray()
+        for i in range(0, len(data), step or len(data)):
+            buffer += data[i : i + (step or len(data))]
+            found = hello.parse(buffer)
+            if found is not None:
+                self.assertEqual(found[1], 0)  # every byte stays
+                return found[0], len(buffer)
+        return None
+
+    def test_name_is_found_however_the_hello_is_cut(self):
+        message = hello_message(self.OTHER, self.LARGE, self.NAME, self.OTHER)
+        for size in (1 << 14, 512, 5, 1):
+            data = records(message, size)
+            if len(data) > server_module.PREFACE_LIMIT:
+                continue
+            for step in (None, 1, 7, 1448):
+                name, used = self.find(data + b"what follows", step)
+                self.assertEqual(name, "web.tim.example.com", (size, step))
+                if step == 1:
+                    self.assertEqual(used, len(data))
+            for end in range(1, len(data), 101):
+                self.assertIsNone(self.find(data[:end]))
+            self.assertIsNone(self.find(data[:-1], 1))
+
+    def test_hellos_of_real_programs_are_understood(self):
+        for program, text in HELLOS.items():
+            data = zlib.decompress(base64.b85decode(text))
+            named = "address" not in program and "noservername" not in program
+            for step in (None, 1, 100, 1448):
+                with self.subTest(program=program, step=step):
+                    name, used = self.find(data, step)
+                    self.assertEqual(name, "web.tim.example.com" if named else "")
+                    if step == 1:
+                        self.assertEqual(used, len(data))
+            for end in range(1, len(data), 7):
+                self.assertIsNone(self.find(data[:end]), (program, end))
+
+    UNCLEAR = [
+        hello_message(),
+        hello_message(OTHER),
+        hello_message(NAME, NAME),
+        hello_message(NAME, server_name(b"other.tim.example.com")),
+        hello_message(server_name(b"a.example.com", b"b.example.com")),
+        hello_message(server_name()),
+        hello_message(server_name(b"")),
+        hello_message(server_name(b"web.tim.example.com", kind=1)),
+        hello_message(server_name(b"web.tim.example.com\0.evil.org")),
+        hello_message(server_name(b"web.tim.example.com:443")),
+        hello_message(server_name(b"[::1]")),
+        hello_message(server_name(b"w\xc3\xa9b.example.com")),
+        hello_message(server_name(b"../../etc/passwd")),
+        hello_message(server_name(b"a..b")),
+        hello_message(server_name(b"a" * 300)),
+        hello_message(b"\0\0" + u16(b"")),
+        hello_message(b"\0\0" + u16(b"\0\1\0")),
+        hello_message(b"\0\0" + u16(u16(b"\0" + u16(b"a.b")) + b"x")),
+        hello_message(NAME, b"\0"),
+        hello_message(NAME, kind=2),
+        hello_message(NAME)[:50] + bytes(200),
+        b"\1\0\0\0",
+        b"\1\0\0\5abcde",
+    ]
+
+    def test_what_is_not_clear_has_no_name(self):
+        for message in self.UNCLEAR:
+            for step in (None, 1):
+                with self.subTest(message=message[40:], step=step):
+                    self.assertEqual(self.find(records(message), step)[0], "")
+
+    def test_what_is_no_hello_is_not_waited_for(self):
+        good = records(hello_message(self.NAME))
+        table = [b"GET / HTTP/1.1\r\n", b"\0", b"SSH-2.0-x\r\n", b"\x80\x2e\1\3\1"]
+        table += [b"\x15" + good[1:], b"\x16\2" + good[2:], b"\x16\3\1\0\0"]
+        table += [b"\x16\3\1\x40\1" + bytes(9)]
+        for data in table:
+            for step in (None, 1):
+                self.assertEqual(self.find(data, step)[0], "", data)
+
+    def test_hello_without_an_end_is_given_up_at_the_limit(self):
+        limit, endless = server_module.PREFACE_LIMIT, b"\1\xff\xff\xff" + bytes(40000)
+        for size in (1, 1000, 1 << 14):
+            data = records(endless, size)[:limit]
+            self.assertEqual(self.find(data, 1000)[0], "")
+            self.assertIsNone(self.find(data[:-1], 1000))
+
+    def test_noise_is_never_an_error(self):
+        chance = random.Random(8)
+        good = records(hello_message(self.OTHER, self.NAME, self.LARGE), 700)
+        for _ in range(3000):
+            data = bytearray(good)
+            for _ in range(chance.randrange(1, 6)):
+                at = chance.randrange(len(data))
+                data[at : at + chance.randrange(3)] = bytes([chance.randrange(256)])
+            found = self.find(bytes(data), chance.choice((None, 1, 100)))
+            self.assertTrue(found is None or isinstance(found[0], str))
+
+
+class ProxyHeaders(unittest.TestCase):
+    """The PROXY protocol: read by the server, written by the client."""
+
+    MESSAGE = {"visitor": "192.0.2.7", "port": 4711, "to": "192.0.2.1", "to_port": 443}
+
+    def parse(self, data, step=None):
+        buffer = bytearray()
+        for i in range(0, len(data), step or len(data)):
+            buffer += data[i : i + (step or len(data))]
+            found = server_module.parse_proxy_header(buffer)
+            if found is not None:
+                return found
+        return None
+
+    def test_what_the_client_writes_the_server_reads(self):
+        wide = dict(self.MESSAGE, visitor="2001:db8::7", to="2001:db8::1")
+        mixed = dict(self.MESSAGE, visitor="2001:db8::7")
+        for message in (self.MESSAGE, wide, mixed):
+            for version in (1, 2):
+                data = client_module.proxy_header(version, message)
+                ends = tuple(message[x] for x in ("visitor", "port", "to", "to_port"))
+                for step in (None, 1, 5):
+                    found = self.parse(data + b"GET", step)
+                    self.assertEqual(found, (ends, len(data)), data)
+                for end in range(1, len(data)):
+                    self.assertIsNone(self.parse(data[:end]), data[:end])
+
+    def test_headers_stand_as_the_specification_has_them(self):
+        one = client_module.proxy_header(1, self.MESSAGE)
+        self.assertEqual(one, b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 443\r\n")
+        two = client_module.proxy_header(2, self.MESSAGE)
+        start = b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c"
+        self.assertEqual(two, start + bytes.fromhex("c0000207 c0000201 1267 01bb"))
+
+    def test_visitor_of_whom_nothing_is_known_is_told_as_such(self):
+        for message in ({}, dict(self.MESSAGE, visitor="?"), {"visitor": ["a"]}):
+            one = client_module.proxy_header(1, message)
+            self.assertEqual(one, b"PROXY UNKNOWN\r\n")
+            for version in (1, 2):
+                data = client_module.proxy_header(version, message)
+                self.assertEqual(self.parse(data), (None, len(data)))
+
+    TWO = b"\r\n\r\n\0\r\nQUIT\n"
+    NOTHING_TOLD = [
+        b"PROXY UNKNOWN\r\n",
+        b"PROXY UNKNOWN ffff:f 192.0.2.1 0 0\r\n",
+        TWO + b"\x20\x11\0\x0c" + bytes(12),  # LOCAL: a health check
+        TWO + b"\x20\0\0\0",
+        TWO + b"\x21\0\0\5" + bytes(5),
+        TWO + b"\x21\x31\0\xd8" + bytes(216),  # a unix socket
+    ]
+    BAD = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x16\3\1",
+        b"PROXX",
+        b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 443\n",
+        b"PROXY  TCP4 192.0.2.7 192.0.2.1 4711 443\r\n",
+        b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 65536\r\n",
+        b"PROXY TCP4 192.0.2.7 192.0.2.1 04711 443\r\n",
+        b"PROXY TCP4 192.0.2.777 192.0.2.1 4711 443\r\n",
+        b"PROXY TCP4 192.0.2.7 192.0.2.1 4711\r\n",
+        b"PROXY UDP4 192.0.2.7 192.0.2.1 4711 443\r\n",
+        b"PROXY UNKNOWN" + b" " * 107,
+        TWO + b"\x11\x11\0\x0c" + bytes(12),
+        TWO + b"\x22\x11\0\x0c" + bytes(12),
+        TWO + b"\x21\x11\0\x0b" + bytes(11),
+        TWO + b"\x21\x11\xff\xff",
+        TWO[:-1] + b"X",
+    ]
+
+    def test_header_that_tells_nothing_is_read_past(self):
+        for data in self.NOTHING_TOLD:
+            for step in (None, 1):
+                self.assertEqual(self.parse(data + b"GET", step), (None, len(data)))
+
+    def test_more_than_addresses_is_skipped(self):
+        data = self.TWO + b"\x21\x11\0\x13" + bytes.fromhex("c0000207c0000201126701bb")
+        data += b"\4\0\4zzzz"
+        self.assertEqual(self.parse(data + b"x")[1], len(data))
+
+    def test_anything_else_is_refused(self):
+        for data in self.BAD:
+            for step in (None, 1):
+                with self.subTest(data=data, step=step):
+                    with self.assertRaises(server_module.ProtocolError):
+                        self.parse(data, step)
+
+    def test_mapped_addresses_are_told_plainly(self):
+        line = b"PROXY TCP6 ::ffff:192.0.2.7 ::ffff:192.0.2.1 1 2\r\n"
+        self.assertEqual(self.parse(line)[0], ("192.0.2.7", 1, "192.0.2.1", 2))
+
+
 class FakeVisitor(Wire):
     """In place of a visitor's Connection, and of what it was before: nothing comes."""
 
@@ -2980,7 +3440,8 @@ class FakeVisitor(Wire):
         self.eof, self.incoming = False, bytearray()
         self.phase = server_module.Phase.OPEN
         self.site = self.Site(loop)
-        self.http = server_module.HTTPConnection(self.site, self, "192.0.2.1")
+        ends = server_module.Ends("192.0.2.1", 1025, "192.0.2.2", 80)
+        self.http = server_module.HTTPConnection(self.site, self, ends)
 
     def read_into(self, view):
         count = min(len(view), len(self.incoming))
@@ -5681,6 +6142,193 @@ class Logins(TunnelCase):
         self.assertIn("--client-port", str(client.error))
 
 
+class Connects(TunnelCase):
+    """CONNECT reaches the service that the name says."""
+
+    shouting, publish = TCPPorts.shouting, TCPPorts.publish
+    hello, log_in, frames = Logins.hello, Logins.log_in, Logins.frames
+    CONNECTED = b"HTTP/1.1 200 Connection established\r\n\r\n"
+
+    def start_ssh(self, **services):
+        self.start_server()
+        services = services or {"ssh": (self.shouting(), True)}
+        client = self.publish(**services)
+        pools = self.server.program.registry.pools
+        self.server.until(lambda: "tim" in pools and pools["tim"].services)
+        return client
+
+    def ask_for(self, name, *lines, version="1.1"):
+        first = "CONNECT %s HTTP/%s" % (name, version)
+        return "\r\n".join([first, "Host: " + name, *lines, "", ""]).encode()
+
+    def connect_to(self, name, *lines, early=b"", **options):
+        """A connection on which that was asked, and the head of what was said."""
+        conn = self.visit()
+        conn.sendall(self.ask_for(name, *lines, **options) + early)
+        first, rest = read_head(conn)
+        return conn, first, rest
+
+    def refusal(self, *arguments, **options):
+        """The status and X-Tunnel-Error of an answer that is no 200."""
+        _, first, _ = self.connect_to(*arguments, **options)
+        word = re.search(rb"X-Tunnel-Error: ([a-z-]+)", first)
+        return int(first.split()[1]), word.group(1).decode() if word else ""
+
+    def test_bytes_pass_as_they_are_with_a_half_close_each_way(self):
+        self.start_ssh()
+        conn, first, rest = self.connect_to("ssh.tim.x:22", early=b"a\x00b\r\n")
+        self.assertEqual(first + b"\r\n\r\n", self.CONNECTED)
+        conn.sendall(b"more" * 100000)
+        conn.shutdown(socket.SHUT_WR)
+        got = rest + b"".join(iter(lambda: conn.recv(65536), b""))
+        self.assertEqual(got, b"hello " + b"A\x00B\r\n" + b"MORE" * 100000)
+        self.assertFalse(self.server.program.visitors.all)
+
+    def test_it_is_spoken_as_nc_does_and_the_port_is_any(self):
+        self.start_ssh()
+        conn = self.visit()
+        conn.sendall(b"CONNECT ssh--tim.example.com:1 HTTP/1.0\r\n\r\n")
+        conn.shutdown(socket.SHUT_WR)  # everything is said already
+        said = b"".join(iter(lambda: conn.recv(65536), b""))
+        self.assertEqual(said, self.CONNECTED + b"hello ")
+
+    def test_port_of_its_own_is_reached_by_name_too(self):
+        ports = TCPPorts.free_ports(self, 1)
+        self.start_server(tcp_ports=ports, bind="127.0.0.1")
+        self.publish(ssh=(self.shouting(), ports[0]))
+        self.server.until(lambda: self.server.program.tcp.open)
+        _, first, _ = self.connect_to("ssh.tim.x:22")
+        self.assertIn(b" 200 ", first)
+
+    def test_only_services_with_tcp_are_reached(self):
+        self.start_ssh(ssh=(self.shouting(), True))
+        self.start_client({"web": self.echo()}, "eva")
+        self.assertEqual(self.refusal("web.eva.x:80"), (403, "denied"))
+        self.assertEqual(self.refusal("www.example.com:443"), (404, "no-name"))
+        self.assertEqual(self.refusal("127.0.0.1:22"), (404, "no-name"))
+        self.assertEqual(self.refusal("localhost:22"), (404, "no-name"))
+        self.assertEqual(self.refusal("tim.x:22"), (404, "no-page"))
+        self.assertEqual(self.refusal("db.tim.x:22"), (404, "no-service"))
+
+    def test_no_service_is_reached_through_the_clients_port(self):
+        self.start_ssh()
+        with socket.create_connection(self.server.program.client_address[:2]) as conn:
+            conn.settimeout(PATIENCE)
+            conn.sendall(self.ask_for("ssh.tim.x:22"))
+            self.assertIn(b" 404 ", read_head(conn)[0])
+
+    def test_body_is_refused_and_what_follows_is_not_read(self):
+        self.start_ssh()
+        said = self.refusal("ssh.tim.x:22", "Content-Length: 5", early=b"12345")
+        self.assertEqual(said, (400, "malformed"))
+        said = self.refusal("ssh.tim.x:22", "Transfer-Encoding: chunked")
+        self.assertEqual(said, (400, "malformed"))
+
+    def test_cause_is_told_when_the_target_does_not_connect(self):
+        self.start_ssh(ssh=(TCPPorts.free_ports(self, 1)[0], True))
+        self.assertEqual(self.refusal("ssh.tim.x:22"), (502, "refused"))
+
+    def test_silent_target_is_a_504_and_until_then_nothing_is_said(self):
+        change(self, client_module, DIAL_TIME=0.3)
+        self.start_ssh(ssh=(self.deaf_port(), True))
+        self.assertEqual(self.refusal("ssh.tim.x:22"), (504, "timeout"))
+
+    def test_kept_connection_may_ask_for_a_page_and_then_connect(self):
+        self.start_ssh()
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x", close=False) + self.ask_for("ssh.tim.x:22"))
+        first, rest = read_head(conn)
+        self.assertIn(b" 404 ", first)
+        while self.CONNECTED not in rest:
+            rest += conn.recv(65536)
+
+    def test_visitor_who_leaves_meanwhile_ends_the_dial(self):
+        change(self, client_module, DIAL_TIME=PATIENCE)
+        client = self.start_ssh(ssh=(self.deaf_port(), True))
+        conn = self.visit()
+        conn.sendall(self.ask_for("ssh.tim.x:22"))
+        tunnel = client.program.uplink.tunnel
+        client.until(lambda: tunnel.link.streams)
+        reset_on_close(conn)
+        conn.close()
+        client.until(lambda: not tunnel.link.streams)
+        self.server.until(lambda: not self.server.program.visitors.all)
+
+    def test_visitors_of_other_networks_are_refused(self):
+        self.start_server()
+        options = {"target": self.shouting(), "tcp": True, "visitors": ["192.0.2.0/24"]}
+        self.start_client({"ssh": options}, "tim")
+        self.assertEqual(self.refusal("ssh.tim.x:22"), (403, "denied"))
+
+    def test_router_is_asked_as_for_any_request(self):
+        asked = []
+
+        class Router(server_module.Router):
+            def route(self, request):
+                asked.append((request.method, request.target, request.name))
+                return "tim", "ssh"
+
+            def authorize(self, request):
+                return None if "pass" in request.headers else (407, {})
+
+        self.start_server(router=Router())
+        self.publish(ssh=(self.shouting(), True))
+        services = self.server.program.registry.service
+        self.server.until(lambda: services("tim", "ssh"))
+        self.assertEqual(self.refusal("any.thing:7"), (407, "denied"))
+        _, first, _ = self.connect_to("any.thing:7", "Pass: yes")
+        self.assertIn(b" 200 ", first)
+        self.assertEqual(asked, [("CONNECT", "any.thing:7", "any.thing")] * 2)
+
+    def test_address_is_told_of_a_service_without_a_port(self):
+        client = self.start_ssh()
+        client.until(lambda: "ssh" in client.program.urls)
+        port = self.server.program.visitor_address[1]
+        self.assertEqual(
+            client.program.urls["ssh"],
+            "tcp://ssh.tim.localhost by CONNECT to http://127.0.0.1:%d/" % port,
+        )
+
+    def test_client_that_speaks_before_it_is_connected_breaks_the_rules(self):
+        for kind, payload in ((Kind.DATA, b"SSH-2.0"), (Kind.END, b"")):
+            link, conn, _ = self.ask_a_hand_made_client("b%d" % kind)
+            link.sendall(frame(kind, 1, payload))
+            self.assertIn(b" 502 ", read_head(conn)[0])
+
+    def ask_a_hand_made_client(self, id, options=b'{"tcp": true}'):
+        """A client's link, a visitor who asked for its ssh, and the OPEN that came."""
+        if not hasattr(self, "server"):
+            self.start_server()
+        self.rest, services = b"", b'{"ssh": %s}' % options
+        link = self.log_in(id, services=services)
+        self.frames(link, Kind.URLS)
+        conn, self.rest = self.visit(), b""
+        conn.sendall(self.ask_for("ssh.%s.x:22" % id))
+        opened = json.loads(self.frames(link, Kind.OPEN)[-1][2].decode())
+        return link, conn, opened
+
+    def test_client_is_asked_to_confirm_and_its_word_is_the_200(self):
+        link, conn, opened = self.ask_a_hand_made_client("tim")
+        self.assertIs(opened["confirm"], True)
+        link.sendall(frame(Kind.CONNECTED, 1) + frame(Kind.DATA, 1, b"SSH-2.0"))
+        first, rest = read_head(conn)
+        self.assertIn(b" 200 ", first)
+        self.assertEqual(rest or conn.recv(100), b"SSH-2.0")
+
+    def test_link_that_goes_meanwhile_is_a_502(self):
+        link, conn, _ = self.ask_a_hand_made_client("tim")
+        link.close()
+        self.assertIn(b" 502 ", read_head(conn)[0])
+
+    def test_confirmation_that_nobody_asked_for_costs_the_link(self):
+        link, conn, _ = self.ask_a_hand_made_client("tim")
+        link.sendall(2 * frame(Kind.CONNECTED, 1))
+        self.rest = b""
+        kind, _, payload = self.frames(link, Kind.GOODBYE)[-1]
+        self.assertEqual(kind, Kind.GOODBYE)
+        self.assertIn(b"nobody asked", payload)
+
+
 class Tokens(TunnelCase):
     """Who may have an id, when the server has a list of tokens."""
 
@@ -5892,6 +6540,369 @@ class Tokens(TunnelCase):
             self.start_server(tokens=path)
             found = any("chmod 600 " + path in line for line in self.log.lines)
             self.assertEqual(found, warned)
+
+
+class FrontProxies(TunnelCase):
+    """What proxies before the server say of who comes: --trust-proxy and
+    --proxy-protocol."""
+
+    def start_behind(self, *networks, services=None, **options):
+        self.start_server(trust_proxy=networks, **options)
+        self.start_client(services or {"web": self.echo()})
+
+    def told(self, *lines, host="web.tim.x"):
+        """What the service is told in X-Forwarded-*, and as its Host."""
+        said = self.raw(self.ask(host, *lines))
+        self.assertIn(b" 200 ", said, said)
+        found = json.loads(said.partition(b"\r\n\r\n")[2].decode())["headers"]
+        fields = {name.lower(): value for name, value in found}
+        names = ("x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "host")
+        return tuple(fields[name] for name in names)
+
+    def test_fields_of_a_trusted_proxy_count(self):
+        self.start_behind("127.0.0.0/8", "10.0.0.0/8", "2001:db8::/32")
+        host = "web.tim.x"
+        table = [
+            ("203.0.113.9", "203.0.113.9"),
+            ("203.0.113.9, 10.1.1.1", "203.0.113.9"),  # two of ours, one after another
+            ("6.6.6.6, 203.0.113.9", "203.0.113.9"),  # the left one anybody can write
+            ("6.6.6.6,203.0.113.9 ,\t10.1.1.1", "203.0.113.9"),
+            ("10.1.1.1, 10.2.2.2", "10.1.1.1"),
+            ("203.0.113.9:4711", "203.0.113.9"),
+            ("[2001:db9::7]:4711", "2001:db9::7"),
+            ("::ffff:203.0.113.9", "203.0.113.9"),
+            ("2001:db9::7, 2001:db8::1", "2001:db9::7"),
+            ("unknown", "127.0.0.1"),
+            ("203.0.113.9, unknown", "127.0.0.1"),
+            ("203.0.113.9, unknown, 10.1.1.1", "10.1.1.1"),
+            ("", "127.0.0.1"),
+        ]
+        for said, address in table:
+            found = self.told("X-Forwarded-For: " + said)
+            self.assertEqual(found, (address, "http", host, host), said)
+        found = self.told("X-Forwarded-For: 6.6.6.6", "X-Forwarded-For: 203.0.113.9")
+        self.assertEqual(found[0], "203.0.113.9")
+
+    def test_scheme_and_host_of_a_trusted_proxy_count(self):
+        self.start_behind("127.0.0.1")
+        asked = "X-Forwarded-Proto: https", "X-Forwarded-Host: web.tim.x:8443"
+        found = self.told(*asked, host="backend:9000")
+        self.assertEqual(found[1:], ("https", "web.tim.x:8443", "web.tim.x:8443"))
+        self.assertEqual(self.told("X-Forwarded-Proto: gopher")[1], "http")
+        self.assertEqual(self.told("X-Forwarded-Proto: http, HTTPS")[1], "https")
+        for broken in ("a b", "a@b", "a.b:x"):
+            said = self.raw(self.ask("web.tim.x", "X-Forwarded-Host: " + broken))
+            self.assertIn(b"HTTP/1.1 400", said)
+
+    def test_nobody_else_is_believed(self):
+        for networks in ((), ("192.0.2.0/24",)):
+            self.start_behind(*networks)
+            lines = ("X-Forwarded-For: 203.0.113.9", "X-Forwarded-Proto: https")
+            found = self.told(*lines, "X-Forwarded-Host: other.tim.x")
+            self.assertEqual(found, ("127.0.0.1", "http", "web.tim.x", "web.tim.x"))
+
+    def test_gates_and_the_log_go_by_the_visitor(self):
+        web = {"target": self.echo(), "visitors": ["203.0.113.0/24"]}
+        outcomes = []
+        self.start_behind("127.0.0.1", services={"web": web})
+        self.server.program.visitors.observers.append(outcomes.append)
+        found = self.told("X-Forwarded-For: 203.0.113.9")
+        self.assertEqual(found[0], "203.0.113.9")
+        for said in ("6.6.6.6", "203.0.113.9, 6.6.6.6", "127.0.0.1", ""):
+            answer = self.get("web.tim.x", headers={"X-Forwarded-For": said})
+            self.assertEqual(answer.status, 403, said)
+        self.server.until(lambda: len(outcomes) == 5)
+        visitors = [outcome.visitor for outcome in outcomes]
+        seen = ["203.0.113.9", "6.6.6.6", "6.6.6.6", "127.0.0.1", "127.0.0.1"]
+        self.assertEqual(visitors, seen)
+
+    def test_visitors_that_a_front_brings_one_after_another_are_told_apart(self):
+        self.start_behind("127.0.0.1")
+        conn = self.keep()
+        for address in ("203.0.113.9", "203.0.113.10", "203.0.113.9"):
+            fields = {"X-Forwarded-For": address}
+            found = self.echoed("web.tim.x", headers=fields, conn=conn)
+            said = {name.lower(): value for name, value in found["headers"]}
+            self.assertEqual(said["x-forwarded-for"], address)
+
+    def test_redirect_does_not_go_round_behind_a_front_with_tls(self):
+        self.start_server(trust_proxy=["127.0.0.1"])
+        self.start_client({"web": self.echo()})
+        site = server_module.RedirectSite(self.server.program, "http")
+        for scheme, kind in (("http", server_module.Page), ("https", None)):
+            raw = head("X-Forwarded-Proto: " + scheme, host="Host: web.tim.x")
+            front = self.server.program.visitors.fronts
+            hop = "127.0.0.1", "http", server_module.Recent(), front
+            request = server_module.Request(raw, *hop)
+            found = self.server.do(lambda asked=request: site.resolve(asked))
+            self.assertIsInstance(found, kind or server_module.Service)
+
+    # The PROXY protocol.
+
+    def header(self, version=1, visitor="203.0.113.9", **more):
+        said = {"visitor": visitor, "port": 4711, "to": "192.0.2.1", "to_port": 80}
+        return client_module.proxy_header(version, dict(said, **more))
+
+    def dial(self):
+        conn = super().dial()
+        conn.sendall(self.header())
+        return conn
+
+    def test_every_connection_has_its_header(self):
+        self.start_server(trust_proxy=["127.0.0.1"], proxy_protocol=True)
+        self.log_in(services=b'{"web": {}}')
+        self.server.until(lambda: self.serves("tim", ["web"]))
+        registry = self.server.program.registry
+        self.assertEqual(registry.pools["tim"].tunnel.peer, "client 203.0.113.9")
+        for data in (self.header(1), self.header(2)):
+            for step in (len(data), 1):
+                conn = self.visit()
+                for i in range(0, len(data), step):
+                    conn.sendall(data[i : i + step])
+                    self.server.do(lambda: True)
+                said = self.raw(self.ask("no.tim.x"), conn)
+                self.assertIn(b"HTTP/1.1 404", said)
+        # The last byte of the header and the request may come together.
+        said = self.raw(self.header() + self.ask("no.tim.x"))
+        self.assertIn(b"HTTP/1.1 404", said)
+
+    hello, log_in = Logins.hello, Logins.log_in
+
+    def test_service_is_told_who_came_by_the_header(self):
+        self.start_server(trust_proxy=["127.0.0.1"], proxy_protocol=True)
+        fronted = self.service(self.relay_with(self.header()))
+        self.start_client({"web": self.echo()}, port=fronted)
+        conn = self.visit()
+        conn.sendall(self.header(2, "2001:db8::9", to="2001:db8::1"))
+        found = self.raw(self.ask("web.tim.x"), conn)
+        self.assertIn(b'["X-Forwarded-For", "2001:db8::9"]', found)
+
+    def relay_with(self, header):
+        """A front before the clients' port, for one connection at a time."""
+
+        def handler(conn):
+            address = self.server.program.client_address[:2]
+            with contextlib.closing(socket.create_connection(address)) as other:
+                other.sendall(header)
+                pairs = {conn: other, other: conn}
+                while True:
+                    for ready in select.select(list(pairs), [], [])[0]:
+                        data = ready.recv(65536)
+                        if not data:
+                            return
+                        pairs[ready].sendall(data)
+
+        return handler
+
+    def test_connection_without_a_header_is_cut(self):
+        self.start_server(trust_proxy=["127.0.0.1"], proxy_protocol=True)
+        for data in (self.ask("web.tim.x"), b"\x16\3\1", b"PROXY TCP4 a b c d\r\n"):
+            with self.assertRaises(ConnectionResetError):
+                self.raw(data + b"x")
+                raise AssertionError("it was not cut")
+
+    def test_header_is_believed_of_trusted_addresses_only(self):
+        self.start_server(trust_proxy=["192.0.2.0/24"], proxy_protocol=True)
+        with self.assertRaises((ConnectionResetError, BrokenPipeError)):
+            self.raw(self.header() + self.ask("web.tim.x"))
+            raise AssertionError("it was not cut")
+
+    def test_header_without_trust_is_no_configuration(self):
+        with self.assertRaisesRegex(ValueError, "--trust-proxy"):
+            make_server(proxy_protocol=True)
+
+    def test_header_that_does_not_come_ends_the_connection(self):
+        change(self, server_module, HANDSHAKE_TIME=PATIENCE)
+        self.start_server(trust_proxy=["127.0.0.1"], proxy_protocol=True)
+        conn = self.visit()
+        conn.sendall(b"PROXY ")
+        self.server.until(lambda: self.server.program.visitors.all)
+        self.server.pass_time(server_module.HANDSHAKE_TIME)
+        self.assertEqual(conn.recv(1), b"")
+        self.assertFalse(self.server.program.visitors.all)
+
+    def test_stopping_server_does_not_wait_for_headers(self):
+        change(self, server_module, DRAIN=10 * PATIENCE, HANDSHAKE_TIME=10 * PATIENCE)
+        self.start_server(trust_proxy=["127.0.0.1"], proxy_protocol=True)
+        conn = self.visit()
+        conn.sendall(b"PROXY ")
+        self.server.until(lambda: self.server.program.visitors.all)
+        self.server.do(lambda: self.server.program.stop() or True)
+        self.server.thread.join(PATIENCE)
+        self.assertFalse(self.server.thread.is_alive())
+
+    # To the target.
+
+    def target_with_header(self, count=1):
+        """The port of a service that says what came before each request's head; and how
+        many connections it had."""
+        seen = []
+
+        def handler(conn):
+            line = b""
+            while not line.endswith(b"\r\n"):
+                line += conn.recv(1)
+            seen.append(line)
+            while read_head(conn)[0]:
+                conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+        return self.service(handler), seen
+
+    def test_target_is_told_who_comes(self):
+        port, seen = self.target_with_header()
+        target = {"target": port, "proxy_protocol": 1}
+        self.start(web=target)
+        conn = self.keep()
+        for _ in range(3):
+            self.assertEqual(self.get("web.tim.x", conn=conn).content, b"ok")
+        mine, theirs = conn.sock.getsockname()[1], conn.sock.getpeername()[1]
+        line = "PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n" % (mine, theirs)
+        self.assertEqual(seen, [line.encode()])  # one header, for one visitor
+
+    def test_stream_carries_one_visitor_only(self):
+        port, seen = self.target_with_header()
+        target = {"target": port, "proxy_protocol": 1}
+        self.start_behind("127.0.0.1", services={"web": target})
+        conn = self.keep()
+        addresses = ["203.0.113.9", "203.0.113.9", "203.0.113.10", "203.0.113.9"]
+        for address in addresses:
+            fields = {"X-Forwarded-For": address}
+            answer = self.get("web.tim.x", headers=fields, conn=conn)
+            self.assertEqual(answer.content, b"ok")
+        found = [line.split()[2].decode() for line in seen]
+        self.assertEqual(found, ["203.0.113.9", "203.0.113.10", "203.0.113.9"])
+        self.assertEqual({line.split()[4] for line in seen}, {b"0"})
+
+    def test_target_of_a_tcp_port_is_told_before_the_first_byte(self):
+        ports = TCPPorts.free_ports(self, 1)
+        port = self.service(lambda conn: conn.sendall(conn.recv(1000)))
+        self.start_server(tcp_ports=ports, bind="127.0.0.1")
+        target = {"target": port, "tcp": ports[0], "proxy_protocol": 2}
+        self.start_client({"ssh": target})
+        self.server.until(lambda: self.server.program.tcp.open)
+        with socket.create_connection(("127.0.0.1", ports[0]), PATIENCE) as conn:
+            ends = conn.getsockname()[1], conn.getpeername()[1]
+            got = b""
+            while len(got) < 28:
+                got += conn.recv(100)
+        found, used = server_module.parse_proxy_header(bytearray(got))
+        self.assertEqual(found, ("127.0.0.1", ends[0], "127.0.0.1", ends[1]))
+        self.assertEqual(used, 28)
+
+
+class Domains(TunnelCase):
+    """Names of a service's own, that the token file grants."""
+
+    GRANTS = {
+        "tim": {"token": "secret", "domains": ["www.example.org", "*.apps.dev"]},
+        "eva": {"token": "other", "domains": ["www.example.org"]},
+        "pia": "third",
+    }
+    start_with_tokens = Tokens.start_with_tokens
+
+    def start_granted(self, **options):
+        self.start_with_tokens(**self.GRANTS)
+
+    def publish(self, id="tim", token="secret", domains=(), name="web", target=None):
+        listed = {name: {"target": target or self.echo(id), "domains": list(domains)}}
+        return self.start_client(listed, id, wait=False, token=token)
+
+    def url(self, client, name="web"):
+        client.until(lambda: name in client.program.urls)
+        return client.program.urls[name]
+
+    def test_granted_domain_leads_to_the_service(self):
+        self.start_granted()
+        names = ["www.example.org", "a.apps.dev", "*.apps.dev"]
+        url = self.url(self.publish(domains=names))
+        port = self.server.program.visitor_address[1]
+        self.assertTrue(url.startswith("http://web.tim.localhost:%d/ " % port), url)
+        own = ["http://%s:%d/" % (name, port) for name in names]
+        self.assertEqual(url.split(" ")[1:], own)
+        for host in ("WWW.example.org.", "a.apps.dev:1", "b.apps.dev"):
+            self.assertEqual(self.echoed(host)["service"], "tim", host)
+        self.assertEqual(self.echoed("web.tim.x")["service"], "tim")
+        for host in ("example.org", "apps.dev", "a.b.apps.dev", "x.www.example.org"):
+            self.assertEqual(self.get(host).status, 404, host)
+
+    def test_what_is_not_granted_is_not_published(self):
+        self.start_granted()
+        wrong = ("example.org", "x.y.apps.dev", "apps.dev", "*.example.org")
+        for number, name in enumerate(wrong):
+            client = self.publish(domains=[name], name="web%d" % number)
+            said = self.url(client, "web%d" % number)
+            self.assertIn("does not grant %s to tim" % name, said)
+            self.assertEqual(self.get(name.replace("*", "a")).status, 404)
+            client.end()
+        third = self.publish("pia", "third", ["www.example.org"])
+        self.assertIn("does not grant", self.url(third))
+
+    def test_without_tokens_nothing_is_granted(self):
+        self.start_server()
+        self.assertIn("grant", self.url(self.publish(token="", domains=["a.b"])))
+
+    def test_domain_has_one_owner_at_a_time(self):
+        self.start_granted()
+        tim = self.publish(domains=["www.example.org"])
+        self.url(tim)
+        eva = self.publish("eva", "other", ["www.example.org"])
+        self.assertEqual(self.url(eva), "error: www.example.org belongs to tim web")
+        self.assertEqual(self.echoed("www.example.org")["service"], "tim")
+        tim.end()
+        owners = self.server.program.registry.names.owners
+        self.server.until(lambda: not owners)
+        self.assertIn(self.get("www.example.org").status, (404, 503))
+        again = self.publish("eva", "other", ["www.example.org"], name="web2")
+        self.assertIn("http://www.example.org:", self.url(again, "web2"))
+        self.assertEqual(self.echoed("www.example.org")["service"], "eva")
+
+    def test_domain_of_a_client_that_is_away_is_offline(self):
+        self.start_granted()
+        for host in ("www.example.org", "any.apps.dev"):
+            answer = self.get(host)
+            self.assertEqual(answer.status, 503, host)
+            self.assertIn("Retry-After", answer.headers)
+
+    def test_domain_goes_when_the_list_no_longer_has_it(self):
+        self.start_granted()
+        tim = self.publish(domains=["a.apps.dev"])
+        self.url(tim)
+        tim.program.services = client_module.parse_services([("web", self.echo("new"))])
+        tim.do(lambda: tim.program.uplink.tunnel.publish() or True)
+        owners = self.server.program.registry.names.owners
+        self.server.until(lambda: not owners)
+        self.assertEqual(self.get("a.apps.dev").status, 404)
+
+    def test_grants_that_change_count_at_once_and_what_runs_may_end(self):
+        change(self, server_module, LOOK_TIME=0.05)
+        self.start_granted()
+        tim = self.publish(domains=["www.example.org"])
+        self.url(tim)
+        post = self.ask("web.tim.x", "Content-Length: 5", first="POST / HTTP/1.1")
+        conn = self.visit()
+        conn.sendall(post)
+        self.server.until(self.exchanges)
+        grants = {"tim": {"token": "secret", "domains": ["new.example.org"]}}
+        with open(self.path, "w") as file:
+            json.dump(grants, file)
+        tim.until(lambda: "grant" in tim.program.urls["web"])
+        self.assertEqual(self.get("www.example.org").status, 404)
+        self.assertIn(b" 200 ", self.raw(b"12345", conn))
+        self.assertIsNone(tim.error)
+
+    def test_domain_may_pass_tls_through_or_be_for_connect(self):
+        self.start_granted()
+        shouting = TCPPorts.shouting(self)
+        listed = {"target": shouting, "tcp": True, "domains": ["a.apps.dev"]}
+        self.start_client({"ssh": listed}, token="secret")
+        conn = self.visit()
+        conn.sendall(b"CONNECT a.apps.dev:22 HTTP/1.1\r\nHost: a.apps.dev:22\r\n\r\n")
+        self.assertIn(b" 200 ", read_head(conn)[0])
+
+    def test_domains_that_are_none_are_no_configuration(self):
+        for wrong in ("www.example.org", [1], ["x"], [None], {"a": 1}):
+            with self.assertRaises(ValueError, msg=wrong):
+                client_module.parse_service({"target": 1, "domains": wrong})
 
 
 class HandMadeServer(TunnelCase):
@@ -6718,23 +7729,21 @@ class Hostile(TunnelCase):
         """Who has one address of IPv6 has a /64 of them."""
         change(self, server_module, UNAUTHENTICATED=5)
         waiting = server_module.Unauthenticated()
-        seen, dropped = {}, []
-        change(self, server_module, address_of=lambda sock: seen[sock])
+        dropped = []
 
         class Stranger(Witness):
             closed = False
 
             def __init__(self, address):
-                self.sock = self
-                seen[self] = address
+                self.address = address
+                waiting.admit(self, address)
 
             def fail(self, error):
-                dropped.append(seen[self])
+                dropped.append(self.address)
 
         honest = Stranger("2001:db8:1:1::7")
-        waiting.admit(honest)
         for number in range(200):
-            waiting.admit(Stranger("2001:db8:2:2:%x::%x" % (number, number)))
+            Stranger("2001:db8:2:2:%x::%x" % (number, number))
         self.assertIn(honest, waiting.networks)
         self.assertEqual(len(waiting.networks), 5)
         self.assertEqual(len(dropped), 196)
@@ -6876,10 +7885,11 @@ AiEAxqLuSjXdn/z5PK7erpjG+O/qmPVbpO5l0yGHt3wIsvE=
 class TLSVisitor:
     """A connection by TLS that can end each way alone, unlike that of `ssl`."""
 
-    def __init__(self, conn, context):
+    def __init__(self, conn, context, name=None):
         self.conn = conn
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.object = context.wrap_bio(self.incoming, self.outgoing)
+        bios = self.incoming, self.outgoing
+        self.object = context.wrap_bio(*bios, server_hostname=name)
         self.go_on(self.object.do_handshake)
 
     def __getattr__(self, name):
@@ -7136,15 +8146,23 @@ class Encryption(TLSCase):
         hello = ssl.MemoryBIO()
         with contextlib.suppress(ssl.SSLWantReadError):
             self.context.wrap_bio(ssl.MemoryBIO(), hello).do_handshake()
-        begun = hello.read(40)
-        conns = [self.connect() for _ in range(20)]
+        hello = hello.read()
+        conns = [self.connect() for _ in range(30)]
         for conn in conns[:10]:
-            conn.sendall(begun)
+            conn.sendall(hello)
+        for conn in conns[10:20]:
+            conn.sendall(hello[:40])
         self.assertEqual(self.echoed("web.tim.x")["service"], "web")
-        connections = self.server.loop.connections
-        phase = server_module.Phase.HANDSHAKE
-        shaking = self.server.do(lambda: sum(c.phase == phase for c in connections))
-        self.assertEqual(shaking, len(conns))
+        phase, connections = server_module.Phase.HANDSHAKE, self.server.loop.connections
+        preface = server_module.Preface
+
+        def waiting():
+            shaking = sum(c.phase == phase for c in connections)
+            return shaking, sum(isinstance(c.owner, preface) for c in connections)
+
+        self.server.until(lambda: waiting() == (10, 20))
+        for conn in conns[:10]:
+            self.assertIn(b"\x16\x03", conn.recv(65536))  # our part of it
         self.server.pass_time(server_module.HANDSHAKE_TIME)
         for conn in conns:
             self.assertEqual(conn.recv(100), b"")
@@ -7433,6 +8451,240 @@ class Encryption(TLSCase):
 # -----------------------------------------------------------------------------------
 # The programs as processes: silence, signals, exit codes
 # -----------------------------------------------------------------------------------
+WWW = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg6DNSoIMZojM24z2U
+mhp6IV5jQeYCpo0aP+GYscK87ryhRANCAAQicbboDLVaXHUixrTD7nEBXksLm2SG
+py5ivyXd0N/tbqeBZH7sqhgO/O8LeKmigUYNGiGo3PEZ/CPcI/Tncwes
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIByTCCAW+gAwIBAgIUZzUOV28G+FkRBL2tsMo3hQJMtRYwCgYIKoZIzj0EAwIw
+GjEYMBYGA1UEAwwPd3d3LmV4YW1wbGUub3JnMCAXDTI2MTEyNzEwMjUzMVoYDzIx
+MjYxMTAzMTAyNTMxWjAaMRgwFgYDVQQDDA93d3cuZXhhbXBsZS5vcmcwWTATBgcq
+hkjOPQIBBggqhkjOPQMBBwNCAAQicbboDLVaXHUixrTD7nEBXksLm2SGpy5ivyXd
+0N/tbqeBZH7sqhgO/O8LeKmigUYNGiGo3PEZ/CPcI/Tncweso4GQMIGNMB0GA1Ud
+DgQWBBSyFKnbmY5EiircbLiB84dm/wl3yjAfBgNVHSMEGDAWgBSyFKnbmY5Eiirc
+bLiB84dm/wl3yjAPBgNVHRMBAf8EBTADAQH/MDoGA1UdEQQzMDGCD3d3dy5leGFt
+cGxlLm9yZ4INKi5leGFtcGxlLm9yZ4IPKi50aW0ubG9jYWxob3N0MAoGCCqGSM49
+BAMCA0gAMEUCIQCFtvCqiuPDk6Bi1d38BO3lQauE+lQkeoIihtgKKt2uiwIgHWcb
+1ct+hSNRYqX5V1Jo4JsUnc6C0f/wTl9itutft1w=
+-----END CERTIFICATE-----
+"""  # for www.example.org, *.example.org and *.tim.localhost
+
+
+class NamesByTLS(TLSCase):
+    """What the ClientHello decides: the certificate, or a service with its own TLS."""
+
+    def setUp(self):
+        super().setUp()
+        self.www = self.file(WWW)
+        self.of_www = ssl.create_default_context(cafile=self.www)
+
+    def secret_service(self, name="www.example.org"):
+        """The port of a service that speaks TLS itself, half-close and all."""
+        context = ssl.SSLContext(getattr(ssl, "PROTOCOL_TLS_SERVER", ssl.PROTOCOL_TLS))
+        context.load_cert_chain(self.www)
+
+        def handler(conn):
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = context.wrap_bio(incoming, outgoing, True)
+            visitor = TLSVisitor.__new__(TLSVisitor)
+            visitor.conn, visitor.object = conn, tls
+            visitor.incoming, visitor.outgoing = incoming, outgoing
+            visitor.go_on(tls.do_handshake)
+            data = b"".join(iter(lambda: visitor.recv(65536), b""))
+            visitor.sendall(data.upper())
+            visitor.shutdown(socket.SHUT_WR)
+
+        return self.service(handler)
+
+    def start_secret(self, **options):
+        self.start_server(**options)
+        target = {"target": self.secret_service(), "tls": "passthrough"}
+        self.client = self.start_client({"secret": target, "web": self.echo()})
+
+    def visit_by_name(self, name, context):
+        return TLSVisitor(self.connect(), context, name)
+
+    def test_service_with_its_own_tls_gets_it_untouched(self):
+        self.start_secret()
+        conn = self.visit_by_name("secret.tim.localhost", self.of_www)  # its own
+        conn.sendall(b"hello" * 50000)
+        conn.shutdown(socket.SHUT_WR)
+        got = b"".join(iter(lambda: conn.recv(65536), b""))
+        self.assertEqual(got, b"HELLO" * 50000)
+        self.assertFalse(self.server.program.visitors.all)
+
+    def test_other_names_are_served_by_our_own_tls(self):
+        self.start_secret()
+        for name in ("web.tim.x", "other.tim.x", None):
+            conn = self.visit_by_name(name, self.context)
+            conn.sendall(self.ask("web.tim.x"))
+            self.assertIn(b" 200 ", read_head(conn)[0])
+
+    def test_hello_that_comes_in_pieces_loses_nothing(self):
+        self.start_secret()
+        pairs = ("secret.tim.localhost", self.of_www), ("web.tim.x", self.context)
+        for name, context in pairs:
+            conn = self.connect()
+            sent = []
+
+            def trickle(data, send=conn.sendall, sent=sent):
+                for i in range(0, len(data), 50):
+                    sent.append(send(data[i : i + 50]))
+                    self.server.do(lambda: True)  # a turn of the loop
+
+            TLSVisitor(Trickle(conn, trickle), context, name)
+            self.assertGreater(len(sent), 3)
+
+    def test_requests_for_a_service_with_its_own_tls_are_misdirected(self):
+        self.start_secret()
+        self.assertEqual(self.get("secret.tim.x").status, 421)
+        plain = socket.create_connection(self.server.program.visitor_address[:2])
+        self.addCleanup(plain.close)
+        plain.settimeout(PATIENCE)
+        said = self.raw(self.ask("secret.tim.x"), plain)
+        self.assertIn(b"HTTP/1.1 421", said)
+        self.assertNotIn(b"secret", self.get("tim.x").content)
+
+    def test_its_address_is_by_tls_and_needs_a_port_for_it(self):
+        self.start_secret()
+        self.client.until(lambda: "secret" in self.client.program.urls)
+        url = self.client.program.urls["secret"]
+        port = self.server.program.tls_address[1]
+        self.assertEqual(url, "https://secret.tim.localhost:%d/" % port)
+        self.start_server(tls_port=None)
+        target = {"target": 1, "tls": "passthrough"}
+        client = self.start_client({"secret": target}, wait=False)
+        client.until(lambda: "secret" in client.program.urls)
+        self.assertIn("no port with TLS", client.program.urls["secret"])
+
+    def test_gate_of_addresses_stands_before_it_too(self):
+        self.start_server()
+        target = {"target": self.secret_service(), "tls": "passthrough"}
+        target["visitors"] = ["192.0.2.0/24"]
+        self.start_client({"secret": target})
+        with self.assertRaises((OSError, ssl.SSLError)):
+            self.visit_by_name("secret.tim.localhost", self.of_www).recv(1)
+
+    def test_clients_port_passes_nothing_through(self):
+        self.start_secret()
+        address = self.server.program.client_address[:2]
+        conn = socket.create_connection(address, PATIENCE)
+        self.addCleanup(conn.close)
+        visitor = TLSVisitor(conn, self.context, "secret.tim.localhost")
+        visitor.sendall(self.ask("secret.tim.localhost"))
+        self.assertIn(b" 404 ", read_head(visitor)[0])
+
+    def test_connection_that_ends_in_its_hello_leaves_nothing(self):
+        self.start_secret()
+        conn = self.connect()
+        conn.sendall(records(hello_message(ClientHellos.NAME))[:60])
+        connections = self.server.loop.connections
+        preface = server_module.Preface
+
+        def waiting():
+            return [c for c in connections if isinstance(c.owner, preface)]
+
+        self.server.until(waiting)
+        conn.close()
+        self.server.until(lambda: not waiting())
+        self.assertFalse(self.server.program.visitors.all)
+
+    # Certificates by name.
+
+    def folder(self, **pairs):
+        """A folder with NAME.crt and NAME.key for each, `__` for a dot."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        for name, pem in pairs.items():
+            self.put_pair(folder, name.replace("__", "."), pem)
+        return folder
+
+    def put_pair(self, folder, name, pem):
+        key, cert = pem.split("-----BEGIN CERT")
+        for end, text in ((".key", key), (".crt", "-----BEGIN CERT" + cert)):
+            with open(os.path.join(folder, name + end), "w") as file:
+                file.write(text)
+
+    def certificate(self, name):
+        """The name in the certificate that a visitor of this name gets."""
+        context = ssl.SSLContext(getattr(ssl, "PROTOCOL_TLS_CLIENT", ssl.PROTOCOL_TLS))
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        visitor = self.visit_by_name(name, context)
+        der = visitor.object.getpeercert(True)
+        pems = {"localhost": LOCALHOST, "www": WWW}
+        for word, pem in pems.items():
+            cert = pem[pem.index("-----BEGIN CERT") :]
+            if ssl.PEM_cert_to_DER_cert(cert) == der:
+                return word
+        return der
+
+    def test_certificate_is_that_of_the_name(self):
+        folder = self.folder(www__example__org=WWW, _wildcard__tim__dev=WWW)
+        self.start_server(tls_dir=folder)
+        for name in ("www.example.org", "WWW.example.org", "a.tim.dev", "b.tim.dev"):
+            self.assertEqual(self.certificate(name), "www", name)
+        for name in ("web.tim.x", None, "a.b.tim.dev", "tim.dev", "example.org"):
+            self.assertEqual(self.certificate(name), "localhost", name)
+
+    def test_folder_is_looked_at_again(self):
+        change(self, server_module, LOOK_TIME=0)
+        folder = self.folder(www__example__org=WWW)
+        self.start_server(tls_dir=folder)
+        self.put_pair(folder, "a.b", WWW)
+        self.assertEqual(self.certificate("a.b"), "www")
+        self.put_pair(folder, "a.b", LOCALHOST)
+        self.assertEqual(self.certificate("a.b"), "localhost")
+        self.put_pair(folder, "www.example.org", "x-----BEGIN CERTy")  # half written
+        self.assertEqual(self.certificate("www.example.org"), "www")
+        os.remove(os.path.join(folder, "www.example.org.crt"))
+        self.assertEqual(self.certificate("www.example.org"), "localhost")
+        self.put_pair(folder, "c.d", "x-----BEGIN CERTy")
+        self.assertEqual(self.certificate("c.d"), "localhost")
+
+    def test_without_a_default_a_name_that_is_not_there_is_told_so(self):
+        folder = self.folder(www__example__org=WWW)
+        self.start_server(tls_dir=folder, tls_cert=None)
+        self.assertEqual(self.certificate("www.example.org"), "www")
+        with self.assertRaisesRegex(ssl.SSLError, "(?i)unrecognized.name"):
+            self.certificate("web.tim.x")
+
+    def test_folder_that_is_wrong_is_told_at_the_start(self):
+        broken = self.folder(a__b=WWW)
+        os.remove(os.path.join(broken, "a.b.key"))
+        table = [(os.path.join(broken, "none"), "No such file"), (broken, "a.b.key")]
+        table.append((self.folder(), "holds no NAME.crt"))
+        for folder, word in table:
+            with self.assertRaisesRegex(ValueError, re.escape(word)):
+                make_server(tls_dir=folder, tls_port=0)
+
+    def test_a_name_opens_no_file_but_its_own(self):
+        folder = self.folder(www__example__org=WWW)
+        inside = os.path.join(folder, "inside")
+        os.mkdir(inside)
+        self.put_pair(folder, "outside", WWW)
+        default = server_module.open_tls(self.pem, None)
+        certificates = server_module.Certificates(default, inside)
+        asked = []
+        change(self, os.path, exists=lambda path: asked.append(path))
+        for name in (b"../outside", b"..", b"a/../../outside", b"/etc/passwd", b"\0"):
+            found = ClientHellos.find(self, records(hello_message(server_name(name))))
+            self.assertEqual(found[0], "")
+            certificates.find(found[0])
+        self.assertEqual(asked, [])
+
+
+class Trickle:
+    """A connection that sends in another way."""
+
+    def __init__(self, conn, send):
+        self.conn, self.sendall = conn, send
+
+    def __getattr__(self, name):
+        return getattr(self.conn, name)
+
+
 class Processes(TunnelCase):
     def setUp(self):
         super().setUp()

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional, Tuple
 from typing import Union
 
+import by_name
 import leaving
 import skew
 from browser import Browser
 from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, World, curl
 from parts import free_ports, get, listening, run, sha256, start_haproxy_front
-from parts import start_nginx_front, wait_for
+from parts import start_nginx_front, start_sshd, wait_for
 from strictness import strictness_with_answers, strictness_with_requests
 from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection
@@ -559,30 +560,6 @@ def tls_and_tokens(world: World) -> str:
 # More than the web
 # -----------------------------------------------------------------------------------
 COPIED = 200 << 20  # bytes that scp carries each way
-SSHD = """
-ListenAddress 127.0.0.1
-HostKey %(folder)s/host
-AuthorizedKeysFile %(folder)s/key.pub
-StrictModes no
-UsePAM no
-PidFile none
-Subsystem sftp internal-sftp
-"""
-
-
-def start_sshd() -> Tuple[int, List[str]]:
-    """Its port, and the options of ssh and scp with which it lets us in."""
-    folder, (port,) = TMP / "ssh", free_ports(1)
-    folder.mkdir()
-    Path("/run/sshd").mkdir(exist_ok=True)
-    for name in ("host", "key"):
-        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
-    (folder / "conf").write_text(SSHD % {"folder": folder})
-    words = ["-D", "-e", "-f", str(folder / "conf"), "-p", str(port)]
-    Process("sshd", "/usr/sbin/sshd", *words).wait_until_listening(port)
-    options = ["BatchMode=yes", "StrictHostKeyChecking=no", "LogLevel=ERROR"]
-    options += ["UserKnownHostsFile=" + os.devnull, "IdentityFile=%s/key" % folder]
-    return port, ["-o" + option for option in options]
 
 
 def is_closed(port: int) -> bool:
@@ -858,6 +835,7 @@ CHECKS: List[Callable[[World], str]] = [
     tls_and_tokens,
     ssh_and_redis_by_ports_of_their_own,
     out_by_tinyproxy,
+    *by_name.CHECKS,
     *skew.CHECKS,
     *leaving.CHECKS,
     network_that_swallows_everything,

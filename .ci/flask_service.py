@@ -19,6 +19,11 @@ def page() -> str:
     return "<title>Flask</title>this is Flask, asked as %s" % request.host
 
 
+@app.get("/headers")
+def headers() -> Dict[str, str]:
+    return dict(request.headers)
+
+
 @app.post("/form")
 def form() -> Dict[str, str]:
     """Echo a form, with the SHA-256 of each file."""

@@ -362,6 +362,36 @@ def start_haproxy_front(server: Server) -> Tuple[int, int]:
 
 
 # -----------------------------------------------------------------------------------
+# sshd
+# -----------------------------------------------------------------------------------
+SSHD = """
+ListenAddress 127.0.0.1
+HostKey %(folder)s/host
+AuthorizedKeysFile %(folder)s/key.pub
+StrictModes no
+UsePAM no
+PidFile none
+Subsystem sftp internal-sftp
+"""
+
+
+@functools.lru_cache(maxsize=None)
+def start_sshd() -> Tuple[int, List[str]]:
+    """Its port, and the options of ssh and scp with which it lets us in."""
+    folder, (port,) = TMP / "ssh", free_ports(1)
+    folder.mkdir()
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for name in ("host", "key"):
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
+    (folder / "conf").write_text(SSHD % {"folder": folder})
+    words = ["-D", "-e", "-f", str(folder / "conf"), "-p", str(port)]
+    Process("sshd", "/usr/sbin/sshd", *words).wait_until_listening(port)
+    options = ["BatchMode=yes", "StrictHostKeyChecking=no", "LogLevel=ERROR"]
+    options += ["UserKnownHostsFile=" + os.devnull, "IdentityFile=%s/key" % folder]
+    return port, ["-o" + option for option in options]
+
+
+# -----------------------------------------------------------------------------------
 # Big files
 # -----------------------------------------------------------------------------------
 def make_big(path: Path) -> str:
