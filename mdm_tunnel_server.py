@@ -2491,12 +2491,6 @@ class HTTPConnection:
         elif self.unparsed:
             self.wait_for_head()
 
-    def ends_of(self, request: Request) -> "Ends":
-        """The connection's, but a front may say who the visitor is."""
-        if request.address == self.ends.address:
-            return self.ends
-        return self.ends._replace(address=request.address, port=0)
-
     def wait_for_head(self) -> None:
         """A part of a head is here. Dribbling does not prolong its time."""
         due = self.timer.due
@@ -2714,8 +2708,9 @@ class Exchange:
 
     def open_stream(self) -> Stream:
         """Raises HTTPError when there is none to be had."""
-        ends, scheme = self.http.ends_of(self.request), self.request.scheme
-        return self.service.pool.open(self.service, self, ends, scheme)
+        request = self.request
+        ends = self.http.ends.of(request.address)
+        return self.service.pool.open(self.service, self, ends, request.scheme)
 
     def retry(self) -> bool:
         """Ask once more: a kept stream was reset before it answered, or the client had
@@ -3036,7 +3031,7 @@ class Connect:
             raise HTTPError(403, "denied", cause)
         if not request.body.done:
             raise malformed("a body in a request to CONNECT")
-        ends, open_stream = http.ends_of(request), service.pool.open
+        ends, open_stream = http.ends.of(request.address), service.pool.open
         self.stream = open_stream(service, self, ends, "tcp", confirm=True)
         http.service, self.connection.owner = service, self
         http.visitors.idle.pop(http, None)
@@ -4291,6 +4286,12 @@ class Ends(NamedTuple):
     port: int
     to: str  # where it was reached
     to_port: int
+
+    def of(self, address: str) -> "Ends":
+        """The same for a visitor of whom a front says that this is the address."""
+        if address == self.address:
+            return self
+        return self._replace(address=address, port=0)
 
 
 def ends_of(sock: socket.socket, address: Any) -> Ends:
