@@ -84,7 +84,8 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 #        |    <------------- RESET 1            |   the stream is over, both ways
 #
 # A visitor with two requests is OPEN, then DATA (a request) and DATA (its answer)
-# twice, then RESET `done`: a web request needs neither END nor CREDIT.
+# twice, then RESET `done`: a web request needs neither END nor CREDIT. Only an OPEN
+# that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it.
 #
 # Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
 # the server opens streams; ids rise by one from 1 and are never used twice. A frame for

@@ -24,8 +24,8 @@ How to read it. Part one carries a request:
     Server           what each port serves, and how it stops
 
 Part two keeps it up: Secrets, TLS, Files, Limits, Log, Fields, Pages, Ports, TCP ports,
-Gates, Overload, Privileges, Command line. Nothing here needs more than the standard
-library of Python 3.6.
+Prefaces, Fronts, Gates, Overload, Privileges, Command line. Nothing here needs more
+than the standard library of Python 3.6.
 """
 
 from typing import FrozenSet, Iterator, NamedTuple, Pattern
@@ -88,7 +88,8 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 #        |    <------------- RESET 1            |   the stream is over, both ways
 #
 # A visitor with two requests is OPEN, then DATA (a request) and DATA (its answer)
-# twice, then RESET `done`: a web request needs neither END nor CREDIT.
+# twice, then RESET `done`: a web request needs neither END nor CREDIT. Only an OPEN
+# that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it.
 #
 # Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
 # the server opens streams; ids rise by one from 1 and are never used twice. A frame for
@@ -2183,7 +2184,6 @@ class Registry:
             return {}
         urls: Dict[str, str] = {}
         services: Dict[str, Service] = {}
-        url = self.names.url(tunnel.id, "%s", tunnel.host)
         for name, options in listed.items():
             try:
                 if len(urls) >= SERVICES_LIMIT:
@@ -2191,28 +2191,33 @@ class Registry:
                 if not LABEL.fullmatch(name.lower()):
                     raise ValueError("a service's name is a DNS label without --")
                 options = options if isinstance(options, dict) else {}
-                service = Service(pool, name.lower(), options)
-                services[service.name] = service
-                urls[name] = url.replace("%s", service.name)
+                services[name.lower()] = Service(pool, name.lower(), options)
+                urls[name] = ""
             except ValueError as error:
                 urls[name] = "error: %s" % error
         pool.replace(services)
         self.drop_unused(pool)
-        known = [name for name in urls if name.lower() in services]
-        known.sort(key=lambda name: services[name.lower()].tcp == 0)
-        ports = 0  # asked for in this list
-        for name in known:  # "any free one" comes last
+        self.find_ways(tunnel, services, urls)
+        self.drop_unused(pool)
+        return urls
+
+    def find_ways(self, tunnel: "Tunnel", services: Any, urls: Dict[str, str]) -> None:
+        """Say where each service is reached. What cannot have its port or its domain is
+        not published."""
+        url, ports = self.names.url(tunnel.id, "%s", tunnel.host), 0
+        found = [name for name in urls if name.lower() in services]
+        found.sort(key=lambda name: services[name.lower()].tcp == 0)
+        for name in found:  # "any free port" comes last
             service = services[name.lower()]
             ports += service.wants_port()
             try:
-                if ports > TCP_LIMIT:
+                if ports > TCP_LIMIT:  # to look for ports takes time
                     raise ValueError("an id has at most %d ports" % TCP_LIMIT)
-                urls[name] = self.way_to(service, tunnel, urls[name])
+                where = url.replace("%s", service.name)
+                urls[name] = self.way_to(service, tunnel, where)
             except ValueError as error:
                 del services[service.name]
                 urls[name] = "error: %s" % error
-        self.drop_unused(pool)
-        return urls
 
     def way_to(self, service: Service, tunnel: "Tunnel", url: str) -> str:
         """Where visitors find a service whose name has this URL; what else it needs for
@@ -3298,9 +3303,8 @@ class Server:
         names = Names(parse_domains(config.domain), set())
         fronts = Fronts(config.trust_proxy, config.proxy_protocol)
         plan = plan_ports(config)
-        self.tokens = None
-        if config.tokens is not None:
-            self.tokens = open_file([config.tokens], parse_tokens)
+        tokens = config.tokens
+        self.tokens = open_file([tokens], parse_tokens) if tokens is not None else None
         self.tls = open_tls(config.tls_cert, config.tls_key)
         self.certificates = Certificates(self.tls, config.tls_dir)
         socks = listen_all(config.bind, [number for number, *_ in plan])
@@ -3314,11 +3318,9 @@ class Server:
         self.router.names = names
         self.timer = Timer(self.loop, self, self.drain)
         self.look_timer = Timer(self.loop, self, self.look)
-        self.ports = []
-        for sock, (_, kind, tls) in zip(socks, plan):
-            site = kind(self, "https" if tls else "http")
-            serves = TLSPort(site, self.certificates) if tls else site
-            self.ports.append(Port(sock, self.visitors, serves.serve))
+        self.ports = [
+            self.make_port(sock, kind, tls) for sock, (_, kind, tls) in zip(socks, plan)
+        ]
         self.note_addresses(names, plan)
         self.files = [file for file in (self.tokens, self.tls) if file]
         for file in self.files:
@@ -3328,6 +3330,11 @@ class Server:
 
     def __str__(self) -> str:
         return "server"
+
+    def make_port(self, sock: Any, kind: Any, tls: bool) -> "Port":
+        site = kind(self, "https" if tls else "http")
+        serves = TLSPort(site, self.certificates) if tls else site
+        return Port(sock, self.visitors, serves.serve)
 
     def note_addresses(self, names: Names, plan: List[Tuple[int, Any, bool]]) -> None:
         """Port 0 has become a real one."""
@@ -4523,9 +4530,6 @@ SERVER_NAME = re.compile(r"(?=.{1,255}\Z)%s" % LABELS)
 UNRECOGNIZED_NAME = b"\x15\3\1\0\2\2\x70"  # an alert (RFC 6066 3, RFC 8446 6)
 
 
-SAID_BY_FRONT = re.compile(NAMED % "x-forwarded-(?:for|proto|host)")
-HOP_PORT = re.compile(r"\[([^]]*)\](?::\d+)?|([\d.]+):\d+")  # some write it
-
 
 class Preface:
     """Reads the first bytes of a connection. parse(buffer) returns None while more must
@@ -4534,12 +4538,7 @@ class Preface:
     ProtocolError, which cuts the connection."""
 
     def __init__(
-        self,
-        visitors: "Visitors",
-        connection: Connection,
-        ends: Ends,
-        parse: Call,
-        then: Call,
+        self, visitors: Any, connection: Connection, ends: Ends, parse: Call, then: Call
     ) -> None:
         self.visitors, self.connection, self.ends = visitors, connection, ends
         self.parse, self.then = parse, then
@@ -4743,9 +4742,17 @@ class TLSPort:
             connection.loop.guard(connection, connection.start_tls, context, True)
 
 
+# -----------------------------------------------------------------------------------
+# Fronts: proxies that stand before us and say for whom they speak, in X-Forwarded-* or
+# by a PROXY header. Only those of --trust-proxy are believed.
+# -----------------------------------------------------------------------------------
+SAID_BY_FRONT = re.compile(NAMED % "x-forwarded-(?:for|proto|host)")
+HOP_PORT = re.compile(r"\[([^]]*)\](?::\d+)?|([\d.]+):\d+")  # some write it
+
+
 class Fronts:
-    """The proxies of --trust-proxy, which say for whom they speak: in X-Forwarded-*, or
-    with `proxied` by a PROXY header on every connection."""
+    """The networks of --trust-proxy. `proxied`: from there every connection has a PROXY
+    header, and there are no others."""
 
     def __init__(self, trusted: Any, proxied: bool) -> None:
         if proxied and not trusted:
@@ -5241,6 +5248,10 @@ def domains(text: str) -> str:
 
 
 def parse_arguments(argv: Optional[List[str]]) -> Config:
+    return Config(**vars(make_parser().parse_args(argv)))
+
+
+def make_parser() -> Parser:
     parser = Parser(
         prog="mdm_tunnel_server.py",
         description="The public end of a reverse tunnel: takes visitors' HTTP and "
@@ -5256,13 +5267,7 @@ def parse_arguments(argv: Optional[List[str]]) -> Config:
     add("--domain", type=domains, default="", metavar="NAME",
         help="serve only names below NAME and localhost; several with commas; a whole "
         "URL (https://example.com) when a proxy stands in front")  # fmt: skip
-    add("--tls-cert", metavar="FILE", help="certificate chain: clients dial by TLS")
-    add("--tls-key", metavar="FILE", help="its key, if that is not in the same file")
-    add("--tls-port", type=port_number, metavar="PORT",
-        help="port for visitors by TLS; may be that for clients")  # fmt: skip
-    add("--tls-dir", metavar="DIR",
-        help="holds NAME.crt and NAME.key, also _wildcard.NAME.crt: the certificates "
-        "of the names that are asked for")  # fmt: skip
+    add_tls_options(add)
     add("--tcp-ports", type=port_range, default=range(0), metavar="A-B",
         help='ports that services with "tcp" may have (none)')  # fmt: skip
     add("--redirect", action="store_true",
@@ -5280,7 +5285,17 @@ def parse_arguments(argv: Optional[List[str]]) -> Config:
     add("-v", "--verbose", action="count", default=0,
         help="say what happens, on stderr; -vv: every frame")  # fmt: skip
     add("-V", "--version", action="version", version=VERSION)
-    return Config(**vars(parser.parse_args(argv)))
+    return parser
+
+
+def add_tls_options(add: Call) -> None:
+    add("--tls-cert", metavar="FILE", help="certificate chain: clients dial by TLS")
+    add("--tls-key", metavar="FILE", help="its key, if that is not in the same file")
+    add("--tls-port", type=port_number, metavar="PORT",
+        help="port for visitors by TLS; may be that for clients")  # fmt: skip
+    add("--tls-dir", metavar="DIR",
+        help="holds NAME.crt and NAME.key, also _wildcard.NAME.crt: the certificates "
+        "of the names that are asked for")  # fmt: skip
 
 
 def main(argv: Optional[List[str]] = None, router: Optional[Router] = None) -> None:
