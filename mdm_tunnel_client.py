@@ -2633,9 +2633,9 @@ def parse_object(data: bytes) -> Pairs:
 
 def read_file(path: str) -> bytes:
     """Read a regular file: a pipe could block for ever. Raises OSError, ValueError."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(handle, "rb") as file:
-        status = os.fstat(handle)
+    now = getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, how: os.open(name, how | now)) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_LIMIT:
             raise ValueError("no regular file of at most %d bytes" % FILE_LIMIT)
         return file.read(FILE_LIMIT)

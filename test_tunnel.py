@@ -416,6 +416,18 @@ class Loops(unittest.TestCase):
         self.assertIn("memory", str(told[0]))
         self.assertEqual(log.lines, [])
 
+    def test_folder_instead_of_a_file_is_named_and_left_closed(self):
+        def lowest():
+            with socket.socket() as sock:
+                return sock.fileno()
+
+        before = lowest()
+        for _ in range(3):
+            with self.assertRaises((OSError, ValueError)) as caught:
+                server_module.read_file(HERE)
+            self.assertIn(HERE, server_module.blame(caught.exception, ["?"]))
+        self.assertEqual(lowest(), before)
+
     def test_files_that_are_no_files_are_refused_at_once(self):
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
