@@ -1500,11 +1500,22 @@ class Pipe:
 # -----------------------------------------------------------------------------------
 # Services: what is published, by name, and where it listens.
 # -----------------------------------------------------------------------------------
-Target = collections.namedtuple("Target", "text host port")  # port 0: host is a path
 Service = collections.namedtuple("Service", "target options")  # which the server keeps
+LOOPBACK = re.compile(  # what is sent there does not leave this machine
+    r"(?i)localhost|::1|127(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3}"
+)
 HOST = re.compile(  # [::1] or nas, and perhaps a port; or ::1, which can have none
     r"(?:\[([^]]+)\]|([^:[]+))(?::([0-9]+))?|((?:[^:[]*:){2}[^[]*)"
 )
+
+
+class Target(NamedTuple):
+    """Where a dial leads. `tls` is what StartTLS takes; None goes without it."""
+
+    text: str
+    host: str
+    port: int  # 0: host is the path of a unix socket
+    tls: Optional[Tuple[Any, str, bytes]] = None
 
 
 def split_host(text: str, port: int) -> Tuple[str, int]:
@@ -1532,18 +1543,21 @@ def split_url(text: str) -> Tuple[str, str]:
     return scheme.lower(), rest
 
 
-def parse_target(value: Any) -> Target:
-    """9000, "host:port", "http://host:port" or "unix:/path". Raises ValueError."""
+def parse_target(value: Any, ca: Any = None, fingerprint: Any = None) -> Target:
+    """9000, "host:port", "http://host:port", the same with https, or "unix:/path".
+    Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError("a target is a port, host:port or unix:/path")
+        raise ValueError("a target is a port, host:port, https://host or unix:/path")
     scheme, text = "", str(value)
     if not text.startswith("unix:"):
         scheme, text = split_url(text)  # dev servers print their URL
-    if scheme == "https":
-        raise ValueError("%r: a target is dialled without TLS" % value)
+    if scheme != "https" and (ca, fingerprint) != (None, None):
+        raise ValueError('ca and fingerprint are for a target like "https://nas:8443"')
     if scheme:
-        host, port = split_host(text, 80)
+        host, port = split_host(text, 443 if scheme == "https" else 80)
         text = "%s:%d" % ("[%s]" % host if ":" in host else host, port)
+        if scheme == "https":
+            return Target(text, host, port, target_tls(host, ca, fingerprint))
     if text.isdigit():
         return Target("127.0.0.1:" + text, *split_host("localhost:" + text, 0))
     if text.startswith("unix:/"):
@@ -1555,22 +1569,51 @@ def parse_target(value: Any) -> Target:
     return Target(text, *split_host(text, 0))
 
 
+def target_tls(host: str, ca: Any, fingerprint: Any) -> Tuple[Any, str, bytes]:
+    """The context for an https target, its name, and the fingerprint wanted. A target
+    on this machine is verified only if that is asked for. Raises ValueError."""
+    if not all(isinstance(said, (str, type(None))) for said in (ca, fingerprint)):
+        raise ValueError("ca is a file, and fingerprint a SHA-256")
+    try:
+        pin = b"" if fingerprint is None else parse_fingerprint(fingerprint)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError("fingerprint: %s" % error) from None
+    known = ca is None and bool(pin or LOOPBACK.fullmatch(host))
+    try:
+        context = shared_context(ca, known, b"" if ca is None else read_file(ca))
+    except (OSError, ValueError) as error:
+        raise ValueError(blame(error, [str(ca)])) from None
+    import ssl
+
+    name = host.partition("%")[0]  # an address without its interface
+    context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), False, name)  # can it be one?
+    return context, name, pin
+
+
+@functools.lru_cache(maxsize=32)
+def shared_context(ca: Optional[str], known: bool, contents: bytes) -> Any:
+    """One for all services with the same `contents` of the file `ca`: the system's
+    authorities take 20 ms to load, and megabytes."""
+    return make_context(ca, known)
+
+
 def parse_service(value: Any) -> Service:
     """A target, or {"target": one, and options}. Raises ValueError."""
     if not isinstance(value, (dict, Pairs)):
         return Service(parse_target(value), {})
     options = dict(value)
-    for name in sorted(set(options) - {"target", *OPTIONS}):
+    ours = ["target", "ca", "fingerprint"]  # the server is not told of the last two
+    for name in sorted(set(options) - {*ours, *OPTIONS}):
         import difflib
 
-        near = difflib.get_close_matches(name, ["target", *OPTIONS], 1)
+        near = difflib.get_close_matches(name, [*ours, *OPTIONS], 1)
         hint = "; is it %r?" % near[0] if near else ""
         raise ValueError("unknown option %r%s" % (name, hint))
     if len(value) > len(options):
         raise ValueError("an option stands there twice")
     if "target" not in options:
         raise ValueError("no target")
-    target = parse_target(options.pop("target"))
+    target = parse_target(*(options.pop(name, None) for name in ours))
     if "auth" in options and "tcp" in options:
         raise ValueError("auth is for HTTP: it cannot guard a TCP port")
     said = {name: OPTIONS[name](given, target) for name, given in options.items()}
@@ -1590,7 +1633,8 @@ def host_option(value: Any, target: Target) -> Optional[str]:
     """None leaves Host as the visitor sent it."""
     name = target.host if target.port else "localhost"
     name = "[%s]" % name if ":" in name else name
-    own = name if target.port in (0, 80) else "%s:%d" % (name, target.port)
+    usual = (443,) if target.tls else (0, 80)
+    own = name if target.port in usual else "%s:%d" % (name, target.port)
     if not isinstance(value, str) or not value or set(value) & set("/@ \t\r\n"):
         raise ValueError('host is "preserve", "rewrite" or a host')
     return {"preserve": None, "rewrite": own}.get(value, value)
@@ -1668,7 +1712,7 @@ def parse_file(data: bytes = b"{}") -> Tuple[str, Dict[str, Service]]:
 
 # -----------------------------------------------------------------------------------
 # Dial: connects to a target, and takes the steps from there: TLS, a request that must
-# have the wanted answer. A local target takes none, the server two, and a proxy before
+# have the wanted answer. A target takes TLS or none, the server two, and a proxy before
 # it would take two more.
 # -----------------------------------------------------------------------------------
 STAGGER = 0.25  # seconds until the next address is tried, too (RFC 8305 5)
@@ -1687,10 +1731,11 @@ Address = Tuple[int, Any]  # family, and what connect() takes
 
 
 class Unreachable(OSError):
-    """Why a target cannot be connected; `code` is what the server is told."""
+    """Why a target cannot be connected; `code` is what the server is told, if the
+    error does not say it."""
 
-    def __init__(self, target: Target, error: Exception) -> None:
-        other = "refused", ": %s" % (getattr(error, "strerror", None) or error)
+    def __init__(self, target: Target, error: Exception, code: str = "refused") -> None:
+        other = code, ": %s" % (getattr(error, "strerror", None) or error)
         self.code, cause = FAILURES.get(getattr(error, "errno", None), other)
         super().__init__(target.text + cause)
 
@@ -1875,14 +1920,19 @@ class Dial:
 
 
 class StartTLS:
-    """From here on all is encrypted. The next step waits for the handshake."""
+    """From here on all is encrypted. It is done when the handshake is."""
 
     def __init__(self, context: Any, name: str, pin: bytes) -> None:
-        self.context, self.name, self.pin = context, name, pin
+        self.how: Optional[Tuple[Any, ...]] = (context, False, name, pin)
 
     def go_on(self, dial: Dial) -> bool:
-        dial.connection.start_tls(self.context, False, self.name, self.pin)
-        return True
+        if self.how and dial.loop.handshakes and dial.loop.tired():
+            dial.loop.soon(dial, dial.advance)  # no selector tells whose turn is next
+            return False
+        if self.how:
+            how, self.how = self.how, None
+            dial.connection.start_tls(*how)
+        return bool(dial.connection.phase == OPEN_PHASE)
 
 
 class Ask:
@@ -1956,7 +2006,8 @@ class Bridge:
         self.tunnel, self.stream, self.service = tunnel, stream, service
         self.target = tunnel.client.services[service].target
         self.pending = bytearray()  # what came before there was a connection
-        self.dial = Dial(tunnel.client.resolver, self.target, [], DIAL_TIME, self)
+        steps = [StartTLS(*self.target.tls)] if self.target.tls else []
+        self.dial = Dial(tunnel.client.resolver, self.target, steps, DIAL_TIME, self)
         stream.owner = self
         tunnel.gates[self.target].admit(self.dial)
 
@@ -1970,7 +2021,9 @@ class Bridge:
         if self.stream.ended_in:
             pipe.on_end()
 
-    def on_undialled(self, error: Unreachable) -> None:
+    def on_undialled(self, error: Exception) -> None:
+        if not isinstance(error, Unreachable):  # it was reached, and TLS failed
+            error = Unreachable(self.target, error, "error")
         self.stream.reset(error.code, str(error))
         log.info("%s: %s", self, error)
 
@@ -2840,7 +2893,7 @@ class Resolver:
         target = dial.target
         if target.port == 0:
             return [(socket.AF_UNIX, target.host)]
-        if target.host == "localhost":
+        if target.host.lower() == "localhost":
             first = (socket.AF_INET, ("127.0.0.1", target.port))
             return [first, (socket.AF_INET6, ("::1", target.port))]
         try:
@@ -2924,8 +2977,8 @@ class Proxy:
 def find_proxy(host: str, port: int, tls: bool) -> Optional[Proxy]:
     """The proxy on the way to a server; None when there is none. This machine needs no
     proxy. Raises ValueError."""
-    local = re.fullmatch(r"(?i)localhost|127(\.[0-9]+){3}|::1", host)
-    if local or not any(name.lower().endswith("_proxy") for name in os.environ):
+    named = any(name.lower().endswith("_proxy") for name in os.environ)
+    if LOOPBACK.fullmatch(host) or not named:
         return None  # urllib is large
     import urllib.request
 
@@ -2967,10 +3020,11 @@ def make_context(ca: Optional[str], pinned: bool) -> Any:
     wanted. Raises OSError or ValueError."""
     import ssl
 
-    context = demand_tls_1_2(ssl.create_default_context(cafile=ca))
-    if pinned and ca is None:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
+    if not pinned or ca is not None:
+        return demand_tls_1_2(ssl.create_default_context(cafile=ca))
+    context = demand_tls_1_2(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     return context
 
 
@@ -2996,7 +3050,8 @@ def make_parser() -> FileParser:
         prog="mdm_tunnel_client.py",
         usage="%(prog)s [options] [name=target ...]",
         description="Publishes local services through an mdm-tunnel server. A target "
-        "is a port, host:port or unix:/path; given here, it replaces the default "
+        "is a port, host:port, https://host or unix:/path; given here, it replaces "
+        "the default "
         "file. @FILE holds options as one would type them. Silent without -v.",
         add_help=False,
         fromfile_prefix_chars="@",

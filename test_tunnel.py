@@ -142,7 +142,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 1950, "server": 2742, "client": 1182}
+    BUDGETS = {"shared": 1950, "server": 2742, "client": 1240}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
@@ -3233,10 +3233,92 @@ class ServiceFiles(unittest.TestCase):
             ("http://[::1]:80", ("[::1]:80", "::1", 80)),
         ]
         for value, target in table:
+            target += (None,)  # without TLS
             self.assertEqual(client_module.parse_target(value), target)
             self.assertEqual(client_module.parse_service(value), (target, {}))
             service = client_module.parse_service({"target": value, "tcp": 0})
             self.assertEqual(service, (target, {"tcp": 0}))
+
+    def test_targets_by_tls_and_what_is_verified(self):
+        ca = TunnelCase.file(self, LOCALHOST)
+        pin = "AB:" * 31 + "AB"
+        table = [
+            ("https://nas:8443", {}, ("nas:8443", "nas", 8443), True),
+            ("https://nas", {}, ("nas:443", "nas", 443), True),
+            ("HTTPS://192.0.2.1/", {}, ("192.0.2.1:443", "192.0.2.1", 443), True),
+            ("https://[::2]:8443", {}, ("[::2]:8443", "::2", 8443), True),
+            ("https://127.256.0.1", {}, ("127.256.0.1:443", "127.256.0.1", 443), True),
+            ("https://nas", {"ca": ca}, ("nas:443", "nas", 443), True),
+            ("https://nas", {"fingerprint": pin}, ("nas:443", "nas", 443), False),
+            ("https://localhost:1", {}, ("localhost:1", "localhost", 1), False),
+            ("https://127.9.9.9", {}, ("127.9.9.9:443", "127.9.9.9", 443), False),
+            ("https://[::1]", {}, ("[::1]:443", "::1", 443), False),
+            ("https://[::1]", {"ca": ca}, ("[::1]:443", "::1", 443), True),
+        ]
+        for value, options, wanted, verified in table:
+            found = client_module.parse_service(dict(options, target=value, tcp=0))
+            self.assertEqual(found.target[:3], wanted)
+            context, name, given = found.target.tls
+            modes = context.check_hostname, context.verify_mode == ssl.CERT_REQUIRED
+            self.assertEqual(modes, (verified, verified), value)
+            self.assertEqual(name, wanted[1])
+            self.assertEqual(given.hex().upper(), "AB" * 32 if "fingerprint" in options
+                             else "")  # fmt: skip
+            self.assertEqual(found.options, {"tcp": 0})  # which the server gets
+        both = dict(target="https://nas", ca=ca, fingerprint=pin)
+        context, _, given = client_module.parse_service(both).target.tls
+        self.assertEqual((context.check_hostname, len(given)), (True, 32))
+        near = client_module.parse_target("https://[fe80::2%lo]:1").tls[1]
+        self.assertEqual(near, "fe80::2")
+
+    def test_services_share_a_context_and_a_new_ca_has_a_new_one(self):
+        ca = TunnelCase.file(self, LOCALHOST)
+
+        def context(target, **options):
+            found = client_module.parse_service(dict(options, target=target))
+            return found.target.tls[0]
+
+        self.assertIs(context("https://a"), context("https://b:1"))
+        first = context("https://a", ca=ca)
+        self.assertIs(first, context("https://b", ca=ca, fingerprint="AB" * 32))
+        self.assertIsNot(first, context("https://a"))
+        self.write(ca, OTHER)
+        self.assertIsNot(first, context("https://a", ca=ca))
+
+    def test_ssl_is_imported_for_an_https_target_only(self):
+        code = "import sys; sys.path.insert(0, %r); import mdm_tunnel_client as m; "
+        code += "m.parse_service({'target': %r, 'host': 'rewrite'}); "
+        code += "print('ssl' in sys.modules)"
+        for target, wanted in (("http://nas:80", b"False"), ("https://nas", b"True")):
+            command = [sys.executable, "-S", "-c", code % (HERE, target)]
+            said = subprocess.check_output(command, timeout=PATIENCE)
+            self.assertEqual(said.strip(), wanted, target)
+
+    def test_what_is_wrong_with_tls_is_told_with_the_service_and_the_file(self):
+        empty, nas = TunnelCase.file(self, ""), "https://nas"
+        table = [
+            ({"target": "http://nas", "ca": empty}, "https://nas:8443"),
+            ({"target": 9, "fingerprint": "AB" * 32}, "https://nas:8443"),
+            ({"target": "unix:/x", "ca": empty}, "https://nas:8443"),
+            ({"target": nas, "ca": 5}, "ca is a file"),
+            ({"target": nas, "fingerprint": 5}, "a SHA-256"),
+            ({"target": nas, "fingerprint": "AB"}, "fingerprint: a SHA-256 has 64"),
+            ({"target": nas, "ca": "/no/such"}, "/no/such: No such file"),
+            ({"target": nas, "ca": HERE}, HERE + ": "),
+            ({"target": nas, "ca": empty}, re.escape(empty)),
+            ({"target": nas, "fingerprnt": "x"}, "is it 'fingerprint'"),
+        ]
+        for value, cause in table:
+            with self.assertRaisesRegex(ValueError, "^service 'web': .*" + cause):
+                client_module.parse_services([("web", value)])
+        broken = '{"web": {"target": "https://nas", "ca": "/no/such"}}'
+        done = run_script(SCRIPTS[1], "-c", TunnelCase.file(self, broken))
+        self.assertEqual((done.status, done.stderr.count("\n")), (2, 1))
+        self.assertIn("service 'web': /no/such: No such file", done.stderr)
+        client, path = self.services('{"web": 9000}')
+        self.write(path, broken)
+        client.look()
+        self.assertIsNone(client.services["web"].target.tls)
 
     def test_options_are_checked_and_unknown_ones_name_the_nearest(self):
         table = [
@@ -3255,7 +3337,8 @@ class ServiceFiles(unittest.TestCase):
     def test_broken_targets_are_refused(self):
         bad = [0, 65536, -1, 1.5, True, None, [], {}, {"target": {}}, "", "nas"]
         bad += ["nas:", "nas:x", "nas:99999", ":80", "unix:x", {"target": 1, "x": 2}]
-        bad += ["http://", "http://nas/x", "https://nas:1", "ftp://nas", "x://", "://a"]
+        bad += ["http://", "http://nas/x", "ftp://nas", "x://", "://a"]
+        bad += ["https://", "https://nas/x", "https://nas:0", "https://.nas"]
         for value in bad:
             with self.assertRaises(ValueError, msg=repr(value)):
                 client_module.parse_service(value)
@@ -6888,10 +6971,10 @@ AiEAxqLuSjXdn/z5PK7erpjG+O/qmPVbpO5l0yGHt3wIsvE=
 class TLSVisitor:
     """A connection by TLS that can end each way alone, unlike that of `ssl`."""
 
-    def __init__(self, conn, context):
+    def __init__(self, conn, context, server=False):
         self.conn = conn
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.object = context.wrap_bio(self.incoming, self.outgoing)
+        self.object = context.wrap_bio(self.incoming, self.outgoing, server)
         self.go_on(self.object.do_handshake)
 
     def __getattr__(self, name):
@@ -7071,14 +7154,7 @@ class Encryption(TLSCase):
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             context.load_cert_chain(self.pem)
             with contextlib.suppress(OSError):
-                got.append(TLSVisitor.recv(ServerSide(conn, context), 100))
-
-        class ServerSide(TLSVisitor):
-            def __init__(self, conn, context):
-                self.conn = conn
-                self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-                self.object = context.wrap_bio(self.incoming, self.outgoing, True)
-                self.go_on(self.object.do_handshake)
+                got.append(TLSVisitor(conn, context, server=True).recv(100))
 
         self.start_server()
         pin = client_module.parse_fingerprint("00" * 32)
@@ -7445,6 +7521,232 @@ class Encryption(TLSCase):
 # -----------------------------------------------------------------------------------
 # The programs as processes: silence, signals, exit codes
 # -----------------------------------------------------------------------------------
+class TargetsByTLS(TunnelCase):
+    """The client dials a service by TLS."""
+
+    PIN = server_module.fingerprint(LOCALHOST.encode())
+
+    def secured(self, handler, pem=LOCALHOST):
+        """The port of a service that runs handler(connection by TLS)."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.file(pem))
+
+        def handle(conn):
+            with contextlib.suppress(ssl.SSLError):
+                handler(TLSVisitor(conn, context, server=True))
+
+        return self.service(handle)
+
+    def greeting(self, **options):
+        def greet(conn):
+            while read_head(conn)[0]:
+                conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+
+        return self.secured(greet, **options)
+
+    def start_for(self, port, host="127.0.0.1", **options):
+        """Server and client, whose service `web` is this target by TLS."""
+        self.start_server()
+        options["target"] = "https://%s:%d" % (host, port)
+        self.client = self.start_client({"web": options})
+
+    def refused(self, port, *arguments, status=502, **options):
+        """What the page says that a visitor gets."""
+        self.start_for(port, *arguments, **options)
+        answer = self.get("web.tim.x", headers={"Accept": "text/plain"})
+        self.assertEqual(answer.status, status, answer.content)
+        return answer.content.decode()
+
+    def test_own_certificate_on_this_machine_is_served_as_it_is(self):
+        self.start_for(self.greeting())
+        conn = self.keep()
+        for _ in range(3):
+            answer = self.get("web.tim.x", conn=conn)
+            self.assertEqual((answer.status, answer.content), (200, b"hello"))
+
+    def test_certificate_that_is_known_is_served(self):
+        port, pem = self.greeting(), self.file(LOCALHOST)
+        known = [{"ca": pem}, {"fingerprint": self.PIN}]
+        known.append({"ca": pem, "fingerprint": self.PIN})
+        for options in known:
+            for host in ("127.0.0.1", "localhost"):
+                self.start_for(port, host, **options)
+                self.assertEqual(self.get("web.tim.x").content, b"hello", options)
+
+    def test_certificate_that_is_not_known_is_refused_and_named(self):
+        port, other = self.greeting(), self.file(OTHER)
+        wrong = [{"ca": other}, {"fingerprint": "00" * 32}]
+        wrong += [dict(wrong[0], fingerprint=self.PIN)]
+        wrong += [{"ca": self.file(LOCALHOST), "fingerprint": "00" * 32}]
+        for options in wrong:
+            said = self.refused(port, **options)
+            self.assertRegex(said, "127.0.0.1:%d: TLS: .*certificate" % port)
+        with self.subTest("the name"):
+            said = self.refused(self.greeting(pem=OTHER), ca=other)
+            self.assertRegex(said, "TLS: .*127.0.0.1")
+
+    def test_target_elsewhere_needs_a_certificate_that_the_system_knows(self):
+        real = client_module.Resolver.look_up
+
+        def look_up(host, port, flags):
+            return real("127.0.0.1" if flags == 0 else host, port, flags)
+
+        change(self, client_module.Resolver, look_up=staticmethod(look_up))
+        port, names = self.greeting(), []
+        said = self.refused(port, "nas.test")
+        self.assertRegex(said, "nas.test:%d: TLS: .*certificate" % port)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.file(LOCALHOST))
+        callback = "sni_callback" if hasattr(context, "sni_callback") else None
+        note = lambda _conn, name, _context: names.append(name)  # noqa: E731
+        if callback:
+            context.sni_callback = note
+        else:  # Python 3.6
+            context.set_servername_callback(note)
+        port = self.service(lambda conn: TLSVisitor(conn, context, server=True))
+        self.refused(port, "nas.test", fingerprint="00" * 32)
+        self.assertEqual(names, ["nas.test"])
+
+    def test_target_without_tls_is_told_so(self):
+        self.assertIn("the other side speaks no TLS", self.refused(self.echo()))
+        port = self.service(lambda conn: conn.recv(1))  # enough of a hello
+        self.assertRegex(self.refused(port), "127.0.0.1:%d: " % port)
+
+    def test_target_that_refuses_is_told_as_without_tls(self):
+        port = free_port()
+        said = self.refused(port)
+        self.assertIn("127.0.0.1:%d refused the connection" % port, said)
+
+    def test_handshake_has_the_time_of_the_dial(self):
+        going = threading.Event()
+        port = self.service(lambda conn: going.wait(PATIENCE))
+        self.addCleanup(going.set)
+        self.start_for(port)
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x", "Accept: text/plain"))
+        phase = client_module.Phase.HANDSHAKE
+        connections = self.client.loop.connections
+        self.client.until(lambda: phase in [c.phase for c in connections])
+        self.client.pass_time(client_module.DIAL_TIME - 0.5)
+        self.assertEqual(self.dials(), [1, 0])
+        self.client.pass_time(0.6)
+        said = self.raw(b"", conn)
+        self.assertIn(b" 504 ", said)
+        self.assertIn(b"127.0.0.1:%d did not answer in time" % port, said)
+        self.assertEqual(self.dials(), [0, 0])
+
+    def test_visitor_that_leaves_ends_the_handshake(self):
+        ended = threading.Event()
+
+        def hear(conn):
+            while conn.recv(65536):
+                pass
+            ended.set()
+
+        self.start_for(self.service(hear))
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x"))
+        self.client.until(lambda: self.dials() == [1, 0])
+        reset_on_close(conn)
+        conn.close()
+        self.assertTrue(ended.wait(PATIENCE))
+        self.client.until(lambda: self.dials() == [0, 0])
+
+    def test_crowd_is_served_though_handshakes_take_turns(self):
+        change(self, client_module, TURN_BUDGET=-1)  # one handshake a turn
+        self.start_for(self.greeting())
+        conns = [self.visit() for _ in range(20)]
+        for conn in conns:
+            conn.sendall(self.ask("web.tim.x"))
+        for conn in conns:
+            self.assertIn(b"hello", self.raw(b"", conn))
+
+    def test_half_close_passes_both_ways(self):
+        def handler(conn):
+            got = b"".join(iter(lambda: conn.recv(100), b""))
+            conn.sendall(got.upper())
+            conn.shutdown(socket.SHUT_WR)
+
+        (number,) = TCPPorts.free_ports(self, 1)
+        self.start_server(tcp_ports=[number], bind="127.0.0.1")
+        target = "https://127.0.0.1:%d" % self.secured(handler)
+        self.start_client({"web": {"target": target, "tcp": number}})
+        self.server.until(lambda: self.server.program.tcp.open)
+        with socket.create_connection(("127.0.0.1", number), PATIENCE) as conn:
+            conn.sendall(b"a half-close")
+            conn.shutdown(socket.SHUT_WR)
+            self.assertEqual(self.raw(b"", conn), b"A HALF-CLOSE")
+
+    def test_websocket_passes(self):
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n")
+            conn.sendall(b"Upgrade: websocket\r\n\r\nfirst")
+            for data in iter(lambda: conn.recv(100), b""):
+                conn.sendall(data.upper())
+
+        self.start_for(self.secured(handler))
+        conn = self.visit()
+        upgrade = ["Connection: Upgrade", "Upgrade: websocket"]
+        conn.sendall(self.ask("web.tim.x", *upgrade, close=False))
+        first, rest = read_head(conn)
+        self.assertIn(b" 101 ", first)
+        for said in (b"first", b"FRAME"):
+            while len(rest) < 5:
+                rest += conn.recv(100)
+            self.assertEqual(rest, said)
+            rest = b""
+            conn.sendall(b"frame")
+
+    def test_twenty_megabytes_come_down_and_go_up_whole(self):
+        big = random.Random(3).getrandbits(8 << 20).to_bytes(1 << 20, "big") * 20
+        digest = hashlib.sha256(big).hexdigest().encode()
+
+        def handler(conn):
+            head, data = read_head(conn)
+            said, length = big, re.search(rb"(?i)content-length: (\d+)", head)
+            if length:
+                size = int(length.group(1))
+                found = hashlib.sha256(data)
+                size -= len(data)
+                while size:
+                    data = conn.recv(1 << 20)
+                    found.update(data)
+                    size -= len(data)
+                said = found.hexdigest().encode()
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(said))
+            conn.sendall(said)
+            conn.recv(1)
+
+        self.start_for(self.secured(handler))
+        self.assertEqual(self.get("web.tim.x").content, big)
+        answer = self.get("web.tim.x", method="POST", body=big)
+        self.assertEqual(answer.content, digest)
+
+    def test_target_that_dies_in_an_answer_cuts_the_visitor(self):
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf")
+            conn.conn.shutdown(socket.SHUT_RDWR)  # and not by TLS
+
+        self.start_for(self.secured(handler))
+        with self.assertRaises(ConnectionResetError):
+            self.raw(self.ask("web.tim.x"))
+
+    def test_rewritten_host_is_that_of_the_target(self):
+        table = [
+            ("https://nas:8443", "nas:8443"),
+            ("https://nas", "nas"),
+            ("https://nas:80", "nas:80"),
+            ("http://nas:443", "nas:443"),
+            ("https://[::2]", "[::2]"),
+        ]
+        for target, host in table:
+            value = {"target": target, "host": "rewrite"}
+            found = client_module.parse_service(value)
+            self.assertEqual(found.options, {"host": host}, target)
+
+
 class Processes(TunnelCase):
     def setUp(self):
         super().setUp()
