@@ -16,6 +16,7 @@ in either file): Protocol, Frames, Loop, Connection, Stream and Link, Pipe. Then
     Dial             connect, TLS, ask: the steps to a target or to the server
     Bridge           a stream that waits for its target
     Tunnel           one link: login, services, new streams
+    Whereabouts      has the machine moved, or slept?
     Uplink           dials, has a tunnel, dials again
     Client           all of it, and how it stops
 
@@ -2078,10 +2079,12 @@ class Tunnel:
     def __init__(self, uplink: "Uplink", connection: Connection) -> None:
         self.uplink, self.client = uplink, uplink.client
         self.token = ""  # with which we log in
+        self.challenge: Optional[str] = None  # the server's nonce, until we log in
         self.nonces = "", ""  # the server's and ours
         self.known: Any = ()  # the options that the server keeps
         self.logged_in = False
         self.since = 0.0  # when it logged in
+        self.place: Any = None  # from where: Whereabouts
         self.gates: Dict[Target, Gate] = collections.defaultdict(Gate)
         self.link: Link = Link(uplink.loop, connection, self, "client")
         self.timer = Timer(uplink.loop, self.link, self.on_late)
@@ -2097,7 +2100,8 @@ class Tunnel:
         if kind == Kind.CHALLENGE:
             known = message.get("options")
             self.known = known if isinstance(known, list) else ()
-            self.log_in(str(message.get("nonce")))
+            self.challenge = str(message.get("nonce"))
+            self.uplink.decide()
         elif kind == Kind.WELCOME:
             self.on_welcome(message)
         elif kind == Kind.URLS:
@@ -2106,8 +2110,9 @@ class Tunnel:
             code, reason = map(peer_text, (message.get("code"), message.get("reason")))
             self.uplink.on_goodbye(self, code, reason)
 
-    def log_in(self, nonce: str) -> None:
+    def log_in(self) -> None:
         client, self.token = self.client, self.client.token
+        nonce, self.challenge = self.challenge or "", None
         self.nonces = nonce, make_nonce()
         login = {"id": client.id, "session": client.session}
         login["nonce"] = self.nonces[1]
@@ -2127,6 +2132,7 @@ class Tunnel:
                 return
         self.timer.clear()
         self.logged_in, self.since = True, self.link.loop.clock()
+        self.place = Whereabouts(self.link.connection.sock)
         self.uplink.on_login()
         self.publish()
 
@@ -2158,8 +2164,62 @@ class Tunnel:
 
 
 # -----------------------------------------------------------------------------------
-# Uplink: dials, has a tunnel as long as it lives, and dials again.
+# Whereabouts: a machine that gets another address, or sleeps, has a link that may be
+# dead, and nobody tells. So it looks once a second, without sending a packet.
 # -----------------------------------------------------------------------------------
+LOOK_AROUND = 1.0  # seconds between looks
+SLEPT = 5.0  # seconds by which the wall clock is ahead after a look: it was a sleep
+wall_clock: Callable[[], float] = time.time
+
+
+def source_address(sock: socket.socket) -> Optional[str]:
+    """Which address of this machine leads to the peer of `sock`, as the kernel says of
+    a UDP socket. None when there is no way now, or the peer is this machine."""
+    try:
+        peer = sock.getpeername()
+        if LOOPBACK.fullmatch(peer[0]):
+            return None
+        with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
+            probe.connect(peer)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+class Whereabouts:
+    """From where the link on `sock` was dialled. The kernel's first answer is taken as
+    it is: where routes depend on the protocol it need not be the link's address."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.known: Set[str] = set()  # with which the link was alive
+        self.strange = False  # at the last look the address was another
+        self.looked = wall_clock()
+        self.change()
+
+    def change(self) -> str:
+        """What has changed since the last look, or "". An address counts when two looks
+        find it strange, and then no more: either the link lives, or it is replaced."""
+        before, self.looked = self.looked, wall_clock()
+        found, again = source_address(self.sock), self.strange
+        if found and not self.known:
+            self.known.add(found)
+        self.strange = found is not None and found not in self.known
+        if found and self.strange and again:
+            self.known.add(found)
+            self.strange = False
+            return "this machine has another address, %s" % found
+        slept = self.looked - before >= LOOK_AROUND + SLEPT
+        return "this machine slept, or its clock was set" if slept else ""
+
+
+# -----------------------------------------------------------------------------------
+# Uplink: dials, has a tunnel as long as it lives, and dials again. A tunnel in doubt is
+# asked for a sign of life; meanwhile its successor is dialled, and logs in only if none
+# comes: to log in ends the tunnel, and with it what runs there.
+# -----------------------------------------------------------------------------------
+DOUBT = 2.0  # seconds for that sign, or two round trips
+DOUBT_LOOK = 0.1  # seconds between looks at whether it came
 SERVER_TIME = 10.0  # seconds for all steps to the server
 FIRST_WAIT = 0.05  # seconds until the first attempt to come back; it doubles
 LONGEST_WAIT = 10.0  # seconds: a server that is back has its clients back soon
@@ -2188,16 +2248,19 @@ ADVICE = (  # what an error, which begins so, probably means
 class Uplink:
     def __init__(self, client: "Client") -> None:
         self.client, self.loop = client, client.loop
-        self.tunnel: Optional[Tunnel] = None  # the newest
+        self.tunnel: Optional[Tunnel] = None  # that is logged in
+        self.coming: Any = None  # its successor: a Dial, then a Tunnel
+        self.doubted: Optional[float] = None  # since when the tunnel is in doubt
         self.failures = 0  # attempts since a login
         self.wait = FIRST_WAIT
         self.ever = False  # logged in at least once
         self.taken_until = 0.0  # when a first login whose id is taken gives up
         self.timer = Timer(self.loop, client, self.dial)
+        self.look_timer = Timer(self.loop, client, self.look)
 
     def dial(self) -> None:
-        self.failures += 1  # until it leads to a login
-        dial = Dial(self.client.resolver, *self.way(), SERVER_TIME, self)
+        self.failures += self.tunnel is None  # until it leads to a login
+        self.coming = dial = Dial(self.client.resolver, *self.way(), SERVER_TIME, self)
         self.loop.guard(dial, dial.advance)
 
     def way(self) -> Tuple[Target, List[Any]]:
@@ -2214,15 +2277,13 @@ class Uplink:
         return client.target, steps
 
     def on_dialled(self, connection: Connection, early: bytes) -> None:
-        if self.client.stopping:
-            connection.close()
-            return
-        self.tunnel = Tunnel(self, connection)
-        link = self.tunnel.link
+        self.coming = Tunnel(self, connection)
+        link = self.coming.link
         self.loop.guard(link, link.receive, memoryview(early))
 
     def on_undialled(self, error: Exception) -> None:
         """There is no link. An answer that will stay the same ends the first dial."""
+        self.coming = None
         cause = str(getattr(error, "strerror", None) or error)
         advice = [help for start, help in ADVICE if re.match(start, cause)][:1]
         if not isinstance(error, Unreachable):  # which names the server itself
@@ -2239,6 +2300,50 @@ class Uplink:
         if not self.ever:
             self.wait = FIRST_WAIT  # not what it was while the id was taken
         self.ever, self.failures = True, 0
+        old, self.tunnel = self.tunnel, self.coming
+        self.coming = self.doubted = None
+        if old:
+            old.link.close("there is a newer link")
+        self.look_timer.set(LOOK_AROUND)
+
+    # Is there another link to be made?
+
+    def look(self) -> None:
+        """Once a second: may the tunnel be dead? In doubt more often: does it live?"""
+        if self.tunnel is None or self.client.stopping:
+            return
+        change = self.tunnel.place.change()
+        if self.doubted is not None:
+            self.decide()
+        elif change:
+            log.info("%s: is %s still there?", change, self.client.server)
+            self.doubted = self.loop.clock()
+            self.forget_waits(self.tunnel)
+            self.tunnel.link.ping()
+            self.dial()
+        self.look_timer.set(LOOK_AROUND if self.doubted is None else DOUBT_LOOK)
+
+    def decide(self) -> None:
+        """The successor logs in, unless the tunnel lives or has time left to say so."""
+        link, coming = self.tunnel and self.tunnel.link, self.coming
+        if link and not link.asked:
+            log.info("%s is still there", self.client.server)
+            self.give_up()
+        elif isinstance(coming, Tunnel) and coming.challenge is not None:
+            patience = max(DOUBT, 2 * link.round_trip) if link else 0.0
+            if self.loop.clock() - (self.doubted or 0.0) >= patience:
+                coming.log_in()
+
+    def give_up(self) -> None:
+        """No successor is wanted."""
+        coming, self.coming, self.doubted = self.coming, None, None
+        self.timer.clear()
+        if isinstance(coming, Tunnel):
+            coming.link.close("it is not needed")
+        elif coming:
+            coming.end()
+
+    # How a tunnel, or its successor, ends.
 
     def on_goodbye(self, tunnel: Tunnel, code: str, reason: str) -> None:
         """The server takes leave: for good, or until it is back?"""
@@ -2257,11 +2362,23 @@ class Uplink:
 
     def on_lost(self, tunnel: Tunnel, cause: str) -> None:
         """The tunnel is of no more use; what runs in it may still end."""
-        if tunnel is self.tunnel:
-            self.tunnel = None
-            if tunnel.logged_in and self.loop.clock() - tunnel.since >= STEADY:
-                self.wait = FIRST_WAIT
-            self.retry("%s: %s" % (self.client.server, cause))
+        cause = "%s: %s" % (self.client.server, cause)
+        if tunnel is self.coming:
+            self.coming = None
+            self.retry(cause)
+        elif tunnel is self.tunnel:
+            self.tunnel = self.doubted = None
+            self.forget_waits(tunnel)
+            if self.coming:
+                log.info("%s", cause)
+                self.decide()
+            else:
+                self.retry(cause)
+
+    def forget_waits(self, tunnel: Tunnel) -> None:
+        """Do not begin with a long wait, unless links come and go."""
+        if self.loop.clock() - tunnel.since >= STEADY:
+            self.wait = FIRST_WAIT
 
     def retry(self, cause: str) -> None:
         """Dial again, after a while that grows and is never the same for all."""
@@ -2396,7 +2513,7 @@ class Client:
         log.info("stopping")
         self.stopping = True
         self.until = self.loop.clock() + DRAIN
-        self.uplink.timer.clear()
+        self.uplink.give_up()
         links = [link for link in self.loop.links if link.owner.logged_in]
         for link in links:  # an old one may still carry streams
             link.goodbye("stopping", "the client is stopping")

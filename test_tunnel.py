@@ -142,7 +142,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 1970, "server": 2742, "client": 1240}
+    BUDGETS = {"shared": 1970, "server": 2742, "client": 1355}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
@@ -6269,6 +6269,223 @@ class Reconnects(TunnelCase):
         self.client.do(program.uplink.tunnel.publish)
         self.server.until(lambda: pool.services != before)
         self.assertEqual(self.echoed("web.tim.x", conn=conn)["service"], "new")
+
+
+class Moves(TunnelCase):
+    """A client whose machine gets another address, or sleeps."""
+
+    ASIDE = 3600  # seconds that no test waits: what is due then is made due by hand
+
+    def setUp(self):
+        super().setUp()
+        self.addresses = ["192.0.2.1"]  # what the kernel says; the last stays
+        self.wall, self.real = 1e9, client_module.source_address
+        change(self, client_module, source_address=self.source_address)
+        change(self, client_module, wall_clock=lambda: self.wall)
+
+    def source_address(self, sock):
+        return self.addresses.pop(0) if self.addresses[1:] else self.addresses[0]
+
+    def looks(self, *answers):
+        """What is found at looks that the kernel answers so."""
+        self.addresses = [*answers, None]
+        place = client_module.Whereabouts(None)
+        return [bool(place.change()) for _ in answers[1:]]
+
+    def test_address_that_changes_counts_at_the_second_look_and_once(self):
+        table = [
+            ("aaaa", [0, 0, 0]),
+            ("abbbb", [0, 1, 0, 0]),
+            ("abab", [0, 0, 0]),
+            ("abba", [0, 1, 0]),
+            ("abbaabb", [0, 1, 0, 0, 0, 0]),  # with b it was alive too
+            ("abbcc", [0, 1, 0, 1]),
+            ("a--bb", [0, 0, 0, 1]),  # no way at the moment is no move
+            ("ab-bb", [0, 0, 0, 1]),
+            ("--aab", [0, 0, 0, 0]),
+        ]
+        for answers, wanted in table:
+            said = [None if x == "-" else x for x in answers]
+            self.assertEqual(self.looks(*said), list(map(bool, wanted)), answers)
+
+    def test_wall_clock_that_runs_ahead_tells_of_a_sleep(self):
+        place = client_module.Whereabouts(None)
+        for seconds, wanted in ((1, 0), (5, 0), (6.1, 1), (1, 0), (-50, 0), (51, 1)):
+            self.wall += seconds
+            self.assertEqual(bool(place.change()), bool(wanted), seconds)
+
+    def test_kernel_is_asked_without_a_packet(self):
+        ask = self.real
+        with socket.socket() as sock:
+            self.assertIsNone(ask(sock))  # it is not connected
+        port = self.service(lambda conn: conn.recv(1))
+        with socket.create_connection(("127.0.0.1", port)) as conn:
+            self.assertIsNone(ask(conn))  # this machine does not move
+            change(self, client_module, LOOPBACK=re.compile("none"))
+            self.assertEqual(ask(conn), "127.0.0.1")
+        self.assertIsNone(ask(conn))
+
+    # A client that is logged in, and its server behind a cable.
+
+    def start_behind_a_cable(self, **services):
+        """The links pass a relay that can hold back what comes from the server."""
+        change(self, client_module, LOOK_AROUND=self.ASIDE)
+        self.start_server()
+        real = self.server.program.client_address[:2]
+        self.cables = []
+
+        def cable(conn):
+            flows = threading.Event()
+            flows.set()
+            self.cables.append(flows)
+            onward = socket.create_connection(real)
+
+            def carry():
+                with contextlib.suppress(OSError), contextlib.closing(onward):
+                    for data in iter(lambda: onward.recv(65536), b""):
+                        flows.wait(PATIENCE)
+                        conn.sendall(data)
+                with contextlib.suppress(OSError):
+                    conn.shutdown(socket.SHUT_RDWR)
+
+            threading.Thread(target=carry, daemon=True).start()
+            with contextlib.suppress(OSError):
+                for data in iter(lambda: conn.recv(65536), b""):
+                    onward.sendall(data)
+                onward.shutdown(socket.SHUT_WR)
+
+        self.addCleanup(lambda: [flows.set() for flows in self.cables])
+        services = services or {"web": self.echo()}
+        self.client = self.start_client(services, port=self.service(cable))
+        self.uplink = self.client.program.uplink
+        self.client.until(lambda: self.uplink.tunnel)
+        self.first = self.uplink.tunnel
+
+    def look(self):
+        self.client.do(lambda: self.uplink.look() or True)
+
+    def move(self):
+        """The machine has another address; so two looks find."""
+        self.addresses = ["192.0.2.2"]
+        self.look()
+        self.assertIsNone(self.uplink.doubted)
+        self.look()
+
+    def wait_for_a_successor(self):
+        """Until it could log in."""
+        self.client.until(lambda: getattr(self.uplink.coming, "challenge", None))
+
+    def test_dead_link_is_replaced_after_two_seconds_of_silence(self):
+        self.start_behind_a_cable()
+        self.cables[0].clear()
+        self.move()
+        self.wait_for_a_successor()
+        self.look()
+        self.assertIs(self.uplink.tunnel, self.first)  # it has its time
+        self.client.pass_time(client_module.DOUBT + 0.1)
+        self.client.until(lambda: self.uplink.tunnel not in (None, self.first))
+        self.assertTrue(self.first.link.closed)
+        self.server.until(lambda: self.serves("tim", ["web"]))
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+        self.assertEqual((self.uplink.doubted, self.uplink.coming), (None, None))
+
+    def test_sleep_is_a_reason_to_ask_as_well(self):
+        self.start_behind_a_cable()
+        self.cables[0].clear()
+        self.wall += 2 * self.ASIDE
+        self.look()
+        self.wait_for_a_successor()
+        self.client.pass_time(client_module.DOUBT + 0.1)
+        self.client.until(lambda: self.uplink.tunnel not in (None, self.first))
+
+    def test_link_that_lives_goes_on_and_so_does_what_runs_in_it(self):
+        go = threading.Event()
+        self.addCleanup(go.set)
+
+        def slow(conn):
+            read_head(conn)
+            go.wait(PATIENCE)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nslow")
+
+        self.start_behind_a_cable(web=self.service(slow))
+        running = self.visit()
+        running.sendall(self.ask("web.tim.x"))
+        self.wait_for_streams(1)
+        for _ in range(3):  # the clock is set forward again and again
+            self.wall += 2 * self.ASIDE
+            self.look()
+            self.client.until(lambda: self.uplink.doubted is None)
+            self.assertIsNone(self.uplink.coming)
+        self.client.pass_time(client_module.DOUBT)
+        self.look()
+        self.assertIs(self.uplink.tunnel, self.first)
+        go.set()
+        self.assertIn(b"slow", self.raw(b"", running))
+        self.server.until(lambda: len(self.server.loop.links) == 1)
+
+    def test_late_sign_of_life_still_counts_before_the_login(self):
+        self.start_behind_a_cable()
+        change(self, client_module, DOUBT=self.ASIDE)
+        self.cables[0].clear()
+        self.move()
+        self.wait_for_a_successor()
+        self.cables[0].set()
+        self.client.until(lambda: self.uplink.doubted is None)
+        self.assertIs(self.uplink.tunnel, self.first)
+        self.server.until(lambda: len(self.server.loop.links) == 1)
+
+    def test_link_that_dies_in_doubt_is_replaced_at_once(self):
+        self.start_behind_a_cable()
+        change(self, client_module, DOUBT=self.ASIDE)
+        self.cables[0].clear()
+        self.move()
+        self.wait_for_a_successor()
+        self.client.do(lambda: self.first.link.close("for a test") or True)
+        self.client.until(lambda: self.uplink.tunnel not in (None, self.first))
+
+    def test_dials_that_fail_in_doubt_are_no_failed_attempts(self):
+        change(self, client_module, FIRST_WAIT=0.01, LONGEST_WAIT=0.02)
+        self.start_behind_a_cable()
+        client, fails = self.client.program, []
+        self.client.program.config = client.config._replace(max_attempts=1)
+        real = self.uplink.way
+
+        def way():
+            fails.append(1)
+            return client_module.parse_target(free_port()), real()[1]
+
+        self.uplink.way = way
+        self.cables[0].clear()
+        self.move()
+        self.client.until(lambda: len(fails) > 3)
+        self.assertIs(self.uplink.tunnel, self.first)
+        self.cables[0].set()  # it was not dead, and nothing is dialled any more
+        self.client.until(lambda: self.uplink.doubted is None)
+        self.assertIsNone(self.uplink.timer.due)
+        self.assertIsNone(self.client.error)
+
+    def test_doubt_ends_with_the_client(self):
+        self.start_behind_a_cable()
+        change(self, client_module, DOUBT=self.ASIDE)
+        self.cables[0].clear()
+        self.move()
+        self.wait_for_a_successor()
+        self.client.do(lambda: self.client.program.on_signal(signal.SIGTERM) or True)
+        self.client.until(lambda: self.uplink.coming is None)
+        self.look()
+        self.assertIsNone(self.uplink.coming)
+        self.server.until(lambda: not self.server.loop.links)
+
+    def test_doubt_begins_no_second_dial_and_looks_more_often(self):
+        self.start_behind_a_cable()
+        self.cables[0].clear()
+        self.move()
+        due = self.uplink.look_timer.due - self.client.loop.clock()
+        self.assertLess(due, client_module.DOUBT_LOOK + 0.01)
+        self.wall += 2 * self.ASIDE
+        self.look()
+        self.wait_for_a_successor()
+        self.assertEqual(len(self.cables), 2)
 
 
 class Options(TunnelCase):
