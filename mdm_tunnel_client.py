@@ -16,6 +16,7 @@ in either file): Protocol, Frames, Loop, Connection, Stream and Link, Pipe. Then
     Dial             connect, TLS, ask: the steps to a target or to the server
     Bridge           a stream that waits for its target
     Tunnel           one link: login, services, new streams
+    Whereabouts      has the machine moved, or slept?
     Uplink           dials, has a tunnel, dials again
     Client           all of it, and how it stops
 
@@ -868,6 +869,9 @@ QUIET_TIME = 0.1  # seconds
 COLLECT = 64 << 10  # bytes of small frames that leave in one system call
 PING_AFTER = 10.0  # seconds of silence until we ask whether the other side lives
 PONG_WITHIN = 10.0  # seconds that it then has, for any byte at all
+WAITED = 3.0  # seconds until we ask where visitors wait: something was sent
+WAITED_MORE = 5.0  # seconds that it then has, so that they know within 9 ...
+ROUND_TRIPS = 10  # ... or so many round trips: a full queue before a link is no death
 STUCK_AFTER = 20.0  # seconds in which bytes that we have to send did not move
 
 
@@ -1053,6 +1057,10 @@ class Link:
         self.own_frames: Dict[int, bytes] = {}  # that the link owes, one of a kind
         self.heard = loop.clock()  # when the last byte came
         self.pinged = 0.0  # when the last PING went out
+        # Both are 0 again as soon as any byte comes:
+        self.sent = 0.0  # when streams first sent what nothing has answered
+        self.asked = 0.0  # from when on the answer to a PING is due
+        self.stood = 0.0  # `progress_at` of the backlog at the last check; 0: none
         self.draining = False  # GOODBYE was said or heard: no new streams
         self.goodbye_received = self.closed = False
         self.tracing = log.hears(DEBUG)  # -vv
@@ -1087,6 +1095,7 @@ class Link:
         reader, count = self.reader, 0
         if data:
             self.heard = self.loop.clock()
+            self.sent = self.asked = 0.0
             reader.push(data)
         while not self.closed:
             frame = reader.next()
@@ -1248,6 +1257,7 @@ class Link:
         kernel takes all of it."""
         connection, pacer = self.connection, self.pacer
         while not (self.closed or connection.backlog or connection.transport.unsent):
+            by_streams = bool(self.debtors or self.quiet or self.busy)
             fill = self.put_control(0) if self.own_frames or self.debtors else 0
             size = min(QUIET, pacer.quantum)
             while self.quiet and fill < COLLECT:
@@ -1262,6 +1272,8 @@ class Link:
             if now - pacer.measured >= TURN_TIME:
                 pacer.measure(now)
             pacer.sent_since += fill
+            if by_streams and not self.sent:
+                self.sent = now
             connection.write(self.loop.frames[:fill])
         pacer.was_idle |= not (self.busy or connection.backlog)
         self.loop.dirty.add(connection)
@@ -1275,7 +1287,7 @@ class Link:
             kind = next(iter(self.own_frames))
             fill = self.put(kind, 0, self.own_frames.pop(kind), fill)
             if kind == Kind.PING:
-                self.pinged = self.loop.clock()
+                self.pinged = self.asked = self.loop.clock()
         while self.debtors and fill < COLLECT:
             fill = self.put_stream_control(self.debtors.popleft(), fill)
         return fill
@@ -1336,21 +1348,33 @@ class Link:
     # How it ends.
 
     def check(self) -> None:
-        """Each second: does the other side live, and do our bytes move?"""
-        now = self.loop.clock()
-        connection = self.connection
-        if connection.waiting() and now - connection.progress_at > STUCK_AFTER:
+        """Each second, or each half: does the other side live, do our bytes move?"""
+        now, connection = self.loop.clock(), self.connection
+        moved = connection.progress_at
+        if connection.waiting() and now - moved > STUCK_AFTER:
             raise OSError("nothing could be sent for %d s" % STUCK_AFTER)
-        if self.heard < self.pinged < now - PONG_WITHIN:
+        if self.asked and moved > self.stood > 0:
+            self.asked = max(self.asked, moved)  # what stands before the PING moves
+        self.stood = moved if connection.waiting() else 0.0
+        waited = self.waits_since(now) <= now - WAITED
+        patience = max(WAITED_MORE, ROUND_TRIPS * self.round_trip)
+        if self.asked and now - self.asked >= (patience if waited else PONG_WITHIN):
             raise OSError("no sign of life for %d s" % (now - self.heard))
-        if now - self.heard >= PING_AFTER and self.heard >= self.pinged:
+        if not self.asked and (waited or now - self.heard >= PING_AFTER):
             self.ping()
-        self.timer.set(1.0)
+        self.timer.set(0.5 if self.sent else 1.0)
+
+    def waits_since(self, now: float) -> float:
+        """Since when the other side could have answered what we sent, or made room."""
+        if self.sent or not (self.busy or self.connection.waiting()):
+            return self.sent or now
+        return self.heard
 
     def ping(self) -> None:
         """Ask for a sign of life."""
         if self.step == len(LOGIN_ORDER):
-            self.ping_payload = PING_CLOCK.pack(self.loop.clock())
+            self.asked = self.loop.clock()
+            self.ping_payload = PING_CLOCK.pack(self.asked)
             self.post(Kind.PING, self.ping_payload)
 
     def goodbye(self, code: str, reason: str) -> None:
@@ -1517,11 +1541,22 @@ class Pipe:
 # -----------------------------------------------------------------------------------
 # Services: what is published, by name, and where it listens.
 # -----------------------------------------------------------------------------------
-Target = collections.namedtuple("Target", "text host port")  # port 0: host is a path
 Service = collections.namedtuple("Service", "target options")  # which the server keeps
+LOOPBACK = re.compile(  # what is sent there does not leave this machine
+    r"(?i)localhost|::1|127(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3}"
+)
 HOST = re.compile(  # [::1] or nas, and perhaps a port; or ::1, which can have none
     r"(?:\[([^]]+)\]|([^:[]+))(?::([0-9]+))?|((?:[^:[]*:){2}[^[]*)"
 )
+
+
+class Target(NamedTuple):
+    """Where a dial leads. `tls` is what StartTLS takes; None goes without it."""
+
+    text: str
+    host: str
+    port: int  # 0: host is the path of a unix socket
+    tls: Optional[Tuple[Any, str, bytes]] = None
 
 
 def split_host(text: str, port: int) -> Tuple[str, int]:
@@ -1549,18 +1584,21 @@ def split_url(text: str) -> Tuple[str, str]:
     return scheme.lower(), rest
 
 
-def parse_target(value: Any) -> Target:
-    """9000, "host:port", "http://host:port" or "unix:/path". Raises ValueError."""
+def parse_target(value: Any, ca: Any = None, fingerprint: Any = None) -> Target:
+    """9000, "host:port", "http://host:port", the same with https, or "unix:/path".
+    Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError("a target is a port, host:port or unix:/path")
+        raise ValueError("a target is a port, host:port, https://host or unix:/path")
     scheme, text = "", str(value)
     if not text.startswith("unix:"):
         scheme, text = split_url(text)  # dev servers print their URL
-    if scheme == "https":
-        raise ValueError("%r: a target is dialled without TLS" % value)
+    if scheme != "https" and (ca, fingerprint) != (None, None):
+        raise ValueError('ca and fingerprint are for a target like "https://nas:8443"')
     if scheme:
-        host, port = split_host(text, 80)
+        host, port = split_host(text, 443 if scheme == "https" else 80)
         text = "%s:%d" % ("[%s]" % host if ":" in host else host, port)
+        if scheme == "https":
+            return Target(text, host, port, target_tls(host, ca, fingerprint))
     if text.isdigit():
         return Target("127.0.0.1:" + text, *split_host("localhost:" + text, 0))
     if text.startswith("unix:/"):
@@ -1572,22 +1610,51 @@ def parse_target(value: Any) -> Target:
     return Target(text, *split_host(text, 0))
 
 
+def target_tls(host: str, ca: Any, fingerprint: Any) -> Tuple[Any, str, bytes]:
+    """The context for an https target, its name, and the fingerprint wanted. A target
+    on this machine is verified only if that is asked for. Raises ValueError."""
+    if not all(isinstance(said, (str, type(None))) for said in (ca, fingerprint)):
+        raise ValueError("ca is a file, and fingerprint a SHA-256")
+    try:
+        pin = b"" if fingerprint is None else parse_fingerprint(fingerprint)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError("fingerprint: %s" % error) from None
+    known = ca is None and bool(pin or LOOPBACK.fullmatch(host))
+    try:
+        context = shared_context(ca, known, b"" if ca is None else read_file(ca))
+    except (OSError, ValueError) as error:
+        raise ValueError(blame(error, [str(ca)])) from None
+    import ssl
+
+    name = host.partition("%")[0]  # an address without its interface
+    context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), False, name)  # can it be one?
+    return context, name, pin
+
+
+@functools.lru_cache(maxsize=32)
+def shared_context(ca: Optional[str], known: bool, contents: bytes) -> Any:
+    """One for all services with the same `contents` of the file `ca`: the system's
+    authorities take 20 ms to load, and megabytes."""
+    return make_context(ca, known)
+
+
 def parse_service(value: Any) -> Service:
     """A target, or {"target": one, and options}. Raises ValueError."""
     if not isinstance(value, (dict, Pairs)):
         return Service(parse_target(value), {})
     options = dict(value)
-    for name in sorted(set(options) - {"target", *OPTIONS}):
+    ours = ["target", "ca", "fingerprint"]  # the server is not told of the last two
+    for name in sorted(set(options) - {*ours, *OPTIONS}):
         import difflib
 
-        near = difflib.get_close_matches(name, ["target", *OPTIONS], 1)
+        near = difflib.get_close_matches(name, [*ours, *OPTIONS], 1)
         hint = "; is it %r?" % near[0] if near else ""
         raise ValueError("unknown option %r%s" % (name, hint))
     if len(value) > len(options):
         raise ValueError("an option stands there twice")
     if "target" not in options:
         raise ValueError("no target")
-    target = parse_target(options.pop("target"))
+    target = parse_target(*(options.pop(name, None) for name in ours))
     if "auth" in options and ("tcp" in options or "tls" in options):
         raise ValueError("auth is for HTTP: it cannot guard tcp, or TLS of your own")
     said = {name: OPTIONS[name](given, target) for name, given in options.items()}
@@ -1626,7 +1693,8 @@ def host_option(value: Any, target: Target) -> Optional[str]:
     """None leaves Host as the visitor sent it."""
     name = target.host if target.port else "localhost"
     name = "[%s]" % name if ":" in name else name
-    own = name if target.port in (0, 80) else "%s:%d" % (name, target.port)
+    usual = (443,) if target.tls else (0, 80)
+    own = name if target.port in usual else "%s:%d" % (name, target.port)
     if not isinstance(value, str) or not value or set(value) & set("/@ \t\r\n"):
         raise ValueError('host is "preserve", "rewrite" or a host')
     return {"preserve": None, "rewrite": own}.get(value, value)
@@ -1707,7 +1775,7 @@ def parse_file(data: bytes = b"{}") -> Tuple[str, Dict[str, Service]]:
 
 # -----------------------------------------------------------------------------------
 # Dial: connects to a target, and takes the steps from there: TLS, a request that must
-# have the wanted answer. A local target takes none, the server two, and a proxy before
+# have the wanted answer. A target takes TLS or none, the server two, and a proxy before
 # it would take two more.
 # -----------------------------------------------------------------------------------
 STAGGER = 0.25  # seconds until the next address is tried, too (RFC 8305 5)
@@ -1726,10 +1794,11 @@ Address = Tuple[int, Any]  # family, and what connect() takes
 
 
 class Unreachable(OSError):
-    """Why a target cannot be connected; `code` is what the server is told."""
+    """Why a target cannot be connected; `code` is what the server is told, if the
+    error does not say it."""
 
-    def __init__(self, target: Target, error: Exception) -> None:
-        other = "refused", ": %s" % (getattr(error, "strerror", None) or error)
+    def __init__(self, target: Target, error: Exception, code: str = "refused") -> None:
+        other = code, ": %s" % (getattr(error, "strerror", None) or error)
         self.code, cause = FAILURES.get(getattr(error, "errno", None), other)
         super().__init__(target.text + cause)
 
@@ -1912,14 +1981,19 @@ class Dial:
 
 
 class StartTLS:
-    """From here on all is encrypted. The next step waits for the handshake."""
+    """From here on all is encrypted. It is done when the handshake is."""
 
     def __init__(self, context: Any, name: str, pin: bytes) -> None:
-        self.context, self.name, self.pin = context, name, pin
+        self.how: Optional[Tuple[Any, ...]] = (context, False, name, pin)
 
     def go_on(self, dial: Dial) -> bool:
-        dial.connection.start_tls(self.context, False, self.name, self.pin)
-        return True
+        if self.how and dial.loop.handshakes and dial.loop.tired():
+            dial.loop.soon(dial, dial.advance)  # no selector tells whose turn is next
+            return False
+        if self.how:
+            how, self.how = self.how, None
+            dial.connection.start_tls(*how)
+        return bool(dial.connection.phase == OPEN_PHASE)
 
 
 class Say:
@@ -2008,9 +2082,10 @@ class Bridge:
         service = tunnel.client.services[name]
         self.target, self.confirm = service.target, message.get("confirm") is True
         self.pending = bytearray()  # what came before there was a connection
-        steps, version = [], service.options.get("proxy_protocol")
+        steps: List[Any] = [StartTLS(*self.target.tls)] if self.target.tls else []
+        version = service.options.get("proxy_protocol")
         if version:
-            steps.append(Say(proxy_header(version, message)))
+            steps.insert(0, Say(proxy_header(version, message)))
         self.dial = Dial(tunnel.client.resolver, self.target, steps, DIAL_TIME, self)
         stream.owner = self
         tunnel.gates[self.target].admit(self.dial)
@@ -2027,7 +2102,9 @@ class Bridge:
         if self.stream.ended_in:
             pipe.on_end()
 
-    def on_undialled(self, error: Unreachable) -> None:
+    def on_undialled(self, error: Exception) -> None:
+        if not isinstance(error, Unreachable):  # it was reached, and TLS failed
+            error = Unreachable(self.target, error, "error")
         self.stream.reset(error.code, str(error))
         log.info("%s: %s", self, error)
 
@@ -2059,10 +2136,12 @@ class Tunnel:
     def __init__(self, uplink: "Uplink", connection: Connection) -> None:
         self.uplink, self.client = uplink, uplink.client
         self.token = ""  # with which we log in
+        self.challenge: Optional[str] = None  # the server's nonce, until we log in
         self.nonces = "", ""  # the server's and ours
         self.known: Any = ()  # the options that the server keeps
         self.logged_in = False
         self.since = 0.0  # when it logged in
+        self.place: Any = None  # from where: Whereabouts
         self.gates: Dict[Target, Gate] = collections.defaultdict(Gate)
         self.link: Link = Link(uplink.loop, connection, self, "client")
         self.timer = Timer(uplink.loop, self.link, self.on_late)
@@ -2078,7 +2157,8 @@ class Tunnel:
         if kind == Kind.CHALLENGE:
             known = message.get("options")
             self.known = known if isinstance(known, list) else ()
-            self.log_in(str(message.get("nonce")))
+            self.challenge = str(message.get("nonce"))
+            self.uplink.decide()
         elif kind == Kind.WELCOME:
             self.on_welcome(message)
         elif kind == Kind.URLS:
@@ -2087,8 +2167,9 @@ class Tunnel:
             code, reason = map(peer_text, (message.get("code"), message.get("reason")))
             self.uplink.on_goodbye(self, code, reason)
 
-    def log_in(self, nonce: str) -> None:
+    def log_in(self) -> None:
         client, self.token = self.client, self.client.token
+        nonce, self.challenge = self.challenge or "", None
         self.nonces = nonce, make_nonce()
         login = {"id": client.id, "session": client.session}
         login["nonce"] = self.nonces[1]
@@ -2108,6 +2189,7 @@ class Tunnel:
                 return
         self.timer.clear()
         self.logged_in, self.since = True, self.link.loop.clock()
+        self.place = Whereabouts(self.link.connection.sock)
         self.uplink.on_login()
         self.publish()
 
@@ -2139,8 +2221,62 @@ class Tunnel:
 
 
 # -----------------------------------------------------------------------------------
-# Uplink: dials, has a tunnel as long as it lives, and dials again.
+# Whereabouts: a machine that gets another address, or sleeps, has a link that may be
+# dead, and nobody tells. So it looks once a second, without sending a packet.
 # -----------------------------------------------------------------------------------
+LOOK_AROUND = 1.0  # seconds between looks
+SLEPT = 5.0  # seconds by which the wall clock is ahead after a look: it was a sleep
+wall_clock: Callable[[], float] = time.time
+
+
+def source_address(sock: socket.socket) -> Optional[str]:
+    """Which address of this machine leads to the peer of `sock`, as the kernel says of
+    a UDP socket. None when there is no way now, or the peer is this machine."""
+    try:
+        peer = sock.getpeername()
+        if LOOPBACK.fullmatch(peer[0]):
+            return None
+        with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
+            probe.connect(peer)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+class Whereabouts:
+    """From where the link on `sock` was dialled. The kernel's first answer is taken as
+    it is: where routes depend on the protocol it need not be the link's address."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.known: Set[str] = set()  # with which the link was alive
+        self.strange = False  # at the last look the address was another
+        self.looked = wall_clock()
+        self.change()
+
+    def change(self) -> str:
+        """What has changed since the last look, or "". An address counts when two looks
+        find it strange, and then no more: either the link lives, or it is replaced."""
+        before, self.looked = self.looked, wall_clock()
+        found, again = source_address(self.sock), self.strange
+        if found and not self.known:
+            self.known.add(found)
+        self.strange = found is not None and found not in self.known
+        if found and self.strange and again:
+            self.known.add(found)
+            self.strange = False
+            return "this machine has another address, %s" % found
+        slept = self.looked - before >= LOOK_AROUND + SLEPT
+        return "this machine slept, or its clock was set" if slept else ""
+
+
+# -----------------------------------------------------------------------------------
+# Uplink: dials, has a tunnel as long as it lives, and dials again. A tunnel in doubt is
+# asked for a sign of life; meanwhile its successor is dialled, and logs in only if none
+# comes: to log in ends the tunnel, and with it what runs there.
+# -----------------------------------------------------------------------------------
+DOUBT = 2.0  # seconds for that sign, or two round trips
+DOUBT_LOOK = 0.1  # seconds between looks at whether it came
 SERVER_TIME = 10.0  # seconds for all steps to the server
 FIRST_WAIT = 0.05  # seconds until the first attempt to come back; it doubles
 LONGEST_WAIT = 10.0  # seconds: a server that is back has its clients back soon
@@ -2169,16 +2305,19 @@ ADVICE = (  # what an error, which begins so, probably means
 class Uplink:
     def __init__(self, client: "Client") -> None:
         self.client, self.loop = client, client.loop
-        self.tunnel: Optional[Tunnel] = None  # the newest
+        self.tunnel: Optional[Tunnel] = None  # that is logged in
+        self.coming: Any = None  # its successor: a Dial, then a Tunnel
+        self.doubted: Optional[float] = None  # since when the tunnel is in doubt
         self.failures = 0  # attempts since a login
         self.wait = FIRST_WAIT
         self.ever = False  # logged in at least once
         self.taken_until = 0.0  # when a first login whose id is taken gives up
         self.timer = Timer(self.loop, client, self.dial)
+        self.look_timer = Timer(self.loop, client, self.look)
 
     def dial(self) -> None:
-        self.failures += 1  # until it leads to a login
-        dial = Dial(self.client.resolver, *self.way(), SERVER_TIME, self)
+        self.failures += self.tunnel is None  # until it leads to a login
+        self.coming = dial = Dial(self.client.resolver, *self.way(), SERVER_TIME, self)
         self.loop.guard(dial, dial.advance)
 
     def way(self) -> Tuple[Target, List[Any]]:
@@ -2195,13 +2334,11 @@ class Uplink:
         return client.target, steps
 
     def on_dialled(self, connection: Connection) -> None:
-        if self.client.stopping:
-            connection.close()
-            return
-        self.tunnel = Tunnel(self, connection)
+        self.coming = Tunnel(self, connection)
 
     def on_undialled(self, error: Exception) -> None:
         """There is no link. An answer that will stay the same ends the first dial."""
+        self.coming = None
         cause = str(getattr(error, "strerror", None) or error)
         advice = [help for start, help in ADVICE if re.match(start, cause)][:1]
         if not isinstance(error, Unreachable):  # which names the server itself
@@ -2218,6 +2355,50 @@ class Uplink:
         if not self.ever:
             self.wait = FIRST_WAIT  # not what it was while the id was taken
         self.ever, self.failures = True, 0
+        old, self.tunnel = self.tunnel, self.coming
+        self.coming = self.doubted = None
+        if old:
+            old.link.close("there is a newer link")
+        self.look_timer.set(LOOK_AROUND)
+
+    # Is there another link to be made?
+
+    def look(self) -> None:
+        """Once a second: may the tunnel be dead? In doubt more often: does it live?"""
+        if self.tunnel is None or self.client.stopping:
+            return
+        change = self.tunnel.place.change()
+        if self.doubted is not None:
+            self.decide()
+        elif change:
+            log.info("%s: is %s still there?", change, self.client.server)
+            self.doubted = self.loop.clock()
+            self.forget_waits(self.tunnel)
+            self.tunnel.link.ping()
+            self.dial()
+        self.look_timer.set(LOOK_AROUND if self.doubted is None else DOUBT_LOOK)
+
+    def decide(self) -> None:
+        """The successor logs in, unless the tunnel lives or has time left to say so."""
+        link, coming = self.tunnel and self.tunnel.link, self.coming
+        if link and not link.asked:
+            log.info("%s is still there", self.client.server)
+            self.give_up()
+        elif isinstance(coming, Tunnel) and coming.challenge is not None:
+            patience = max(DOUBT, 2 * link.round_trip) if link else 0.0
+            if self.loop.clock() - (self.doubted or 0.0) >= patience:
+                coming.log_in()
+
+    def give_up(self) -> None:
+        """No successor is wanted."""
+        coming, self.coming, self.doubted = self.coming, None, None
+        self.timer.clear()
+        if isinstance(coming, Tunnel):
+            coming.link.close("it is not needed")
+        elif coming:
+            coming.end()
+
+    # How a tunnel, or its successor, ends.
 
     def on_goodbye(self, tunnel: Tunnel, code: str, reason: str) -> None:
         """The server takes leave: for good, or until it is back?"""
@@ -2236,11 +2417,23 @@ class Uplink:
 
     def on_lost(self, tunnel: Tunnel, cause: str) -> None:
         """The tunnel is of no more use; what runs in it may still end."""
-        if tunnel is self.tunnel:
-            self.tunnel = None
-            if tunnel.logged_in and self.loop.clock() - tunnel.since >= STEADY:
-                self.wait = FIRST_WAIT
-            self.retry("%s: %s" % (self.client.server, cause))
+        cause = "%s: %s" % (self.client.server, cause)
+        if tunnel is self.coming:
+            self.coming = None
+            self.retry(cause)
+        elif tunnel is self.tunnel:
+            self.tunnel = self.doubted = None
+            self.forget_waits(tunnel)
+            if self.coming:
+                log.info("%s", cause)
+                self.decide()
+            else:
+                self.retry(cause)
+
+    def forget_waits(self, tunnel: Tunnel) -> None:
+        """Do not begin with a long wait, unless links come and go."""
+        if self.loop.clock() - tunnel.since >= STEADY:
+            self.wait = FIRST_WAIT
 
     def retry(self, cause: str) -> None:
         """Dial again, after a while that grows and is never the same for all."""
@@ -2375,7 +2568,7 @@ class Client:
         log.info("stopping")
         self.stopping = True
         self.until = self.loop.clock() + DRAIN
-        self.uplink.timer.clear()
+        self.uplink.give_up()
         links = [link for link in self.loop.links if link.owner.logged_in]
         for link in links:  # an old one may still carry streams
             link.goodbye("stopping", "the client is stopping")
@@ -2688,9 +2881,9 @@ def parse_object(data: bytes) -> Pairs:
 
 def read_file(path: str) -> bytes:
     """Read a regular file: a pipe could block for ever. Raises OSError, ValueError."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(handle, "rb") as file:
-        status = os.fstat(handle)
+    now = getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, how: os.open(name, how | now)) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_LIMIT:
             raise ValueError("no regular file of at most %d bytes" % FILE_LIMIT)
         return file.read(FILE_LIMIT)
@@ -2895,7 +3088,7 @@ class Resolver:
         target = dial.target
         if target.port == 0:
             return [(socket.AF_UNIX, target.host)]
-        if target.host == "localhost":
+        if target.host.lower() == "localhost":
             first = (socket.AF_INET, ("127.0.0.1", target.port))
             return [first, (socket.AF_INET6, ("::1", target.port))]
         try:
@@ -3013,8 +3206,8 @@ class Proxy:
 def find_proxy(host: str, port: int, tls: bool) -> Optional[Proxy]:
     """The proxy on the way to a server; None when there is none. This machine needs no
     proxy. Raises ValueError."""
-    local = re.fullmatch(r"(?i)localhost|127(\.[0-9]+){3}|::1", host)
-    if local or not any(name.lower().endswith("_proxy") for name in os.environ):
+    named = any(name.lower().endswith("_proxy") for name in os.environ)
+    if LOOPBACK.fullmatch(host) or not named:
         return None  # urllib is large
     import urllib.request
 
@@ -3056,10 +3249,11 @@ def make_context(ca: Optional[str], pinned: bool) -> Any:
     wanted. Raises OSError or ValueError."""
     import ssl
 
-    context = demand_tls_1_2(ssl.create_default_context(cafile=ca))
-    if pinned and ca is None:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
+    if not pinned or ca is not None:
+        return demand_tls_1_2(ssl.create_default_context(cafile=ca))
+    context = demand_tls_1_2(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     return context
 
 
@@ -3085,7 +3279,8 @@ def make_parser() -> FileParser:
         prog="mdm_tunnel_client.py",
         usage="%(prog)s [options] [name=target ...]",
         description="Publishes local services through an mdm-tunnel server. A target "
-        "is a port, host:port or unix:/path; given here, it replaces the default "
+        "is a port, host:port, https://host or unix:/path; given here, it replaces "
+        "the default "
         "file. @FILE holds options as one would type them. Silent without -v.",
         add_help=False,
         fromfile_prefix_chars="@",

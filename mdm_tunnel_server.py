@@ -872,6 +872,9 @@ QUIET_TIME = 0.1  # seconds
 COLLECT = 64 << 10  # bytes of small frames that leave in one system call
 PING_AFTER = 10.0  # seconds of silence until we ask whether the other side lives
 PONG_WITHIN = 10.0  # seconds that it then has, for any byte at all
+WAITED = 3.0  # seconds until we ask where visitors wait: something was sent
+WAITED_MORE = 5.0  # seconds that it then has, so that they know within 9 ...
+ROUND_TRIPS = 10  # ... or so many round trips: a full queue before a link is no death
 STUCK_AFTER = 20.0  # seconds in which bytes that we have to send did not move
 
 
@@ -1057,6 +1060,10 @@ class Link:
         self.own_frames: Dict[int, bytes] = {}  # that the link owes, one of a kind
         self.heard = loop.clock()  # when the last byte came
         self.pinged = 0.0  # when the last PING went out
+        # Both are 0 again as soon as any byte comes:
+        self.sent = 0.0  # when streams first sent what nothing has answered
+        self.asked = 0.0  # from when on the answer to a PING is due
+        self.stood = 0.0  # `progress_at` of the backlog at the last check; 0: none
         self.draining = False  # GOODBYE was said or heard: no new streams
         self.goodbye_received = self.closed = False
         self.tracing = log.hears(DEBUG)  # -vv
@@ -1091,6 +1098,7 @@ class Link:
         reader, count = self.reader, 0
         if data:
             self.heard = self.loop.clock()
+            self.sent = self.asked = 0.0
             reader.push(data)
         while not self.closed:
             frame = reader.next()
@@ -1252,6 +1260,7 @@ class Link:
         kernel takes all of it."""
         connection, pacer = self.connection, self.pacer
         while not (self.closed or connection.backlog or connection.transport.unsent):
+            by_streams = bool(self.debtors or self.quiet or self.busy)
             fill = self.put_control(0) if self.own_frames or self.debtors else 0
             size = min(QUIET, pacer.quantum)
             while self.quiet and fill < COLLECT:
@@ -1266,6 +1275,8 @@ class Link:
             if now - pacer.measured >= TURN_TIME:
                 pacer.measure(now)
             pacer.sent_since += fill
+            if by_streams and not self.sent:
+                self.sent = now
             connection.write(self.loop.frames[:fill])
         pacer.was_idle |= not (self.busy or connection.backlog)
         self.loop.dirty.add(connection)
@@ -1279,7 +1290,7 @@ class Link:
             kind = next(iter(self.own_frames))
             fill = self.put(kind, 0, self.own_frames.pop(kind), fill)
             if kind == Kind.PING:
-                self.pinged = self.loop.clock()
+                self.pinged = self.asked = self.loop.clock()
         while self.debtors and fill < COLLECT:
             fill = self.put_stream_control(self.debtors.popleft(), fill)
         return fill
@@ -1340,21 +1351,33 @@ class Link:
     # How it ends.
 
     def check(self) -> None:
-        """Each second: does the other side live, and do our bytes move?"""
-        now = self.loop.clock()
-        connection = self.connection
-        if connection.waiting() and now - connection.progress_at > STUCK_AFTER:
+        """Each second, or each half: does the other side live, do our bytes move?"""
+        now, connection = self.loop.clock(), self.connection
+        moved = connection.progress_at
+        if connection.waiting() and now - moved > STUCK_AFTER:
             raise OSError("nothing could be sent for %d s" % STUCK_AFTER)
-        if self.heard < self.pinged < now - PONG_WITHIN:
+        if self.asked and moved > self.stood > 0:
+            self.asked = max(self.asked, moved)  # what stands before the PING moves
+        self.stood = moved if connection.waiting() else 0.0
+        waited = self.waits_since(now) <= now - WAITED
+        patience = max(WAITED_MORE, ROUND_TRIPS * self.round_trip)
+        if self.asked and now - self.asked >= (patience if waited else PONG_WITHIN):
             raise OSError("no sign of life for %d s" % (now - self.heard))
-        if now - self.heard >= PING_AFTER and self.heard >= self.pinged:
+        if not self.asked and (waited or now - self.heard >= PING_AFTER):
             self.ping()
-        self.timer.set(1.0)
+        self.timer.set(0.5 if self.sent else 1.0)
+
+    def waits_since(self, now: float) -> float:
+        """Since when the other side could have answered what we sent, or made room."""
+        if self.sent or not (self.busy or self.connection.waiting()):
+            return self.sent or now
+        return self.heard
 
     def ping(self) -> None:
         """Ask for a sign of life."""
         if self.step == len(LOGIN_ORDER):
-            self.ping_payload = PING_CLOCK.pack(self.loop.clock())
+            self.asked = self.loop.clock()
+            self.ping_payload = PING_CLOCK.pack(self.asked)
             self.post(Kind.PING, self.ping_payload)
 
     def goodbye(self, code: str, reason: str) -> None:
@@ -3740,9 +3763,9 @@ def parse_object(data: bytes) -> Pairs:
 
 def read_file(path: str) -> bytes:
     """Read a regular file: a pipe could block for ever. Raises OSError, ValueError."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(handle, "rb") as file:
-        status = os.fstat(handle)
+    now = getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, how: os.open(name, how | now)) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_LIMIT:
             raise ValueError("no regular file of at most %d bytes" % FILE_LIMIT)
         return file.read(FILE_LIMIT)

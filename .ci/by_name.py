@@ -198,9 +198,14 @@ def nginx_reads_our_proxy_headers(world: World) -> str:
     """Of both versions, with TLS to the target behind it and without."""
     pair = Pair("nginx", "localhost")
     text = "$proxy_protocol_addr $proxy_protocol_port $proxy_protocol_server_port"
-    target = start_telling("proxy_protocol", text, pair)
+    plain = start_telling("proxy_protocol", text, pair)
+    by_tls = "https://127.0.0.1:%d" % start_telling("ssl proxy_protocol", text, pair)
     server = Server()
-    listed = {"v%d" % n: {"target": target, "proxy_protocol": n} for n in (1, 2)}
+    listed = {
+        "%s%d" % (name, n): {"target": target, "proxy_protocol": n}
+        for name, target in (("plain", plain), ("tls", by_tls))
+        for n in (1, 2)
+    }
     client = publish(server, listed)
     for name in sorted(listed):
         url = "http://%s.tim.localhost:%d/" % (name, server.port)
