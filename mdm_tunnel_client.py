@@ -3135,9 +3135,9 @@ def proxy_header(version: int, message: Dict[str, Any]) -> bytes:
     import ipaddress
 
     try:
-        found = [ipaddress.ip_address(message[key]) for key in ("visitor", "to")]
-        ports = [int(message.get(key, 0)) & 0xFFFF for key in ("port", "to_port")]
-    except (ValueError, TypeError, KeyError):  # the visitor had gone already
+        found = [ipaddress.ip_address(str(message.get(x))) for x in ("visitor", "to")]
+        ports = [port_of(message.get(key)) for key in ("port", "to_port")]
+    except ValueError:  # the visitor had gone already
         unknown = PROXY_SIGNATURE + struct.pack("!BBH", 0x21, 0, 0)
         return b"PROXY UNKNOWN\r\n" if version == 1 else unknown
     wide = any(address.version == 6 for address in found)
@@ -3149,6 +3149,11 @@ def proxy_header(version: int, message: Dict[str, Any]) -> bytes:
     texts = [str(ipaddress.ip_address(address)) for address in packed]
     line = "PROXY %s %s %s %d %d\r\n"
     return (line % ("TCP6" if wide else "TCP4", *texts, *ports)).encode()
+
+
+def port_of(value: Any) -> int:
+    """0 stands for a port that nobody knows."""
+    return value if type(value) is int and 0 <= value < 1 << 16 else 0
 
 
 def widen(address: Any) -> bytes:

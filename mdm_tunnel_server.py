@@ -3286,7 +3286,7 @@ class LinkSite(Site):
 
     def begin(self, http: HTTPConnection, request: Request) -> None:
         """RFC 9110 7.8: go over to our protocol. What follows the head is frames."""
-        connection, address = http.connection, http.ends.address
+        connection, address = http.connection, request.address
         http.detach()
         self.registry.unauthenticated.admit(connection, address)
         lines = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s"
@@ -5103,7 +5103,8 @@ class Certificates:
 
     def __init__(self, default: Optional[Watched], folder: Optional[str]) -> None:
         self.default, self.folder = default, folder
-        self.found: Dict[str, Tuple[Watched, float]] = {}  # and when it was looked at
+        # What each name had when it was looked at, and when that was; None: broken.
+        self.found: Dict[str, Tuple[Optional[Watched], float]] = {}
         try:
             names = sorted(os.listdir(folder)) if folder else []
         except OSError as error:
@@ -5135,12 +5136,12 @@ class Certificates:
         if not os.path.exists(self.pair(stem)[0]):
             self.found.pop(stem, None)
             return None
+        file = known[0] if known else None
         try:
-            file = known[0] if known else open_pair(self.pair(stem))
+            file = file or open_pair(self.pair(stem))
+            file.look()
         except ValueError as error:
             log.warning("%s", error)
-            return None
-        file.look()
         self.found[stem] = file, now
         return file
 

@@ -3476,8 +3476,14 @@ class ProxyHeaders(unittest.TestCase):
         start = b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c"
         self.assertEqual(two, start + bytes.fromhex("c0000207 c0000201 1267 01bb"))
 
+    def test_port_that_is_none_is_told_as_zero(self):
+        for port in (None, "80", 65536, -1, float("inf"), True, [1]):
+            one = client_module.proxy_header(1, dict(self.MESSAGE, port=port))
+            self.assertEqual(one, b"PROXY TCP4 192.0.2.7 192.0.2.1 0 443\r\n")
+
     def test_visitor_of_whom_nothing_is_known_is_told_as_such(self):
-        for message in ({}, dict(self.MESSAGE, visitor="?"), {"visitor": ["a"]}):
+        odd = {"visitor": 5, "to": 7}
+        for message in ({}, dict(self.MESSAGE, visitor="?"), {"visitor": ["a"]}, odd):
             one = client_module.proxy_header(1, message)
             self.assertEqual(one, b"PROXY UNKNOWN\r\n")
             for version in (1, 2):
