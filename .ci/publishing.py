@@ -1,18 +1,20 @@
-"""Ways to publish, with the programs that people use: a database by a port of its
-own."""
+"""Ways to publish, with the programs that people use: a database by a port of its own,
+and squid as the only way out."""
 
+import base64
 import functools
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, List, Tuple
+from typing import Callable, Dict, List, Tuple
 
-from parts import REPOSITORY, TMP, Process, Server, World, free_ports
-from parts import run, sha256
+from parts import REPOSITORY, TMP, Process, Server, World, free_ports, get
+from parts import listening, own_address, run, sha256
 from parts import wait_for
-from skew import end
+from skew import Secrets, end
 
 SCRIPT = str(REPOSITORY / "mdm_tunnel_client.py")
 NOBODY = "nobody"  # who runs what refuses to run as root
@@ -124,6 +126,115 @@ def postgres_by_a_port_of_its_own(_: World) -> str:
     return "%.0f MB each way, without and with TLS" % (rows.stat().st_size / 1e6)
 
 
+# -----------------------------------------------------------------------------------
+# squid: one door without a password, one with
+# -----------------------------------------------------------------------------------
+SQUID = """
+http_port %(address)s:%(open)d
+http_port %(address)s:%(closed)d
+auth_param basic program /usr/lib/squid/basic_ncsa_auth %(folder)s/passwords
+auth_param basic realm the way out
+acl open localport %(open)d
+acl known proxy_auth REQUIRED
+http_access allow open
+http_access allow known
+http_access deny all
+access_log stdio:%(folder)s/access.log
+cache_log %(folder)s/cache.log
+cache deny all
+pid_filename none
+netdb_filename none
+pinger_enable off
+max_filedescriptors 1024
+shutdown_lifetime 0 seconds
+"""
+USER, PASSWORD = "somebody", "c@lm:secret/%"
+QUOTED = "c%40lm%3Asecret%2F%25"
+WRONG = "wr0ngsecret"
+
+
+def start_squid(address: str, ports: Dict[str, int]) -> Path:
+    """The folder with its files."""
+    before, folder = as_nobody(), TMP / "squid"
+    folder.mkdir()
+    hashed = run("openssl", "passwd", "-apr1", PASSWORD).strip()
+    (folder / "passwords").write_text("%s:%s\n" % (USER, hashed))
+    values = dict(address=address, folder=folder, **ports)
+    (folder / "conf").write_text(SQUID % values)
+    give_away(folder)
+    words = ["-N", "-n", "interop", "-f", str(folder / "conf")]
+    Process("squid", *before, "/usr/sbin/squid", *words)
+    for port in ports.values():
+        wait_for("squid", functools.partial(listening, port, address))
+    return folder
+
+
+def both_went(log: Path, place: str) -> bool:
+    """squid let two through to a place, at first one without a name."""
+    lines = [line.split() for line in log.read_text().splitlines()]
+    went = [line[7] for line in lines if line[3:7:3] == ["TCP_TUNNEL/200", place]]
+    return went == ["-", USER]
+
+
+def tells_nothing(output: str) -> None:
+    """It holds no name and no password, in none of the ways to write them."""
+    for password in (PASSWORD, WRONG):
+        pair = ("%s:%s" % (USER, password)).encode()
+        for text in (USER, password, QUOTED, base64.b64encode(pair).decode()):
+            assert text not in output, output
+
+
+def goes_out(server: Server, words: List[str], **environment: str) -> None:
+    """A client reaches the server, and a visitor its service."""
+    client = talking("-vv", *words, **environment)
+    answer = functools.partial(get, server.port, "web.tim.x", "/")
+    wait_for("login by squid", lambda: answer()[0] == 200)
+    end(client)
+    tells_nothing(client.output())
+
+
+def is_kept_in(words: List[str], url: str) -> None:
+    """The client ends with 1 and says what is missing."""
+    command = [sys.executable, SCRIPT, "-vv", *words]
+    environment = dict(os.environ, http_proxy=url)
+    alone = subprocess.run(command, capture_output=True, env=environment, timeout=20)
+    assert alone.returncode == 1 and b"wants a password" in alone.stderr, alone
+    tells_nothing((alone.stdout + alone.stderr).decode())
+
+
+def out_by_squid(world: World) -> str:
+    """For a server without TLS and for one with it. No password is in any log."""
+    address = own_address()
+    if not address:
+        return "left out: there is no address but loopback"
+    doors = dict(zip(("open", "closed"), free_ports(2)))
+    folder = start_squid(address, doors)
+    url = "http://%s" + "%s:" % address
+    free = url % "" + "%d" % doors["open"]
+    asks = url + "%d" % doors["closed"]
+    paid = asks % ("%s:%s@" % (USER, QUOTED))
+    secrets = Secrets(TMP / "secrets-squid")
+    plain, by_tls = Server(), Server(*secrets.for_server)
+    web = ["-i", "tim", "web=%d" % world.web]
+    words = ["-h", "http://%s:%d" % (address, plain.client_port), *web]
+    for proxy in (free, paid):
+        goes_out(plain, words, http_proxy=proxy)
+    far = "https://%s:%d" % (address, by_tls.client_port)
+    token = {"MDM_TUNNEL_TOKEN": secrets.token}
+    safe = ["-h", far, *secrets.for_client, *web]
+    for proxy in (free, paid):
+        goes_out(by_tls, safe, https_proxy=proxy, **token)
+    is_kept_in(words, asks % "")
+    is_kept_in(words, asks % ("%s:%s@" % (USER, WRONG)))
+    for server in (plain, by_tls):
+        place = "%s:%d" % (address, server.client_port)
+        log = folder / "access.log"
+        wait_for("squid's log", functools.partial(both_went, log, place))
+        server.process.stop()
+    return ""
+
+
 CHECKS: List[Callable[[World], str]] = [
     postgres_by_a_port_of_its_own,
+    out_by_squid,
 ]
