@@ -1,5 +1,6 @@
 """Ways to publish, with the programs that people use: a database by a port of its own,
-squid as the only way out, and one port behind a front with TLS."""
+squid as the only way out, one port behind a front with TLS, and a dev server that
+checks Host."""
 
 import base64
 import functools
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
+from browser import Browser
 from parts import REPOSITORY, TMP, Process, Server, World, curl, free_ports, get
 from parts import listening, own_address, run, sha256, start_haproxy, start_nginx
 from parts import wait_for
@@ -366,10 +368,72 @@ def behind_caddy_by_tls(world: World) -> str:
     return behind_tls(world, server, *trust)
 
 
+# -----------------------------------------------------------------------------------
+# A dev server
+# -----------------------------------------------------------------------------------
+VITE = REPOSITORY / ".ci" / "node" / "node_modules" / "vite" / "bin" / "vite.js"
+PAGE = {
+    "index.html": """<!doctype html><title>dev</title><p id="said"></p>
+<script type="module" src="/main.js"></script>
+""",
+    "main.js": """import { text } from "./text.js";
+const say = (text) => { document.querySelector("#said").textContent = text; };
+say(text);
+import.meta.hot.accept("./text.js", (changed) => say(changed.text));
+""",
+    "vite.config.js": """export default {
+  clearScreen: false,
+  server: { host: "127.0.0.1", strictPort: true, watch: { usePolling: true } },
+};
+""",
+}
+TEXT = "export const text = '%s';\n"
+# The page of Vite dials Vite itself where it does not come through to it.
+RULES = "--host-resolver-rules=MAP *.example.com 127.0.0.1,MAP * ~NOTFOUND"
+
+
+def start_vite() -> Tuple[int, Path]:
+    """Its port, and the file with the text of its page."""
+    folder, (port,) = TMP / "vite", free_ports(1)
+    folder.mkdir()
+    for name, text in PAGE.items():
+        (folder / name).write_text(text)
+    (folder / "text.js").write_text(TEXT % "before")
+    words = [str(VITE), str(folder), "--port", str(port)]
+    Process("vite", "node", *words).wait_until_listening(port)
+    return port, folder / "text.js"
+
+
+def vite_with_hot_reload(_: World) -> str:
+    """Vite blocks a name that it does not know, and `"host": "rewrite"` helps; what is
+    edited then is in the page at once, which stays the page that it was."""
+    local, text = start_vite()
+    target, file = {"target": local}, TMP / "vite.json"
+    file.write_text(json.dumps({"web": {**target, "host": "rewrite"}, "raw": target}))
+    server = Server("--domain", "example.com")
+    where = "localhost:%d" % server.client_port
+    client = talking("-h", where, "-i", "tim", "-c", str(file))
+    answer = functools.partial(get, server.port, "raw.tim.example.com", "/")
+    wait_for("Vite blocks", lambda: answer()[0] == 403)
+    assert b"Blocked request. This host" in answer()[1], answer()
+    with Browser(RULES) as browser:
+        browser.open("http://web.tim.example.com:%d/" % server.port)
+        said = functools.partial(browser.text, "#said")
+        wait_for("the page", lambda: said() == "before", 20)
+        browser.run("window.mark = 1")
+        text.write_text(TEXT % "after")
+        wait_for("the change", lambda: said() == "after", 20)
+        assert browser.run("return window.mark") == 1, "it was loaded again"
+    end(client)
+    server.process.stop()
+    return ""
+
+
 CHECKS: List[Callable[[World], str]] = [
     postgres_by_a_port_of_its_own,
     out_by_squid,
     behind_nginx_by_tls,
     behind_haproxy_by_tls,
     behind_caddy_by_tls,
+    vite_with_hot_reload,
 ]
