@@ -2285,6 +2285,7 @@ TAKEN_TIME = 4.0  # seconds in which a first login that finds its id taken is re
 TAKEN_WAIT = 0.6  # the server asks the owner for a sign of life, which has 3 s
 PASSING = (429, 502, 503, 504)  # of a front that stands before the server is there
 ADVICE = (  # what an error, which begins so, probably means
+    ("proxy .*word[)] answered 407", "it does not accept this user and password"),
     ("proxy .*answered 407", "it wants a password: http://user:password@proxy"),
     ("proxy .*answered 403", "it does not let us through; try port 443"),
     ("proxy .*answered 50[234]", "it does not reach the server"),
@@ -2351,7 +2352,9 @@ class Uplink:
             self.retry(cause)
 
     def on_login(self) -> None:
-        log.info("logged in at %s as %s", self.client.server, self.client.id)
+        proxy = self.client.config.proxy
+        by = " by %s" % proxy.name if proxy else ""
+        log.info("logged in at %s%s as %s", self.client.server, by, self.client.id)
         if not self.ever:
             self.wait = FIRST_WAIT  # not what it was while the id was taken
         self.ever, self.failures = True, 0
@@ -3183,7 +3186,9 @@ class Proxy:
             port = parts.port
         except ValueError:  # whose text may hold the password
             parts, port = urllib.parse.urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.hostname and parts.scheme not in ("http", "https"):
+            raise ValueError("only http and https proxies are known, no other kind")
+        if not parts.hostname:
             raise ValueError(NO_PROXY_URL)
         self.tls = parts.scheme == "https"
         port = port or (443 if self.tls else 80)
@@ -3193,6 +3198,7 @@ class Proxy:
         if parts.username is not None:
             import base64
 
+            self.name += " (with a password)"
             pair = map(urllib.parse.unquote, (parts.username, parts.password or ""))
             self.credentials = base64.b64encode(":".join(pair).encode()).decode()
 

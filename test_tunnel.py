@@ -7763,11 +7763,11 @@ class Proxies(TunnelCase):
         words = ["web=9", "-h", "https://example.com"]
         done = run_script(SCRIPTS[1], *words)
         self.assertEqual((done.status, len(done.stderr.splitlines())), (2, 1))
-        self.assertIn("proxy", done.stderr)
+        self.assertIn("only http and https proxies", done.stderr)
         options = client_module.parse_arguments(words + ["--no-proxy"])
         self.assertIsNone(client_module.load_config(options).proxy)
 
-    def start_by(self, answer, **options):
+    def start_by(self, answer, credentials="me:p%40ss%3A@", **options):
         """A client that knows a proxy, which answers so; the heads that it was sent."""
         self.start_server()
         real, heads = self.server.program.client_address[:2], []
@@ -7779,7 +7779,7 @@ class Proxies(TunnelCase):
                 with socket.create_connection(real) as onward:
                     self.relay(conn, onward)
 
-        url = "http://me:p%%40ss%%3A@127.0.0.1:%d" % self.service(proxy)
+        url = "http://%s127.0.0.1:%d" % (credentials, self.service(proxy))
         options = dict({"proxy": client_module.Proxy(url), "port": 1}, **options)
         listed = {"web": self.echo()}
         client = self.start_client(listed, host="no.such.test", wait=False, **options)
@@ -7798,12 +7798,13 @@ class Proxies(TunnelCase):
 
     def test_what_a_proxy_refuses_is_told_with_what_to_do(self):
         table = [
-            (b"407 Who", "wants a password"),
-            (b"403 No", "try port 443"),
-            (b"404 What", "--no-proxy"),
+            (b"407 Who", "wants a password", {"credentials": ""}),
+            (b"407 Who", "does not accept this user and password", {}),
+            (b"403 No", "try port 443", {}),
+            (b"404 What", "--no-proxy", {}),
         ]
-        for status, advice in table:
-            client, _ = self.start_by(b"HTTP/1.1 %s\r\n\r\n" % status)
+        for status, advice, options in table:
+            client, _ = self.start_by(b"HTTP/1.1 %s\r\n\r\n" % status, **options)
             client.until(lambda: client.error)  # noqa: B023
             self.assertEqual(client.error.status, 1)
             self.assertRegex(str(client.error), "no.such.test:1: proxy 127.0.0.1:")

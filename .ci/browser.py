@@ -29,7 +29,8 @@ class Browser:
     """One session with one window, and a profile of its own: one that was left behind
     by a browser that did not start would be locked."""
 
-    def __init__(self) -> None:
+    def __init__(self, *flags: str) -> None:
+        self.flags = [*FLAGS, *flags]
         for number, seconds in enumerate(STARTS, 1):
             try:
                 self.start(seconds)
@@ -45,7 +46,7 @@ class Browser:
         self.driver = Process("chromedriver", "chromedriver", "--port=%d" % port)
         self.driver.wait_until_listening(port)
         self.base = "http://127.0.0.1:%d/session" % port
-        options = {"args": [*FLAGS, "--user-data-dir=%s" % self.profile]}
+        options = {"args": [*self.flags, "--user-data-dir=%s" % self.profile]}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options}
         asked = {"capabilities": {"alwaysMatch": wanted}}
         self.base += "/" + self.call("POST", "", asked, seconds)["sessionId"]

@@ -11,7 +11,6 @@ import http.client
 import json
 import os
 import random
-import socket
 import ssl
 import statistics
 import subprocess
@@ -23,11 +22,12 @@ from typing import Union
 
 import by_name
 import leaving
+import publishing
 import skew
 from browser import Browser
 from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, World, curl
-from parts import free_ports, get, listening, run, sha256, start_haproxy_front
-from parts import start_nginx_front, start_sshd, wait_for
+from parts import free_ports, get, listening, own_address, run, sha256
+from parts import start_haproxy_front, start_nginx_front, start_sshd, wait_for
 from strictness import strictness_with_answers, strictness_with_requests
 from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection
@@ -610,16 +610,6 @@ BasicAuth me secret
 """
 
 
-def own_address() -> str:
-    """One of this machine's that is not loopback, or ""; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return ""
-        return str(probe.getsockname()[0])
-
-
 def out_by_tinyproxy(world: World) -> str:
     """With the password in the URL, and without it."""
     address, (port,) = own_address(), free_ports(1)
@@ -836,6 +826,7 @@ CHECKS: List[Callable[[World], str]] = [
     ssh_and_redis_by_ports_of_their_own,
     out_by_tinyproxy,
     *by_name.CHECKS,
+    *publishing.CHECKS,
     *skew.CHECKS,
     *leaving.CHECKS,
     network_that_swallows_everything,

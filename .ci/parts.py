@@ -71,6 +71,16 @@ def listening(port: int, address: str = "127.0.0.1") -> bool:
     return True
 
 
+def own_address() -> str:
+    """One of this machine's that is not loopback, or ""; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
+
+
 def run(*command: str, seconds: float = 60, cwd: Optional[Path] = None) -> str:
     """The standard output of a program that must end well."""
     done = subprocess.run(
