@@ -2135,7 +2135,8 @@ class Pool:
         if len(link.streams) >= MAX_STREAMS or link.unread > UNREAD_LIMIT:
             raise HTTPError(503, "overload", "%s has too many requests" % self.id)
         if service.proxied:
-            more.update(port=ends.port, to=ends.to, to_port=ends.to_port)
+            more["port"], more["to_port"] = ends.port, ends.to_port
+            more["to"] = plain_address(ends.to)
         message = {"service": service.name, "visitor": ends.address, "scheme": scheme}
         return link.open(owner, {**message, **more})
 
@@ -4328,7 +4329,7 @@ def ends_of(sock: socket.socket, address: Any) -> Ends:
     """The ends of a connection that was accepted from `address`."""
     host, port = address[:2] if address else ("?", 0)  # it has gone already
     to, to_port = sock.getsockname()[:2]
-    return Ends(plain_address(host), port, plain_address(to), to_port)
+    return Ends(plain_address(host), port, to, to_port)
 
 
 def listen(bind: Optional[str], port: int) -> socket.socket:
