@@ -1415,8 +1415,10 @@ class Links(LinkCase):
                 side, other = (getattr(self, x.role) for x in (side, other))
                 other.loop.turn = lambda: None  # it has stopped
                 (mine if side is self.server else theirs).send(b"x")
-                self.pass_halves(7.5)
-                self.assertIsNone(side.closed)
+                for seconds in (7, 0.5):  # it looks twice a second now
+                    self.pass_halves(seconds)
+                    self.assertIsNone(side.closed)
+                    self.assertLessEqual(side.link.timer.due - self.clock.now, 0.5)
                 self.pass_halves(1.5)
                 self.assertIn("no sign of life", side.closed)
 
@@ -6442,6 +6444,46 @@ class Moves(TunnelCase):
         self.wait_for_a_successor()
         self.client.do(lambda: self.first.link.close("for a test") or True)
         self.client.until(lambda: self.uplink.tunnel not in (None, self.first))
+        self.assertEqual(len(self.cables), 2)  # by the dial that ran already
+
+    def test_successor_that_dies_has_one_itself(self):
+        self.start_behind_a_cable()
+        change(self, client_module, DOUBT=self.ASIDE)
+        self.cables[0].clear()
+        self.move()
+        self.wait_for_a_successor()
+        dead = self.uplink.coming
+        self.client.do(lambda: dead.link.close("for a test") or True)
+        self.client.until(lambda: self.uplink.coming not in (None, dead))
+        self.assertIs(self.uplink.tunnel, self.first)
+
+    def test_link_with_long_round_trips_has_two_of_them(self):
+        self.start_behind_a_cable()
+        self.cables[0].clear()
+        self.first.link.round_trip = 2 * client_module.DOUBT
+        self.move()
+        self.wait_for_a_successor()
+        self.client.pass_time(3 * client_module.DOUBT)
+        self.look()
+        self.assertIsNotNone(self.uplink.coming.challenge)
+        self.client.pass_time(client_module.DOUBT)
+        self.client.until(lambda: self.uplink.tunnel not in (None, self.first))
+
+    def test_first_wait_in_doubt_is_short_unless_links_come_and_go(self):
+        self.start_behind_a_cable()
+        self.uplink.wait = client_module.LONGEST_WAIT
+        self.cables[0].clear()
+        self.client.do(lambda: self.uplink.forget_waits(self.first) or True)
+        self.assertEqual(self.uplink.wait, client_module.LONGEST_WAIT)
+        self.first.since -= client_module.STEADY
+        self.move()
+        self.assertEqual(self.uplink.wait, client_module.FIRST_WAIT)
+
+    def test_client_that_stops_has_no_doubts(self):
+        self.start_behind_a_cable()
+        self.client.program.stopping = True
+        self.move()
+        self.assertIsNone(self.uplink.doubted)
 
     def test_dials_that_fail_in_doubt_are_no_failed_attempts(self):
         change(self, client_module, FIRST_WAIT=0.01, LONGEST_WAIT=0.02)
