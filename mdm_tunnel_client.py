@@ -2326,6 +2326,8 @@ class Uplink:
     def decide(self) -> None:
         """The successor logs in, unless the tunnel lives or has time left to say so."""
         link, coming = self.tunnel and self.tunnel.link, self.coming
+        if isinstance(coming, Tunnel) and coming.nonces[1]:
+            return  # it has logged in: the server may have closed the old link
         if link and not link.asked:
             log.info("%s is still there", self.client.server)
             self.give_up()
