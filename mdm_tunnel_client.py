@@ -1287,7 +1287,7 @@ class Link:
             kind = next(iter(self.own_frames))
             fill = self.put(kind, 0, self.own_frames.pop(kind), fill)
             if kind == Kind.PING:
-                self.pinged = self.asked = self.loop.clock()
+                self.pinged = self.loop.clock()
         while self.debtors and fill < COLLECT:
             fill = self.put_stream_control(self.debtors.popleft(), fill)
         return fill
@@ -2384,6 +2384,8 @@ class Uplink:
     def decide(self) -> None:
         """The successor logs in, unless the tunnel lives or has time left to say so."""
         link, coming = self.tunnel and self.tunnel.link, self.coming
+        if isinstance(coming, Tunnel) and coming.nonces[1]:
+            return  # it has logged in: the server may have closed the old link
         if link and not link.asked:
             log.info("%s is still there", self.client.server)
             self.give_up()

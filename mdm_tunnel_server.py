@@ -1290,7 +1290,7 @@ class Link:
             kind = next(iter(self.own_frames))
             fill = self.put(kind, 0, self.own_frames.pop(kind), fill)
             if kind == Kind.PING:
-                self.pinged = self.asked = self.loop.clock()
+                self.pinged = self.loop.clock()
         while self.debtors and fill < COLLECT:
             fill = self.put_stream_control(self.debtors.popleft(), fill)
         return fill

@@ -1424,8 +1424,10 @@ class Links(LinkCase):
                 side, other = (getattr(self, x.role) for x in (side, other))
                 other.loop.turn = lambda: None  # it has stopped
                 (mine if side is self.server else theirs).send(b"x")
-                self.pass_halves(7.5)
-                self.assertIsNone(side.closed)
+                for seconds in (7, 0.5):  # it looks twice a second now
+                    self.pass_halves(seconds)
+                    self.assertIsNone(side.closed)
+                    self.assertLessEqual(side.link.timer.due - self.clock.now, 0.5)
                 self.pass_halves(1.5)
                 self.assertIn("no sign of life", side.closed)
 
@@ -7375,7 +7377,7 @@ class Moves(TunnelCase):
         services = services or {"web": self.echo()}
         self.client = self.start_client(services, port=self.service(cable))
         self.uplink = self.client.program.uplink
-        self.client.until(lambda: self.uplink.tunnel)
+        self.client.until(lambda: self.client.program.urls)  # the last of the login
         self.first = self.uplink.tunnel
 
     def look(self):
@@ -7459,6 +7461,62 @@ class Moves(TunnelCase):
         self.wait_for_a_successor()
         self.client.do(lambda: self.first.link.close("for a test") or True)
         self.client.until(lambda: self.uplink.tunnel not in (None, self.first))
+        self.assertEqual(len(self.cables), 2)  # by the dial that ran already
+
+    def test_sign_of_life_after_the_login_is_too_late(self):
+        self.start_behind_a_cable()
+        self.cables[0].clear()
+        self.move()
+        self.wait_for_a_successor()
+        self.cables[1].clear()  # no WELCOME comes
+        self.client.pass_time(client_module.DOUBT + 0.1)
+        self.look()
+        coming = self.uplink.coming
+        self.assertIsNone(coming.challenge)
+        self.first.link.asked = 0.0
+        self.look()
+        self.assertIs(self.uplink.coming, coming)
+        self.cables[1].set()
+        self.client.until(lambda: self.uplink.tunnel is coming)
+
+    def test_successor_that_dies_has_one_itself(self):
+        self.start_behind_a_cable()
+        change(self, client_module, DOUBT=self.ASIDE)
+        self.cables[0].clear()
+        self.move()
+        self.wait_for_a_successor()
+        dead = self.uplink.coming
+        self.client.do(lambda: dead.link.close("for a test") or True)
+        self.client.until(lambda: self.uplink.coming not in (None, dead))
+        self.assertIs(self.uplink.tunnel, self.first)
+
+    def test_link_with_long_round_trips_has_two_of_them(self):
+        self.start_behind_a_cable()
+        self.cables[0].clear()
+        self.first.link.round_trip = 2 * client_module.DOUBT
+        self.move()
+        self.wait_for_a_successor()
+        self.client.pass_time(3 * client_module.DOUBT)
+        self.look()
+        self.assertIsNotNone(self.uplink.coming.challenge)
+        self.client.pass_time(client_module.DOUBT)
+        self.client.until(lambda: self.uplink.tunnel not in (None, self.first))
+
+    def test_first_wait_in_doubt_is_short_unless_links_come_and_go(self):
+        self.start_behind_a_cable()
+        self.uplink.wait = client_module.LONGEST_WAIT
+        self.cables[0].clear()
+        self.client.do(lambda: self.uplink.forget_waits(self.first) or True)
+        self.assertEqual(self.uplink.wait, client_module.LONGEST_WAIT)
+        self.first.since -= client_module.STEADY
+        self.move()
+        self.assertEqual(self.uplink.wait, client_module.FIRST_WAIT)
+
+    def test_client_that_stops_has_no_doubts(self):
+        self.start_behind_a_cable()
+        self.client.program.stopping = True
+        self.move()
+        self.assertIsNone(self.uplink.doubted)
 
     def test_dials_that_fail_in_doubt_are_no_failed_attempts(self):
         change(self, client_module, FIRST_WAIT=0.01, LONGEST_WAIT=0.02)
@@ -9305,6 +9363,18 @@ class TargetsByTLS(TunnelCase):
         self.start_for(self.secured(handler))
         with self.assertRaises(ConnectionResetError):
             self.raw(self.ask("web.tim.x"))
+
+    def test_answer_that_is_whole_needs_no_end_by_tls(self):
+        """Many servers just close the connection."""
+
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwhole")
+            conn.conn.shutdown(socket.SHUT_RDWR)
+
+        self.start_for(self.secured(handler))
+        for _ in range(5):
+            self.assertEqual(self.get("web.tim.x").content, b"whole")
 
     def test_rewritten_host_is_that_of_the_target(self):
         table = [

@@ -4,7 +4,6 @@ CHECKS, at the end."""
 
 import asyncio
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import http.client
@@ -17,16 +16,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple
 from typing import Union
 
 import by_name
 import leaving
+import moving
 import publishing
 import skew
 from browser import Browser
 from parts import BIG, BLOCK, REPOSITORY, TMP, Client, Process, Server, World, curl
-from parts import free_ports, get, listening, own_address, run, sha256
+from parts import free_ports, get, listening, namespace, own_address, run, sha256
 from parts import start_haproxy_front, start_nginx_front, start_sshd, wait_for
 from strictness import strictness_with_answers, strictness_with_requests
 from websockets.asyncio.client import connect
@@ -654,28 +654,6 @@ async def one_message_by_tls(local: int, host: str, port: int) -> None:
             assert await connection.recv() == b"x" * (1 << 20)
 
 
-@contextlib.contextmanager
-def namespace(net: int) -> Iterator[List[str]]:
-    """A network namespace with one cable, to this machine, which is 10.213.NET.1: the
-    words that run a command in it; no words where there are no namespaces."""
-    name = "mdm-%d-%d" % (net, os.getpid())
-    inside = ["ip", "netns", "exec", name]
-    if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
-        yield []
-        return
-    try:
-        pair = ("type", "veth", "peer", "name", "cable", "netns", name)
-        run("ip", "link", "add", name, *pair)
-        run("ip", "addr", "add", "10.213.%d.1/30" % net, "dev", name)
-        run("ip", "link", "set", name, "up")
-        run(*inside, "ip", "addr", "add", "10.213.%d.2/30" % net, "dev", "cable")
-        for device in ("cable", "lo"):
-            run(*inside, "ip", "link", "set", device, "up")
-        yield inside
-    finally:
-        subprocess.run(["ip", "netns", "del", name])
-
-
 def start_far(inside: List[str], server: Server, host: str) -> Process:
     """The client `far` in a namespace."""
     script = str(REPOSITORY / "mdm_tunnel_client.py")
@@ -831,6 +809,7 @@ CHECKS: List[Callable[[World], str]] = [
     *leaving.CHECKS,
     network_that_swallows_everything,
     family_that_swallows_everything,
+    *moving.CHECKS,
     nothing_grows_in_20000_requests,
     nothing_was_printed,
     benchmark_runs,

@@ -2,6 +2,7 @@
 the real programs at its two ends, and the World that all checks share."""
 
 import atexit
+import contextlib
 import functools
 import getpass
 import hashlib
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Set, Tuple, TypeVar
+from typing import Callable, Dict, Iterator, List, Optional, Set, Tuple, TypeVar
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TMP = Path(tempfile.mkdtemp(prefix="mdm-tunnel-"))
@@ -399,6 +400,31 @@ def start_sshd() -> Tuple[int, List[str]]:
     options = ["BatchMode=yes", "StrictHostKeyChecking=no", "LogLevel=ERROR"]
     options += ["UserKnownHostsFile=" + os.devnull, "IdentityFile=%s/key" % folder]
     return port, ["-o" + option for option in options]
+
+
+# -----------------------------------------------------------------------------------
+# Network namespaces
+# -----------------------------------------------------------------------------------
+@contextlib.contextmanager
+def namespace(net: int) -> Iterator[List[str]]:
+    """A network namespace with one cable, to this machine, which is 10.213.NET.1: the
+    words that run a command in it; no words where there are no namespaces."""
+    name = "mdm-%d-%d" % (net, os.getpid())
+    inside = ["ip", "netns", "exec", name]
+    if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+        yield []
+        return
+    try:
+        pair = ("type", "veth", "peer", "name", "cable", "netns", name)
+        run("ip", "link", "add", name, *pair)
+        run("ip", "addr", "add", "10.213.%d.1/30" % net, "dev", name)
+        run("ip", "link", "set", name, "up")
+        run(*inside, "ip", "addr", "add", "10.213.%d.2/30" % net, "dev", "cable")
+        for device in ("cable", "lo"):
+            run(*inside, "ip", "link", "set", device, "up")
+        yield inside
+    finally:
+        subprocess.run(["ip", "netns", "del", name])
 
 
 # -----------------------------------------------------------------------------------
