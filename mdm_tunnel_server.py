@@ -4554,7 +4554,6 @@ SERVER_NAME = re.compile(r"(?=.{1,255}\Z)%s" % LABELS)
 UNRECOGNIZED_NAME = b"\x15\3\1\0\2\2\x70"  # an alert (RFC 6066 3, RFC 8446 6)
 
 
-
 class Preface:
     """Reads the first bytes of a connection. parse(buffer) returns None while more must
     come, or what it found, and how many bytes of the buffer that takes; the others stay
@@ -4699,10 +4698,10 @@ class Bytes:
     """Takes numbers and strings off the front of some bytes. Raises ValueError where
     there are too few."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: memoryview) -> None:
         self.data = data
 
-    def take(self, count: int) -> bytes:
+    def take(self, count: int) -> memoryview:
         if count > len(self.data):
             raise ValueError("too short")
         taken, self.data = self.data[:count], self.data[count:]
@@ -4719,16 +4718,14 @@ class Bytes:
 def find_server_name(message: bytes) -> str:
     """The host of the server_name extension, in lower case; "" when there is none.
     Raises ValueError when the message is no ClientHello, or names more than one."""
-    hello = Bytes(message)
+    hello = Bytes(memoryview(message))
     if hello.number(1) != 1:
         raise ValueError("another message")
     hello = hello.block(3)
     hello.take(2 + 32)  # version, random
     for size in (1, 2, 1):  # session, cipher suites, compression
         hello.block(size)
-    extensions, names = Bytes(b""), []
-    if hello.data:
-        extensions = hello.block(2)
+    extensions, names = hello.block(2) if hello.data else hello, []
     while extensions.data:
         kind, content = extensions.number(2), extensions.block(2)
         if kind == 0:
@@ -4739,7 +4736,7 @@ def find_server_name(message: bytes) -> str:
     kind, host = entries.number(1), entries.block(2).data
     if kind != 0 or entries.data or names[0].data:
         return ""
-    text = host.decode("latin-1")
+    text = bytes(host).decode("latin-1")
     return text.rstrip(".").lower() if SERVER_NAME.fullmatch(text) else ""
 
 
