@@ -1952,18 +1952,18 @@ class Names:
         names = [domain.name for domain in domains] + ["localhost"]
         self.bases = sorted(names, key=len, reverse=True)  # one may be below another
         self.owners: Dict[str, Service] = {}  # of domains that are not ours
-        self.granted: Dict[str, str] = {}  # such a domain, and an id that may have it
+        self.granted: Dict[str, Set[str]] = {}  # such a domain, and the ids it is for
         self.scheme, self.port = "http", 0  # of the visitors' port, for the URLs
+        self.no_passthrough = "this server has no port with TLS"  # "": it may be
 
     def find(self, name: str) -> Tuple[Optional[str], Optional[str]]:
         """(id, service), (id, None) or (None, None) for a host in lower case."""
-        if self.granted:
-            wildcard = wildcard_of(name)
-            owner = self.owners.get(name) or self.owners.get(wildcard)
-            if owner:
+        ids = self.may_have(name) if self.granted else None
+        if ids:
+            owner = self.owners.get(name) or self.owners.get(wildcard_of(name))
+            if owner and owner.pool.id in ids:
                 return owner.pool.id, owner.name
-            if name in self.granted or wildcard in self.granted:
-                return self.granted.get(name) or self.granted[wildcard], name
+            return min(ids), name
         if name in self.bases or ADDRESS.fullmatch(name):
             return None, None
         if not self.domains:
@@ -1980,6 +1980,10 @@ class Names:
                 if len(labels) <= 2:
                     return labels[-1], labels[0] if len(labels) == 2 else None
         return None, None
+
+    def may_have(self, domain: str) -> Any:
+        """The ids to which a domain is granted: by its name, or else by a wildcard."""
+        return self.granted.get(domain) or self.granted.get(wildcard_of(domain), ())
 
     def is_base(self, name: str) -> bool:
         """Whether a host stands for the server itself, which then says how to begin."""
@@ -2167,7 +2171,8 @@ class Registry:
         names.ids.update(self.pools, grants)
         names.granted.clear()
         for id, grant in grants.items():
-            names.granted.update(dict.fromkeys(grant.domains, id))
+            for domain in grant.domains:
+                names.granted.setdefault(domain, set()).add(id)
 
     def service(self, id: Any, name: Any) -> Optional[Service]:
         pool = self.pools.get(id)
@@ -2214,6 +2219,8 @@ class Registry:
                     raise ValueError("more than %d services" % SERVICES_LIMIT)
                 if not LABEL.fullmatch(name.lower()):
                     raise ValueError("a service's name is a DNS label without --")
+                if name.lower() in services:
+                    raise ValueError("the name stands there twice")
                 options = options if isinstance(options, dict) else {}
                 services[name.lower()] = Service(pool, name.lower(), options)
                 urls[name] = ""
@@ -2229,7 +2236,7 @@ class Registry:
         """Say where each service is reached. What cannot have its port or its domain is
         not published."""
         url, ports = self.names.url(tunnel.id, "%s", tunnel.host), 0
-        found = [name for name in urls if name.lower() in services]
+        found = [name for name, error in urls.items() if not error]
         found.sort(key=lambda name: services[name.lower()].tcp == 0)
         for name in found:  # "any free port" comes last
             service = services[name.lower()]
@@ -2247,8 +2254,8 @@ class Registry:
         """Where visitors find a service whose name has this URL; what else it needs for
         that is made. Raises ValueError where it cannot be had."""
         names = self.names
-        if service.passthrough and names.scheme != "https":
-            raise ValueError("this server has no port with TLS")
+        if service.passthrough and names.no_passthrough:
+            raise ValueError(names.no_passthrough)
         urls = [url] + [self.claim_domain(service, x) for x in service.domains]
         base = names.base(read_host(tunnel.host))
         if service.wants_port():
@@ -2261,8 +2268,7 @@ class Registry:
     def claim_domain(self, service: Service, domain: str) -> str:
         """The URL of a domain that is the service's from now on. Raises ValueError."""
         names, pool = self.names, service.pool
-        grant = self.tokens.value.get(pool.id) if self.tokens else None
-        if not grant or not {domain, wildcard_of(domain)} & set(grant.domains):
+        if pool.id not in names.may_have(domain):
             raise ValueError("the server does not grant %s to %s" % (domain, pool.id))
         owner = names.owners.setdefault(domain, service)
         if owner is not service:
@@ -2532,6 +2538,8 @@ class HTTPConnection:
         """Answer with a page of our own."""
         request, keep = self.request, not self.visitors.stopping
         keep = keep and bool(request and request.keeps_alive() and request.body.done)
+        if request and request.method == "CONNECT":
+            keep = False  # what follows is for the target, and no request
         html = request is not None and request.wants_html()
         kind, body = make_page(page.title, page.lines, html)
         fields = [("Content-Type", kind), ("Content-Length", len(body))]
@@ -2621,6 +2629,7 @@ class HTTPConnection:
 # next request, and so more than half of what a small request costs.
 # -----------------------------------------------------------------------------------
 LEFT_TIME = 4.0  # seconds after a visitor's FIN in which nothing is written to it
+CONNECT_TIME = 10.0  # seconds for the answer to CONNECT: a client dials for 5 s
 LEFT_STATUS = 499  # in the log, as nginx has it: the visitor left before the answer
 LEFT_LOOK = 0.5  # seconds between looks at a visitor that the selector is silent of
 RESETS = {  # what the code of a RESET, or of a closed link, means to the visitor
@@ -3049,7 +3058,7 @@ class Connect:
     """A CONNECT request (RFC 9110 9.3.6): a visitor who waits until the client says
     that the target is connected. Then a Pipe owns both ends."""
 
-    __slots__ = ("http", "connection", "service", "stream")
+    __slots__ = ("http", "connection", "service", "stream", "timer")
 
     def __init__(
         self, http: HTTPConnection, request: Request, service: Service
@@ -3065,6 +3074,8 @@ class Connect:
         http.service, self.connection.owner = service, self
         http.visitors.idle.pop(http, None)
         http.loop.dirty.add(self.connection)
+        self.timer = Timer(http.loop, self, self.on_late)
+        self.timer.set(CONNECT_TIME)
 
     def __str__(self) -> str:
         return str(self.service)
@@ -3073,13 +3084,20 @@ class Connect:
         return READ if len(self.http.unparsed) < HEAD_LIMIT else 0
 
     def on_readable(self) -> None:
-        self.http.read_ahead()  # it may speak, or end, before it has its answer
+        """It may speak, or end, before it has its answer."""
+        if self.http.read_ahead() == 0:
+            self.http.visitors.idle[self.http] = None  # it may go where room is short
 
     def on_writable(self) -> None:
         pass
 
+    def on_late(self) -> None:
+        cause = "%s: its client does not answer" % self.service.label()
+        raise HTTPError(504, "timeout", cause)
+
     def on_connected(self) -> None:
         http, connection = self.http, self.connection
+        self.timer.clear()
         connection.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
         if http.visitors.observers:
             http.visitors.observe(http, 200, "", 0, 0)
@@ -3101,9 +3119,13 @@ class Connect:
 
     def fail(self, error: Exception) -> None:
         """There is no target, or no visitor any more."""
+        self.timer.clear()
         self.stream.reset("left")
         self.connection.owner = self.http
         self.http.fail(error)
+
+    def give_up(self) -> None:
+        self.fail(OSError("the visitor has to go"))
 
 
 # -----------------------------------------------------------------------------------
@@ -3369,6 +3391,10 @@ class Server:
         self.tls_address = by_tls[0].address if by_tls else None
         names.port = (self.tls_address or self.visitor_address)[1]
         names.scheme = "https" if by_tls else "http"
+        if by_tls:  # a client could take the name by which the others dial
+            shared = any(kind is SharedSite for _, kind, _ in plan)
+            need = "TLS passes through a port that clients share only with --domain"
+            names.no_passthrough = need if shared and not names.domains else ""
 
     def run(self) -> None:
         """Serve until stop(), or on_signal(), and what follows from it is done."""
@@ -3428,7 +3454,7 @@ class Server:
                 tunnel.evict("refused", cause)
                 link.flush()
                 link.close("its token has changed")
-            elif tunnel.token and grant != tunnel.grant and not link.draining:
+            elif tunnel.token and grant != tunnel.grant:
                 tunnel.evict("stopping", "the domains of %s have changed" % tunnel.id)
 
     # Stopping.
@@ -4301,6 +4327,7 @@ def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
 ACCEPT_BATCH = 64  # connections accepted in one turn of the loop, on each port
 ACCEPT_PAUSE = 0.5  # seconds without accepting when no descriptors are left
 QUEUE = 1024  # connections that the kernel may hold until we accept them
+UNKNOWN = "unknown"  # in place of an address (RFC 7239 6.2); in no network
 
 
 def plain_address(host: str) -> str:
@@ -4327,8 +4354,11 @@ class Ends(NamedTuple):
 
 def ends_of(sock: socket.socket, address: Any) -> Ends:
     """The ends of a connection that was accepted from `address`."""
-    host, port = address[:2] if address else ("?", 0)  # it has gone already
-    to, to_port = sock.getsockname()[:2]
+    host, port = address[:2] if address else (UNKNOWN, 0)  # it has gone already
+    try:
+        to, to_port = sock.getsockname()[:2]
+    except OSError:
+        to, to_port = UNKNOWN, 0
     return Ends(plain_address(host), port, to, to_port)
 
 
@@ -4768,7 +4798,8 @@ class TLSPort:
 # by a PROXY header. Only those of --trust-proxy are believed.
 # -----------------------------------------------------------------------------------
 SAID_BY_FRONT = re.compile(NAMED % "x-forwarded-(?:for|proto|host)")
-HOP_PORT = re.compile(r"\[([^]]*)\](?::\d+)?|([\d.]+):\d+")  # some write it
+HOP = re.compile(r"\[([^]]*)\](?::\d+)?|([\d.]+):\d+|(.*)")  # some write a port
+HOPS_LIMIT = 32  # proxies one after another: to look at each takes time
 
 
 class Fronts:
@@ -4791,7 +4822,7 @@ class Fronts:
             return serve
 
         def on_header(connection: Connection, ends: Ends, told: Optional[Ends]) -> None:
-            serve(connection, told or ends)
+            serve(connection, told or ends.of(UNKNOWN))  # not the front: it is trusted
 
         def read_header(connection: Connection, ends: Ends) -> None:
             if self.networks.hold(ends.address):
@@ -4806,11 +4837,13 @@ class Fronts:
         """Who asks, by which scheme, and for which host ("": as Host says), by the
         fields of a request that came from a trusted `address`."""
         noted = join_fields(SAID_BY_FRONT.findall(raw))
-        for hop in reversed(noted.get("x-forwarded-for", "").split(",")):
-            hop = read_address(HOP_PORT.sub(r"\1\2", hop.strip(" \t")))
-            if not (hop and self.networks.hold(address)):
-                break
-            address = hop
+        hops = noted.get("x-forwarded-for", address).rsplit(",", HOPS_LIMIT)
+        for hop in reversed(hops[-HOPS_LIMIT:]):
+            if not self.networks.hold(address):
+                break  # who said the rest is not known
+            match = HOP.fullmatch(hop.strip(" \t"))
+            address = read_address(match[match.lastindex or 0]) if match else ""
+            address = address or UNKNOWN
         last = noted.get("x-forwarded-proto", "").rpartition(",")[2].strip().lower()
         host = noted.get("x-forwarded-host", "").rpartition(",")[2].strip()
         return address, last if last in ("http", "https") else scheme, host

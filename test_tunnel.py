@@ -6152,6 +6152,13 @@ class Logins(TunnelCase):
         kinds = [kind for kind, _, _ in found]
         self.assertEqual(kinds, [Kind.CHALLENGE, Kind.WELCOME, Kind.URLS])
 
+    def test_name_in_two_spellings_is_published_once(self):
+        self.start_server()
+        link = self.log_in(services=b'{"Ssh": {"tcp": 0}, "ssh": {"tcp": 0}}')
+        urls = json.loads(self.frames(link, Kind.URLS)[-1][2].decode())
+        self.assertIn("--tcp-ports", urls["Ssh"])
+        self.assertIn("twice", urls["ssh"])
+
     def test_wrong_version_is_told_the_right_one(self):
         self.start_server()
         first, _ = read_head(self.hello("mdm-tunnel/9"))
@@ -6461,6 +6468,46 @@ class Connects(TunnelCase):
         conn.close()
         client.until(lambda: not tunnel.link.streams)
         self.server.until(lambda: not self.server.program.visitors.all)
+
+    def test_client_that_never_answers_costs_no_connection_for_ever(self):
+        change(self, server_module, CONNECT_TIME=PATIENCE)
+        for ending in ("end", "reset", "flood"):
+            _, conn, _ = self.ask_a_hand_made_client("c-" + ending)
+            if ending == "flood":  # more than is read ahead
+                with contextlib.suppress(OSError):
+                    conn.sendall(b"x" * 400000)
+            if ending != "end":
+                reset_on_close(conn)
+            conn.close()
+        self.server.pass_time(server_module.CONNECT_TIME)
+        self.server.until(lambda: not self.server.program.visitors.all)
+
+    def test_visitor_who_waits_for_a_client_is_told_in_the_end(self):
+        change(self, server_module, CONNECT_TIME=PATIENCE)
+        _, conn, _ = self.ask_a_hand_made_client("tim")
+        self.server.pass_time(server_module.CONNECT_TIME)
+        self.assertIn(b" 504 ", read_head(conn)[0])
+
+    def test_visitor_who_left_makes_room_for_others(self):
+        _, conn, _ = self.ask_a_hand_made_client("tim")
+        conn.shutdown(socket.SHUT_WR)
+        visitors = self.server.program.visitors
+        self.server.until(lambda: visitors.idle)
+        self.assertTrue(self.server.do(visitors.make_room))
+        self.assertFalse(visitors.all)
+        self.assertEqual(conn.recv(1), b"")
+
+    def test_nothing_behind_a_connect_that_failed_is_a_request(self):
+        self.start_ssh(ssh=(TCPPorts.free_ports(self, 1)[0], True))
+        self.start_client({"web": self.echo()}, "eva")
+        outcomes = []
+        self.server.program.visitors.observers.append(outcomes.append)
+        for name in ("ssh.tim.x:22", "web.eva.x:22", "no.tim.x:22"):
+            conn = self.visit()
+            conn.sendall(self.ask_for(name) + self.ask("web.eva.x"))
+            said = self.raw(b"", conn)
+            self.assertEqual(said.count(b"HTTP/1.1 "), 1, said)
+        self.assertEqual(len(outcomes), 3)
 
     def test_visitors_of_other_networks_are_refused(self):
         self.start_server()
@@ -6780,16 +6827,35 @@ class FrontProxies(TunnelCase):
             ("[2001:db9::7]:4711", "2001:db9::7"),
             ("::ffff:203.0.113.9", "203.0.113.9"),
             ("2001:db9::7, 2001:db8::1", "2001:db9::7"),
-            ("unknown", "127.0.0.1"),
-            ("203.0.113.9, unknown", "127.0.0.1"),
-            ("203.0.113.9, unknown, 10.1.1.1", "10.1.1.1"),
-            ("", "127.0.0.1"),
+            ("2001:470:1f0b::1", "2001:470:1f0b::1"),
+            ("2a00:1450:4001:81b::200e", "2a00:1450:4001:81b::200e"),
+            ("2a00:1450:4001:81b:a:b:c:200e", "2a00:1450:4001:81b:a:b:c:200e"),
+            ("2001:1234:db8::1", "2001:1234:db8::1"),
+            ("[2001:db9::7]x", "unknown"),
+            ("unknown", "unknown"),
+            ("203.0.113.9, unknown", "unknown"),
+            ("203.0.113.9, unknown, 10.1.1.1", "unknown"),
+            ("203.0.113.9,", "unknown"),
+            ("", "unknown"),
+            ("203.0.113.9" + 40 * ", 10.1.1.1", "10.1.1.1"),  # too many to look at
         ]
         for said, address in table:
             found = self.told("X-Forwarded-For: " + said)
             self.assertEqual(found, (address, "http", host, host), said)
         found = self.told("X-Forwarded-For: 6.6.6.6", "X-Forwarded-For: 203.0.113.9")
         self.assertEqual(found[0], "203.0.113.9")
+        self.assertEqual(self.told()[0], "127.0.0.1")
+
+    def test_long_field_of_a_front_takes_no_time(self):
+        fronts = server_module.Fronts(["10.0.0.0/8"], False)
+        seconds = []
+        for size in (30000, 60000):
+            raw = "\r\nX-Forwarded-For: %s, 10.0.0.7" % ("1" * size)
+            start = time.process_time()
+            found = fronts.read(raw, "10.0.0.1", "http")
+            seconds.append(time.process_time() - start)
+            self.assertEqual(found[0], "unknown")
+        self.assertLess(max(seconds), 1)  # it took 23 s when it was quadratic
 
     def test_scheme_and_host_of_a_trusted_proxy_count(self):
         self.start_behind("127.0.0.1")
@@ -6816,12 +6882,12 @@ class FrontProxies(TunnelCase):
         self.server.program.visitors.observers.append(outcomes.append)
         found = self.told("X-Forwarded-For: 203.0.113.9")
         self.assertEqual(found[0], "203.0.113.9")
-        for said in ("6.6.6.6", "203.0.113.9, 6.6.6.6", "127.0.0.1", ""):
+        for said in ("6.6.6.6", "203.0.113.9, 6.6.6.6", "127.0.0.1", "nobody"):
             answer = self.get("web.tim.x", headers={"X-Forwarded-For": said})
             self.assertEqual(answer.status, 403, said)
         self.server.until(lambda: len(outcomes) == 5)
         visitors = [outcome.visitor for outcome in outcomes]
-        seen = ["203.0.113.9", "6.6.6.6", "6.6.6.6", "127.0.0.1", "127.0.0.1"]
+        seen = ["203.0.113.9", "6.6.6.6", "6.6.6.6", "127.0.0.1", "unknown"]
         self.assertEqual(visitors, seen)
 
     def test_visitors_that_a_front_brings_one_after_another_are_told_apart(self):
@@ -6901,6 +6967,17 @@ class FrontProxies(TunnelCase):
                         pairs[ready].sendall(data)
 
         return handler
+
+    def test_who_is_not_told_by_the_header_is_not_the_front(self):
+        self.start_server(trust_proxy=["127.0.0.1"], proxy_protocol=True)
+        fronted = self.service(self.relay_with(self.header()))
+        web = {"target": self.echo(), "visitors": ["127.0.0.0/8", "10.1.1.1"]}
+        self.start_client({"web": web}, port=fronted)
+        for data in (b"PROXY UNKNOWN\r\n", ProxyHeaders.NOTHING_TOLD[2]):
+            conn = self.visit()
+            conn.sendall(data)
+            forged = self.ask("web.tim.x", "X-Forwarded-For: 10.1.1.1")
+            self.assertIn(b"HTTP/1.1 403", self.raw(forged, conn))
 
     def test_connection_without_a_header_is_cut(self):
         self.start_server(trust_proxy=["127.0.0.1"], proxy_protocol=True)
@@ -7063,6 +7140,42 @@ class Domains(TunnelCase):
         again = self.publish("eva", "other", ["www.example.org"], name="web2")
         self.assertIn("http://www.example.org:", self.url(again, "web2"))
         self.assertEqual(self.echoed("www.example.org")["service"], "eva")
+
+    def test_name_that_is_granted_goes_before_a_wildcard(self):
+        grants = {
+            "tim": {"token": "secret", "domains": ["www.example.org"]},
+            "bob": {"token": "b", "domains": ["*.example.org"]},
+        }
+        self.start_with_tokens(**grants)
+        names = ["*.example.org", "www.example.org"]
+        bob = self.publish("bob", "b", names)
+        self.assertIn("does not grant www.example.org to bob", self.url(bob))
+        bob = self.publish("bob", "b", names[:1], name="web2")
+        self.url(bob, "web2")
+        self.assertEqual(self.echoed("other.example.org")["service"], "bob")
+        self.assertEqual(self.get("www.example.org").status, 503)
+        self.url(self.publish(domains=["www.example.org"]))
+        self.assertEqual(self.echoed("www.example.org")["service"], "tim")
+
+    def test_client_that_is_leaving_keeps_no_domain_that_it_lost(self):
+        change(self, server_module, LOOK_TIME=0.05)
+        self.start_granted()
+        tim = self.publish(domains=["www.example.org"], target=self.deaf())
+        self.url(tim)
+        conn = self.visit()
+        conn.sendall(self.ask("www.example.org"))
+        self.server.until(self.exchanges)
+        link = self.server.program.registry.pools["tim"].tunnel.link
+        self.server.do(lambda: setattr(link, "draining", True) or True)
+        grants = dict(self.GRANTS, tim="secret")
+        with open(self.path, "w") as file:
+            json.dump(grants, file)
+        owners = self.server.program.registry.names.owners
+        self.server.until(lambda: not owners)
+
+    def deaf(self):
+        """The port of a service that never answers."""
+        return self.service(lambda conn: conn.recv(100000) and conn.recv(1))
 
     def test_domain_of_a_client_that_is_away_is_offline(self):
         self.start_granted()
@@ -9025,6 +9138,17 @@ class NamesByTLS(TLSCase):
         client = self.start_client({"secret": target}, wait=False)
         client.until(lambda: "secret" in client.program.urls)
         self.assertIn("no port with TLS", client.program.urls["secret"])
+
+    def test_port_that_clients_share_passes_nothing_without_a_domain(self):
+        """A client could take the name by which the others dial."""
+        for domain, refused in (("", True), ("example.com", False)):
+            port = TCPPorts.free_ports(self, 1)[0]
+            self.start_server(domain=domain, tls_port=port, client_port=port)
+            target = {"target": 1, "tls": "passthrough"}
+            client = self.start_client({"secret": target}, wait=False)
+            client.until(lambda: "secret" in client.program.urls)  # noqa: B023
+            url = client.program.urls["secret"]
+            self.assertEqual("only with --domain" in url, refused, url)
 
     def test_gate_of_addresses_stands_before_it_too(self):
         self.start_server()
