@@ -1627,7 +1627,10 @@ def target_tls(host: str, ca: Any, fingerprint: Any) -> Tuple[Any, str, bytes]:
     import ssl
 
     name = host.partition("%")[0]  # an address without its interface
-    context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), False, name)  # can it be one?
+    try:
+        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), False, name)
+    except (OSError, ValueError, TypeError):
+        raise ValueError("%.80r is no name for TLS" % name) from None
     return context, name, pin
 
 

@@ -3913,6 +3913,7 @@ class ServiceFiles(unittest.TestCase):
         bad += ["nas:", "nas:x", "nas:99999", ":80", "unix:x", {"target": 1, "x": 2}]
         bad += ["http://", "http://nas/x", "ftp://nas", "x://", "://a"]
         bad += ["https://", "https://nas/x", "https://nas:0", "https://.nas"]
+        bad += ["https://n\0s", "https://" + "nas." * 9000, "https://" + "n" * 300]
         for value in bad:
             with self.assertRaises(ValueError, msg=repr(value)):
                 client_module.parse_service(value)

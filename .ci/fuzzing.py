@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import ssl
 import struct
 import sys
 import time
@@ -1042,6 +1043,71 @@ def check_names(domains: str, name: str) -> None:
         expect(re.match("https?://web[.]|error: ", text), "URL %r", text)
 
 
+def find_in_preface(parse: Callable[[bytearray], Any], pieces: Pieces) -> Any:
+    """What is found in the first bytes of a connection, as they come."""
+    buffer = bytearray()
+    try:
+        for piece in pieces:
+            buffer += piece
+            found = parse(buffer)
+            if found is not None:
+                return found
+    except server.ProtocolError:
+        return "refused"
+    return None
+
+
+def check_prefaces(data: bytes) -> None:
+    """Whole or in pieces: the same name in a ClientHello, the same PROXY header. A name
+    has only letters that names have; an address is one."""
+    data = data[: server.PREFACE_LIMIT] or b"\0"
+    whole = find_in_preface(server.ClientHello().parse, [data])
+    pieces = find_in_preface(server.ClientHello().parse, cut_up(data))
+    expect(whole == pieces, "a hello of %r is in pieces %r", whole, pieces)
+    name = whole[0] if whole else ""
+    expect(re.fullmatch("[a-z0-9_.-]{0,255}", name), "the name %r", name)
+    whole = find_in_preface(server.parse_proxy_header, [data])
+    pieces = find_in_preface(server.parse_proxy_header, cut_up(data))
+    expect(whole == pieces, "a header of %r is in pieces %r", whole, pieces)
+    ends = whole[0] if isinstance(whole, tuple) else None
+    if ends:
+        for address in (ends.address, ends.to):
+            expect(server.read_address(address) == address, "address %r", address)
+
+
+def check_forwarded(data: bytes) -> None:
+    """Whoever a front says comes: an address, or nobody."""
+    text = data.decode("latin-1").replace("\r", "").replace("\n", "")
+    raw = "\r\nX-Forwarded-For: %s\r\nX-Forwarded-Proto: %s" % (text, text)
+    fronts = server.Fronts(["10.0.0.0/8", "2001:db8::/32"], False)
+    address, scheme, _ = fronts.read(raw, "10.0.0.1", "http")
+    known = server.read_address(address) == address or address == "unknown"
+    expect(known and scheme in ("http", "https"), "%r by %r", address, scheme)
+
+
+def hello() -> bytes:
+    """As OpenSSL says it."""
+    outgoing = ssl.MemoryBIO()
+    context = ssl.create_default_context()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        incoming = ssl.MemoryBIO()
+        context.wrap_bio(incoming, outgoing, False, "web.tim.x").do_handshake()
+    return outgoing.read()
+
+
+PROXY_2 = b"\r\n\r\n\0\r\nQUIT\n"
+PREFACES = [
+    hello(),
+    b"PROXY UNKNOWN\r\nGET / HTTP/1.1\r\n",
+    b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 443\r\n",
+    b"PROXY TCP6 2001:db8::7 ::ffff:192.0.2.1 4711 443\r\n",
+    PROXY_2 + b"\x21\x11\0\x0c" + bytes.fromhex("c0000207c0000201126701bb"),
+    PROXY_2 + b"\x21\x21\0\x24" + bytes(36) + b"GET",
+    PROXY_2 + b"\x20\0\0\0",
+]
+FORWARDED = [b"203.0.113.9, 10.1.1.1", b"[2001:db8::7]:47, 10.1.1.1:80", b"https, http"]
+
+
 def encoded(frames: Sequence[Sequence[Frame]]) -> Pieces:
     return [b"".join(one.packed() for one in some) for some in frames]
 
@@ -1053,6 +1119,8 @@ TARGETS: List[Tuple[Callable[[bytes], None], Pieces]] = [
     (check_frames, encoded(ALL_FRAMES)),
     (check_json, FILES + [one.payload for one in (LOGIN, SERVICES, GOODBYE, OPENED)]),
     (check_text, TEXTS),
+    (check_prefaces, PREFACES),
+    (check_forwarded, FORWARDED),
 ]
 
 
