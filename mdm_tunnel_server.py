@@ -1359,9 +1359,12 @@ class Link:
         if self.asked and moved > self.stood > 0:
             self.asked = max(self.asked, moved)  # what stands before the PING moves
         self.stood = moved if connection.waiting() else 0.0
-        waited = self.waits_since(now) <= now - WAITED
-        patience = max(WAITED_MORE, ROUND_TRIPS * self.round_trip)
-        if self.asked and now - self.asked >= (patience if waited else PONG_WITHIN):
+        late = self.waits_since(now) + WAITED  # a PING before that has the time, too
+        waited, due = late <= now, self.asked + PONG_WITHIN
+        if waited:
+            patience = max(WAITED_MORE, ROUND_TRIPS * self.round_trip)
+            due = max(self.asked, late) + patience
+        if self.asked and now >= due:
             raise OSError("no sign of life for %d s" % (now - self.heard))
         if not self.asked and (waited or now - self.heard >= PING_AFTER):
             self.ping()
