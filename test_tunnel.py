@@ -9528,6 +9528,80 @@ class TargetsByTLS(TunnelCase):
 
 
 # -----------------------------------------------------------------------------------
+# The smallest client, against the real server
+# -----------------------------------------------------------------------------------
+class TinyClient(TunnelCase):
+    SIZE = 10 << 20  # bytes of a download
+
+    def start_tiny(self, **services):
+        self.start_server()
+        script = os.path.join(HERE, "examples", "tiny_client.py")
+        where = "127.0.0.1:%d" % self.server.program.client_address[1]
+        words = [sys.executable, script, where, "tim"]
+        words += ["%s=%d" % pair for pair in services.items()]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.tiny = subprocess.Popen(words, **pipes)
+        self.addCleanup(self.end_tiny)
+        self.server.until(lambda: self.serves("tim", services))
+        self.assertIn(b"web.tim.", self.tiny.stdout.readline())
+
+    def end_tiny(self):
+        self.tiny.kill()
+        self.tiny.wait(PATIENCE)
+        self.tiny.stdout.close()
+
+    def large(self):
+        """The port of a service with SIZE bytes, and these."""
+        body = os.urandom(self.SIZE)
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % self.SIZE
+        return self.service(self.answer_each(head + body)), body
+
+    def answer_each(self, answer):
+        def handler(conn):
+            while read_head(conn)[0]:
+                conn.sendall(answer)
+
+        return handler
+
+    def test_two_services_a_download_and_an_upload(self):
+        port, body = self.large()
+        self.start_tiny(web=self.echo("web"), api=port)
+        self.assertEqual(self.get("api.tim.x").content, body)
+        conn = self.keep()
+        for _ in range(3):
+            self.assertEqual(self.echoed("web.tim.x", conn=conn)["service"], "web")
+        text = "x" * (1 << 20)  # more than a window
+        self.assertEqual(self.echoed("web.tim.x", "/", "POST", text)["body"], text)
+
+    def test_download_that_is_not_read_holds_up_no_other(self):
+        port, _ = self.large()
+        self.start_tiny(web=self.echo("web"), api=port)
+        stalled = self.visit()
+        stalled.sendall(self.ask("api.tim.x"))
+        self.assertTrue(stalled.recv(1))
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+        stalled.close()
+        link = self.server.program.registry.pools["tim"].tunnel.link
+        self.server.until(lambda: not link.streams)
+        self.assertEqual(self.echoed("web.tim.x")["service"], "web")
+
+    def test_dead_target_is_told_and_a_server_that_stops_ends_it(self):
+        self.start_tiny(web=TCPPorts.free_ports(self, 1)[0])
+        answer = self.get("web.tim.x")
+        self.assertEqual((answer.status, answer.headers["X-Tunnel-Error"]),
+                         (502, "refused"))  # fmt: skip
+        self.server.end()
+        self.tiny.wait(PATIENCE)
+
+    def test_it_is_short_and_knows_the_kinds_of_the_protocol(self):
+        source = read(os.path.join("examples", "tiny_client.py"))
+        self.assertLessEqual(len(source.splitlines()), 120)
+        names = re.search(r"\(([A-Z,\s]+)\) = range\(1, 14\)", source).group(1)
+        kinds = [name.strip() for name in names.split(",")]
+        self.assertEqual(kinds, [kind.name for kind in Kind][:13])
+
+
+# -----------------------------------------------------------------------------------
 # The programs as processes: silence, signals, exit codes
 # -----------------------------------------------------------------------------------
 class Processes(TunnelCase):
