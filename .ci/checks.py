@@ -716,6 +716,34 @@ def has_an_index(port: int) -> bool:
 
 
 # -----------------------------------------------------------------------------------
+# The smallest clients
+# -----------------------------------------------------------------------------------
+def tiny_clients(world: World) -> str:
+    """In Python and in Node: two services, a large download, a target that is dead."""
+    took = []
+    for program, end in ((sys.executable, "py"), ("node", "js")):
+        script = str(REPOSITORY / "examples" / ("tiny_client." + end))
+        where = "127.0.0.1:%d" % world.server.client_port
+        services = ["web=%d" % world.web, "other=%d" % world.other, "dead=1"]
+        tiny = Process("tiny", program, script, where, "tiny", *services)
+        for name in ("web", "other"):
+            host = "%s.tiny.localhost" % name
+            wait_for(name, functools.partial(is_served, world.server.port, host))
+            assert b"this is " + name.encode() in get(world.server.port, host, "/")[1]
+        world.big()
+        url = "http://web.tiny.localhost:%d/big" % world.server.port
+        start = time.monotonic()
+        curl("-r", "0-%d" % (PART - 1), "-o", str(TMP / "part"), url)
+        took.append(speed(start, PART))
+        with open(TMP / "web" / "big", "rb") as file:
+            assert sha256(TMP / "part") == hashlib.sha256(file.read(PART)).hexdigest()
+        assert get(world.server.port, "dead.tiny.localhost", "/")[0] == 502
+        tiny.stop()
+        wait_for("its end", lambda: not is_served(world.server.port, "web.tiny.x"))
+    return "Python %s, Node %s" % tuple(took)
+
+
+# -----------------------------------------------------------------------------------
 # After all that
 # -----------------------------------------------------------------------------------
 WARM = 40000  # requests after which the allocator has what it needs
@@ -803,6 +831,7 @@ CHECKS: List[Callable[[World], str]] = [
     tls_and_tokens,
     ssh_and_redis_by_ports_of_their_own,
     out_by_tinyproxy,
+    tiny_clients,
     *by_name.CHECKS,
     *publishing.CHECKS,
     *skew.CHECKS,
