@@ -1684,10 +1684,12 @@ def tls_option(value: Any, target: Target) -> str:
 
 
 def domains_option(value: Any, target: Target) -> List[str]:
-    texts = value if isinstance(value, list) else [""]
-    if not all(isinstance(text, str) and "." in text for text in texts):
+    if not isinstance(value, list):
         raise ValueError('domains is a list, like ["www.example.org"]')
-    return texts
+    for text in value:
+        if not isinstance(text, str) or "." not in text:
+            raise ValueError("%r is no domain" % (text,))
+    return value
 
 
 def proxy_protocol_option(value: Any, target: Target) -> int:
@@ -1704,6 +1706,11 @@ def host_option(value: Any, target: Target) -> Optional[str]:
     own = name if target.port in usual else "%s:%d" % (name, target.port)
     if not isinstance(value, str) or not value or set(value) & set("/@ \t\r\n"):
         raise ValueError('host is "preserve", "rewrite" or a host')
+    import difflib
+
+    near = difflib.get_close_matches(value, ["preserve", "rewrite"], 1, 0.8)
+    if near and value not in near:
+        raise ValueError("host %r: is it %r?" % (value, near[0]))
     return {"preserve": None, "rewrite": own}.get(value, value)
 
 
@@ -2299,11 +2306,12 @@ ADVICE = (  # what an error, which begins so, probably means
     ("proxy .*answered", "it is no proxy for CONNECT; --no-proxy goes without it"),
     ("answered (200|3..,)", "is this a network that wants a login in the browser?"),
     ("answered 400", "does this port want --tls?"),
-    ("answered 404", "is this the visitors' port? clients dial the --client-port"),
+    ("answered 404", "is this the visitors' port? dial the --client-port with -p"),
     ("answered 407", "a proxy in between wants a password"),
     ("answered 426", "another version of mdm-tunnel, or a proxy that drops Upgrade"),
     ("answered (429|50[234])", "a proxy answered that does not reach the server"),
     ("answered", "whoever listens there is no mdm-tunnel server"),
+    (".*unrecognized name", "the server has no certificate for the name dialled"),
     (".*signed certificate", "trust it with --tls-ca, or name it with --fingerprint"),
     (".*local issuer", "trust its authority with --tls-ca, or use --fingerprint"),
     (".*speaks no TLS", "has the server --tls-cert, and is this its client port?"),

@@ -1966,7 +1966,7 @@ class Names:
             owner = self.owners.get(name) or self.owners.get(wildcard_of(name))
             if owner and owner.pool.id in ids:
                 return owner.pool.id, owner.name
-            return min(ids), name
+            return min(ids), name  # no service has a dot: a 503 or 404 of that id
         if name in self.bases or ADDRESS.fullmatch(name):
             return None, None
         if not self.domains:
@@ -2043,8 +2043,8 @@ def wildcard_of(name: str) -> str:
 
 # -----------------------------------------------------------------------------------
 # Registry: whose an id is, and what is published under it. A Pool is an id's link and
-# its services. A Service is one entry of its list, made once, when
-# the list comes. A Tunnel is one client's link: it logs in, publishes, and goes.
+# its services. A Service is one entry of its list; it stays the same object while the
+# lists say the same of it. A Tunnel is one client's link: it logs in, publishes, goes.
 # -----------------------------------------------------------------------------------
 # What a service may ask of us. A client does not publish one that asks for more.
 OPTIONS = "auth domains host proxy_protocol tcp tls visitors".split()
@@ -2230,9 +2230,9 @@ class Registry:
             except ValueError as error:
                 urls[name] = "error: %s" % error
         pool.replace(services)
-        self.drop_unused(pool)
+        self.drop_unused(pool)  # what the old list had
         self.find_ways(tunnel, services, urls)
-        self.drop_unused(pool)
+        self.drop_unused(pool)  # what a service got that then failed
         return urls
 
     def find_ways(self, tunnel: "Tunnel", services: Any, urls: Dict[str, str]) -> None:
@@ -2272,7 +2272,8 @@ class Registry:
         """The URL of a domain that is the service's from now on. Raises ValueError."""
         names, pool = self.names, service.pool
         if pool.id not in names.may_have(domain):
-            raise ValueError("the server does not grant %s to %s" % (domain, pool.id))
+            cause = "the server's --tokens file does not grant %s to %s"
+            raise ValueError(cause % (domain, pool.id))
         owner = names.owners.setdefault(domain, service)
         if owner is not service:
             raise ValueError("%s belongs to %s" % (domain, owner))
@@ -2461,7 +2462,7 @@ class HTTPConnection:
         self.site, self.connection, self.ends = site, connection, ends
         self.loop = connection.loop
         self.visitors = site.visitors
-        self.front = site.visitors.fronts.before(ends.address)
+        self.front = site.visitors.fronts.if_trusted(ends.address)
         self.unparsed = bytearray()  # read, and not yet understood
         self.searched = 0  # bytes of it in which no head's end was found
         self.request: Optional[Request] = None  # the one that is being answered
@@ -3112,7 +3113,8 @@ class Connect:
         pass
 
     def receive(self, data: memoryview) -> None:
-        self.fail(HTTPError(502, "broken", "its client spoke before it was connected"))
+        cause = "%s: its client went on before it was connected" % self.service.label()
+        self.fail(HTTPError(502, "broken", cause))
 
     def on_end(self) -> None:
         self.receive(NO_DATA)
@@ -3177,7 +3179,7 @@ class Outcome(NamedTuple):
 
 def log_outcome(outcome: Outcome) -> None:
     """The line that -v gives for each answer."""
-    where = ("%s %s" % (outcome.id, outcome.service)).strip() or outcome.visitor
+    where = ("%s %s %s" % (outcome.visitor, outcome.id, outcome.service)).rstrip()
     what = ("%s %s" % (outcome.method, outcome.target)).strip() or "-"
     end = ("%d %s" % (outcome.status, outcome.code)).strip()
     log.info("%s: %s %s", where, what, end)
@@ -3271,8 +3273,8 @@ class RedirectSite(Site):
     """Sends visitors to the same place by TLS (RFC 9110 15.4.9)."""
 
     def resolve(self, request: Request) -> Any:
-        if request.scheme == "https":
-            return super().resolve(request)  # by TLS to a front that we trust
+        if request.scheme == "https" or request.method == "CONNECT":
+            return super().resolve(request)  # by TLS to a front, or none that follows
         port = self.registry.names.port
         host = request.name + (":%d" % port if port != 443 else "")
         path = request.target if request.target.startswith("/") else "/"
@@ -4415,9 +4417,9 @@ def plan_ports(config: "Config") -> List[Tuple[int, Any, bool]]:
     if not all(0 <= number < 1 << 16 for number in (port, client_port, tls_port or 0)):
         raise ValueError("a port is a number from 0 to 65535")
     if tls_port is not None and not tls:
-        raise ValueError("TLS for visitors needs a certificate")
+        raise ValueError("--tls-port needs a certificate: --tls-cert or --tls-dir")
     if config.redirect and tls_port is None:
-        raise ValueError("a redirect needs a port with TLS to lead to")
+        raise ValueError("--redirect needs a --tls-port to lead to")
     if port != 0 and (port == tls_port or tls and port == client_port):
         raise ValueError("port %d cannot be both with TLS and without" % port)
     plain = RedirectSite if config.redirect else Site
@@ -4521,7 +4523,7 @@ class TCPPorts:
         if service in mine:
             return mine[service]
         if not self.numbers or self.visitors.stopping:
-            raise ValueError("this server has no --tcp-ports, or is stopping")
+            raise ValueError("this server has no --tcp-ports A-B, or is stopping")
         if len(mine) >= TCP_LIMIT:
             raise ValueError("an id has at most %d ports" % TCP_LIMIT)
         if TCP_SHARE * len(self.open) >= self.loop.capacity or self.loop.full():
@@ -4551,7 +4553,8 @@ class TCPPorts:
     def listen(self, number: int, service: Service) -> int:
         """Raises ValueError or OSError."""
         if number not in self.numbers:
-            raise ValueError("port %d is not among --tcp-ports" % number)
+            span = self.numbers[0], self.numbers[-1]
+            raise ValueError("port %d is not among --tcp-ports %d-%d" % (number, *span))
         if number in self.open:
             raise ValueError("port %d belongs to %s" % (number, self.open[number][0]))
         sock = listen(self.bind, number)
@@ -4584,14 +4587,15 @@ PROXY_LINE = re.compile(
 )
 PROXY_LINE_LIMIT = 107  # bytes, by the specification
 SERVER_NAME = re.compile(r"(?=.{1,255}\Z)%s" % LABELS)
-UNRECOGNIZED_NAME = b"\x15\3\1\0\2\2\x70"  # an alert (RFC 6066 3, RFC 8446 6)
+HANDSHAKE = b"\x16"  # the kind of record in which a ClientHello comes (RFC 8446 5.1)
+UNRECOGNIZED_NAME = b"\x15\3\1\0\2\2\x70"  # alert, 3.1, two bytes: fatal, 112
 
 
 class Preface:
     """Reads the first bytes of a connection. parse(buffer) returns None while more must
-    come, or what it found, and how many bytes of the buffer that takes; the others stay
-    for the next owner, which then(connection, ends, found) makes. `parse` may raise
-    ProtocolError, which cuts the connection."""
+    come, then (found, count): what it found, and how many bytes that uses up. The rest
+    stays for the next owner, whom then(connection, ends, found) makes. `parse` may
+    raise ProtocolError, which cuts the connection."""
 
     def __init__(
         self, visitors: Any, connection: Connection, ends: Ends, parse: Call, then: Call
@@ -4720,7 +4724,7 @@ class ClientHello:
                 size = 4 + int.from_bytes(self.message[1:4], "big")
                 if len(self.message) >= max(4, size):
                     return find_server_name(bytes(self.message[:size])), 0
-            if buffer[:1] != b"\x16" or len(buffer) >= PREFACE_LIMIT:
+            if buffer[:1] != HANDSHAKE or len(buffer) >= PREFACE_LIMIT:
                 return "", 0
             return None
         except (struct.error, ValueError):
@@ -4786,13 +4790,16 @@ class TLSPort:
     def on_name(self, connection: Connection, ends: Ends, name: str) -> None:
         service = self.site.find_passthrough(name)
         context = self.certificates.find(name)
+        if context is None and not connection.unread.startswith(HANDSHAKE):
+            context = self.certificates.any()  # which then says that this is no TLS
         if service:
             service.carry(connection, ends, "tls")
         elif context is None:
+            log.info("%s: no certificate for %s", ends.address, name or "no name")
             connection.write(UNRECOGNIZED_NAME)
             connection.close_when_drained(Ending.LINGER)
         else:
-            self.site.serve(connection, ends)
+            self.site.serve(connection, ends)  # who is told when TLS fails
             connection.loop.guard(connection, connection.start_tls, context, True)
 
 
@@ -4811,11 +4818,11 @@ class Fronts:
 
     def __init__(self, trusted: Any, proxied: bool) -> None:
         if proxied and not trusted:
-            raise ValueError("--proxy-protocol believes only --trust-proxy")
+            raise ValueError("--proxy-protocol needs --trust-proxy: whom to believe")
         self.networks = Networks(trusted)
         self.proxied = proxied
 
-    def before(self, address: str) -> Optional["Fronts"]:
+    def if_trusted(self, address: str) -> Optional["Fronts"]:
         """Itself where what comes from this address is believed."""
         return self if self.networks.networks and self.networks.hold(address) else None
 
@@ -4838,7 +4845,9 @@ class Fronts:
 
     def read(self, raw: str, address: str, scheme: str) -> Tuple[str, str, str]:
         """Who asks, by which scheme, and for which host ("": as Host says), by the
-        fields of a request that came from a trusted `address`."""
+        fields of a request that came from a trusted `address`. Each proxy appends whom
+        it saw. So from the right an entry counts as long as who wrote it is trusted,
+        and of the scheme and the host only the last, which that proxy wrote."""
         noted = join_fields(SAID_BY_FRONT.findall(raw))
         hops = noted.get("x-forwarded-for", address).rsplit(",", HOPS_LIMIT)
         for hop in reversed(hops[-HOPS_LIMIT:]):
@@ -5083,7 +5092,7 @@ def parse_grant(value: Any) -> Grant:
         return Grant(check_token(value))
     said = dict(value)
     if len(said) < len(value) or set(said) - {"token", "domains"}:
-        raise ValueError('beside "token" stands "domains", once, and nothing else')
+        raise ValueError('an object here holds "token" and "domains", each once')
     return Grant(check_token(said.get("token")), read_domains(said.get("domains", [])))
 
 
@@ -5111,7 +5120,7 @@ def open_tls(cert: Optional[str], key: Optional[str]) -> Optional[Watched]:
     """The TLS context of new connections, from files. Raises ValueError."""
     if cert is None:
         if key is not None:
-            raise ValueError("a key is of no use without its certificate")
+            raise ValueError("--tls-key needs its certificate, --tls-cert")
         return None
     return open_pair([cert, key or cert])
 
@@ -5133,7 +5142,8 @@ def open_pair(paths: List[str]) -> Watched:
 class Certificates:
     """The TLS contexts: that of --tls-cert, and those of the names in --tls-dir, which
     holds NAME.crt and NAME.key. A file is looked at when its name is asked for, so
-    there may be many. Raises ValueError where one is broken from the start."""
+    there may be many. One that is broken counts as missing, with a warning; at the
+    start it is a ValueError."""
 
     def __init__(self, default: Optional[Watched], folder: Optional[str]) -> None:
         self.default, self.folder = default, folder
@@ -5148,7 +5158,7 @@ class Certificates:
             raise ValueError("%s holds no NAME.crt" % folder)
         self.paths = [path for stem in stems for path in self.pair(stem)]
         for stem in stems:
-            self.found[stem] = open_pair(self.pair(stem)), 0.0
+            self.found[stem] = open_pair(self.pair(stem)), 0.0  # looked at long ago
 
     def pair(self, stem: str) -> List[str]:
         return [os.path.join(str(self.folder), stem + end) for end in (".crt", ".key")]
@@ -5162,8 +5172,14 @@ class Certificates:
                 return file.value
         return self.default.value if self.default else None
 
+    def any(self) -> Any:
+        """Some context, to say something at all."""
+        files = [file for file, _ in self.found.values() if file]
+        return files[0].value if files else None
+
     def look(self, stem: str) -> Optional[Watched]:
-        """The file pair of a name, as it is now or was a second ago."""
+        """The file pair of a name, as it is now or was a second ago. (The name comes
+        from outside; SERVER_NAME holds no `/`.)"""
         known, now = self.found.get(stem), time.monotonic()
         if known and now - known[1] < LOOK_TIME:
             return known[0]

@@ -172,8 +172,8 @@ def silence_of_15_and_40_seconds() -> str:
 FLOOD = """
 import socket, sys
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-sock.setsockopt(socket.SOL_SOCKET, 32, 350000)  # SO_SNDBUFFORCE: with 1000 bytes each
-sock.connect((sys.argv[1], 9))                  # the kernel queues some 300 of them
+sock.setsockopt(socket.SOL_SOCKET, 32, 220000)  # SO_SNDBUFFORCE: with 1000 bytes each
+sock.connect((sys.argv[1], 9))                  # the kernel queues some 180 of them
 while True:
     try:
         sock.send(bytes(1000))
@@ -183,7 +183,8 @@ while True:
 
 
 def link_behind_a_full_queue() -> str:
-    """Other programs keep two seconds of bytes before ours, both ways, and never fewer.
+    """Other programs keep more than a second of bytes before ours, each way, always: a
+    round trip takes two and more, on a busy machine three.
     Then the kernel says another address, with which the link is as alive as before."""
     with far_away(12) as far:
         if not far:
@@ -209,7 +210,7 @@ def link_behind_a_full_queue() -> str:
         assert "still there" in far.client.output(), far.client.output()
         assert download.popen.poll() is None, download.output()
         download.stop()
-    assert took > 3.5, "no queue: %.1f s" % took
+    assert took > 2, "no queue: %.1f s" % took
     return "a handshake through it took %.1f s" % took
 
 

@@ -299,7 +299,7 @@ def lines_for_nginx() -> str:
     text = (REPOSITORY / "README.md").read_text().partition("In nginx say")[2]
     lines = text.partition("```\n")[2].partition("```")[0]
     assert "Upgrade" in lines, "README says nothing of nginx"
-    return lines
+    return lines.replace("proxy_pass http://127.0.0.1:8000;", "")
 
 
 def web_by_tls(server: OnePort) -> None:
