@@ -2263,14 +2263,15 @@ class Whereabouts:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.known: Set[str] = set()  # with which the link was alive
+        self.known: Set[str] = set()  # no news: dialled from there, or asked about
         self.strange = False  # at the last look the address was another
         self.looked = wall_clock()
         self.change()
 
     def change(self) -> str:
-        """What has changed since the last look, or "". An address counts when two looks
-        find it strange, and then no more: either the link lives, or it is replaced."""
+        """Look around: what has changed since the last look, or "". An address counts
+        when two looks find it strange, as one may fall between two addresses; and then
+        no more: either the link lives, or it is replaced."""
         before, self.looked = self.looked, wall_clock()
         found, again = source_address(self.sock), self.strange
         if found and not self.known:
@@ -2322,7 +2323,7 @@ class Uplink:
     def __init__(self, client: "Client") -> None:
         self.client, self.loop = client, client.loop
         self.tunnel: Optional[Tunnel] = None  # that is logged in
-        self.coming: Any = None  # its successor: a Dial, then a Tunnel
+        self.coming: Any = None  # its successor, or the first: a Dial, then a Tunnel
         self.doubted: Optional[float] = None  # since when the tunnel is in doubt
         self.failures = 0  # attempts since a login
         self.wait = FIRST_WAIT
@@ -2332,7 +2333,8 @@ class Uplink:
         self.look_timer = Timer(self.loop, client, self.look)
 
     def dial(self) -> None:
-        self.failures += self.tunnel is None  # until it leads to a login
+        if self.tunnel is None:
+            self.failures += 1  # until it leads to a login
         self.coming = dial = Dial(self.client.resolver, *self.way(), SERVER_TIME, self)
         self.loop.guard(dial, dial.advance)
 
@@ -2397,7 +2399,8 @@ class Uplink:
         self.look_timer.set(LOOK_AROUND if self.doubted is None else DOUBT_LOOK)
 
     def decide(self) -> None:
-        """The successor logs in, unless the tunnel lives or has time left to say so."""
+        """The successor logs in, unless the tunnel lives or has time left to say so. At
+        the first login there is no tunnel to doubt, so it logs in at once."""
         link, coming = self.tunnel and self.tunnel.link, self.coming
         if isinstance(coming, Tunnel) and coming.nonces[1]:
             return  # it has logged in: the server may have closed the old link

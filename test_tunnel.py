@@ -143,7 +143,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 1994, "server": 3415, "client": 1482}
+    BUDGETS = {"shared": 1994, "server": 3415, "client": 1486}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
