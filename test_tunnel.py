@@ -10053,6 +10053,94 @@ class Processes(TunnelCase):
         self.assertEqual(len(done.stderr.splitlines()), 1)
         self.assertIn("taken", done.stderr)
 
+    def at_terminal(self, *words, **env):
+        """The client, which comes by standard input, and its terminal."""
+        if os.name == "nt":
+            self.skipTest("no such terminals here")
+        import fcntl
+        import pty
+        import termios
+
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        process = subprocess.Popen(
+            [sys.executable, "-", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),
+            env={**os.environ, **env},
+        )
+        os.close(slave)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait, PATIENCE)
+        self.addCleanup(process.kill)
+        process.stdin.write(read(SCRIPTS[1]).encode())
+        process.stdin.close()
+        return process, master
+
+    def said_at(self, master, word=b"\0"):
+        """What comes at a terminal, up to `word` or to the end of the program."""
+        said = b""
+        with contextlib.suppress(OSError):  # EIO: nobody holds the other end
+            while word not in said:
+                if not select.select([master], [], [], PATIENCE)[0]:
+                    self.fail("nothing more came behind %r" % said)
+                said += os.read(master, 4096)
+        return said
+
+    def start_with_a_token(self):
+        """A server that wants one; the client's words."""
+        self.start_server(tokens=self.file('{"tim": "secret"}'))
+        port = str(self.server.program.client_address[1])
+        return ["-v", "-h", "127.0.0.1", "-p", port, "-i", "tim", "web=9"]
+
+    def test_token_is_asked_for_at_the_terminal_and_not_shown(self):
+        words = self.start_with_a_token()
+        process, master = self.at_terminal(*words)
+        self.assertIn(b"Token of tim: ", self.said_at(master, b"Token of tim: "))
+        os.write(master, b"secret\n")
+        self.assertIn(b"http://web.tim.localhost", process.stdout.readline())
+        process.send_signal(signal.SIGTERM)
+        self.assertNotIn(b"secret", self.said_at(master))
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_token_that_is_not_the_right_one_is_asked_for_once(self):
+        words = self.start_with_a_token()
+        for typed, status, word in (
+            (b"wrong\n", 3, b"no such id, or a wrong token"),
+            (b"\n", 3, b"this server wants a token"),
+            (b"\x04", 3, b"this server wants a token"),
+            (b"\xc3\xa9\n", 2, b"ASCII"),
+            (b"\x03", 0, b""),
+        ):
+            process, master = self.at_terminal(*words, LC_ALL="C.UTF-8")
+            self.said_at(master, b"Token of tim: ")
+            os.write(master, typed)
+            said = self.said_at(master)
+            self.assertEqual(process.wait(PATIENCE), status, said)
+            self.assertIn(word, said)
+            self.assertNotIn(b"Traceback", said)
+            self.assertNotIn(b"Token of", said)
+
+    def test_sigterm_at_the_prompt_ends_the_client_and_gives_the_terminal_back(self):
+        import termios
+
+        words = self.start_with_a_token()
+        process, master = self.at_terminal(*words)
+        self.said_at(master, b"Token of tim: ")
+        self.assertFalse(termios.tcgetattr(master)[3] & termios.ECHO)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(PATIENCE), 0)
+        self.assertTrue(termios.tcgetattr(master)[3] & termios.ECHO)
+
+    def test_nobody_is_asked_where_there_is_no_terminal(self):
+        done = run_script(SCRIPTS[1], *self.start_with_a_token()[1:])
+        self.assertEqual((done.status, done.stdout), (3, ""))
+        self.assertEqual(len(done.stderr.splitlines()), 1)
+        self.assertIn("this server wants a token", done.stderr)
+
     def test_client_is_read_while_root_may_and_handed_out_afterwards(self):
         if os.name == "nt" or os.getuid() != 0:
             self.skipTest("only root can")
