@@ -20,6 +20,7 @@ from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple
 from typing import Union
 
 import by_name
+import first_minute
 import leaving
 import moving
 import publishing
@@ -803,6 +804,7 @@ CHECKS: List[Callable[[World], str]] = [
     tls_and_tokens,
     ssh_and_redis_by_ports_of_their_own,
     out_by_tinyproxy,
+    *first_minute.CHECKS,
     *by_name.CHECKS,
     *publishing.CHECKS,
     *skew.CHECKS,
