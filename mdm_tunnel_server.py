@@ -1932,8 +1932,8 @@ ADDRESS = re.compile(r"\[.*\]|[0-9.]+")
 DOMAIN = re.compile(r"(?:(https?)://)?([^/:]+?)\.?(?::([0-9]{1,5}))?/*")
 # One of --domain. The port is None for the visitors' port, and 0 for the scheme's.
 Domain = NamedTuple("Domain", [("scheme", str), ("name", str), ("port", Optional[int])])
-# The public service sslip.io maps 8.8.8.8.sslip.io, and what is below it, to that
-# address, and so 8-8-8-8.sslip.io. IPv6 always has dashes.
+# The public service sslip.io maps 8.8.8.8.sslip.io and 8-8-8-8.sslip.io, and all names
+# below them, to that address. IPv6 always has dashes.
 SSLIP = re.compile(
     r"(?:.*\.)?((?:\d+(?:\.\d+){3}|[\da-f]+(?:--?[\da-f]+){2,7})\.sslip\.io)"
 )
@@ -3257,9 +3257,8 @@ class Site:
     def page_for(self, request: Request, id: Any, name: Any) -> Page:
         """The index of an id, the landing page, or a 404 that says what is missing."""
         names, pool = self.registry.names, self.registry.pools.get(id)
-        asks = request.method in ("GET", "HEAD")
-        root = asks and request.target == "/"
-        if id is None and asks and names.is_base(request.name):
+        root = request.method in ("GET", "HEAD") and request.target == "/"
+        if id is None and names.is_base(request.name):
             page = self.server.landing.find(self, request)
             if page:
                 return page
@@ -4408,9 +4407,9 @@ def quoted(word: str) -> str:
 
 
 class Landing:
-    """The server's own pages, unless --no-landing (`on` is False). The client's file is
-    read when it is first asked for, and looked at once a second at most. Who takes it
-    gets the bytes of one look, whatever becomes of the file meanwhile."""
+    """What the server says at its own name, unless --no-landing (`on` is False). The
+    client's file is read when it is first asked for, and looked at once a second at
+    most. A visitor gets the bytes of one look, even if the file changes meanwhile."""
 
     def __init__(self, on: bool, tokens: bool) -> None:
         self.on, self.tokens = on, tokens
@@ -4438,6 +4437,8 @@ class Landing:
         path = request.target.partition("?")[0]
         if not self.on:
             raise HTTPError(404, "no-name", "nothing is here")
+        if request.method not in ("GET", "HEAD"):
+            return None
         if path == "/":
             return Page(200, "", "mdm-tunnel is here", self.begin(site, request))
         if path != "/" + CLIENT_NAME:

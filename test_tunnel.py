@@ -5417,8 +5417,8 @@ class LandingPages(TunnelCase):
 
     def test_without_landing_nothing_tells_what_is_here(self):
         self.start_server(landing=False)
-        for path in ("/", self.FILE, "/path"):
-            answer = self.get("localhost", path)
+        for path, method in (("/", "GET"), (self.FILE, "GET"), ("/path", "POST")):
+            answer = self.get("localhost", path, method)
             self.assertEqual(answer.status, 404)
             self.assertEqual(answer.content, b"404 Not Found\nnothing is here\n")
         self.assertNotIn(b"mdm_tunnel", self.get("web.tim.x").content)
