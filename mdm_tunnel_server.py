@@ -5368,20 +5368,20 @@ def make_context(cert: str, key: str) -> Any:
     return context
 
 
-def first_certificate(cert: bytes) -> bytes:
+def first_certificate(cert: bytes) -> str:
     """The first certificate of a PEM file. Raises ValueError."""
-    import ssl
-
     end = b"-----END CERTIFICATE-----"
     text = cert[cert.find(b"-----BEGIN CERTIFICATE-----") : cert.find(end)] + end
-    return ssl.PEM_cert_to_DER_cert(text.decode("ascii"))
+    return text.decode("ascii")
 
 
 def fingerprint(cert: bytes) -> str:
     """The SHA-256 of the first certificate of a PEM file, as openssl writes it."""
     import hashlib
+    import ssl
 
-    digest = hashlib.sha256(first_certificate(cert)).hexdigest()
+    der = ssl.PEM_cert_to_DER_cert(first_certificate(cert))
+    digest = hashlib.sha256(der).hexdigest()
     return ":".join(re.findall("..", digest.upper()))
 
 

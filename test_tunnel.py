@@ -9301,6 +9301,21 @@ BAMCA0gAMEUCIQCFtvCqiuPDk6Bi1d38BO3lQauE+lQkeoIihtgKKt2uiwIgHWcb
 """  # for www.example.org, *.example.org and *.tim.localhost
 
 
+OF_AN_AUTHORITY = """\
+-----BEGIN CERTIFICATE-----
+MIIBjzCCATWgAwIBAgIUf2tuLGEzrBMcy7bSxNvqlUDobMkwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJYXV0aG9yaXR5MCAXDTI2MTEyNzExNDU0M1oYDzIxMjYxMTAz
+MTE0NTQzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAQcqqjux7LfYXzn2IrQB6DXlrvse9RaLGMO2m94QORj5pxelIS1NvMk
+2Wb+pfvp2uN8d5BgrCCMceyXYNVvYupwo2MwYTAUBgNVHREEDTALgglsb2NhbGhv
+c3QwCQYDVR0TBAIwADAdBgNVHQ4EFgQUr2JTxhHXpk096pA+05Y+3bOa/E4wHwYD
+VR0jBBgwFoAUHk82yLEV+t8/SpjzBVrf6yGR5k8wCgYIKoZIzj0EAwIDSAAwRQIh
+AJvYI2r4d/yawgGhwXvbro+0FtvCW8JE2q2o/4mJ5SofAiAizkdpFRcOlR1swqEE
+svwQecIyW3D6SfZ4qbCHvG5nzw==
+-----END CERTIFICATE-----
+"""
+
+
 class LandingPagesByTLS(TLSCase):
     line, page, FILE = LandingPages.line, LandingPages.page, LandingPages.FILE
 
@@ -9332,6 +9347,16 @@ class LandingPagesByTLS(TLSCase):
         line = "curl -fsS http://localhost:%d%s | python3 - -h https://localhost:%d"
         line %= port, self.FILE, program.client_address[1]
         self.assertIn("%s --fingerprint %s -i" % (line, self.pin()), page)
+
+    def test_self_signed_is_told_from_signed_by_another(self):
+        for pem, expected in (
+            (LOCALHOST, True),
+            (OF_AN_AUTHORITY, False),
+            (OF_AN_AUTHORITY + LOCALHOST, False),  # a chain: the first one counts
+            ("", False),
+            (LOCALHOST.replace("MIIB", "AAAA"), False),
+        ):
+            self.assertIs(server_module.is_self_signed(pem.encode()), expected)
 
     def test_certificate_of_an_authority_needs_no_fingerprint(self):
         change(self, server_module, is_self_signed=lambda cert: False)
