@@ -4341,6 +4341,7 @@ li { margin: .4em 0 }
 p, li, small { overflow-wrap: anywhere }
 pre { background: rgba(127, 127, 127, .13); padding: 1em 1.2em; border-radius: 8px;
   white-space: pre-wrap; overflow-wrap: break-word; font-size: .85em }
+pre span { display: inline-block; max-width: 100%% }
 button { float: right; font: .95em system-ui, sans-serif; margin: -.3em -.5em .3em 1em;
   padding: .3em .9em; border: 1px solid rgba(127, 127, 127, .5); border-radius: 6px;
   background: Canvas; color: inherit; cursor: pointer }
@@ -4389,7 +4390,8 @@ def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
     for line in lines:
         text = html.escape(line)
         if line.startswith("  "):
-            parts.append("<pre><code>%s</code></pre>" % text.strip())
+            words = text.strip().replace(" ", "</span> <span>")  # no `-` stands alone
+            parts.append("<pre><code><span>%s</span></code></pre>" % words)
         elif line.startswith(" "):
             parts.append("<small>%s</small>" % text.strip())
         elif line.startswith("http://") or line.startswith("https://"):
@@ -4454,33 +4456,38 @@ class Landing:
         client, names = self.look(), site.registry.names
         if client is None:
             return self.how_to(site, request)
-        pin = site.server.certificates.option(request.name)
+        certificates = site.server.certificates
+        pin = certificates.pin(request.name)
         url = "%s/%s" % (names.origin(request.host, request.scheme), CLIENT_NAME)
         get = "curl -fsS %s | python3 -" % quoted(url)
-        if pin and site.has_own_tls(request):  # curl would not trust it
+        if certificates.option(request.name) and site.has_own_tls(request):
+            # curl would not trust it
             get = "curl -fsSko {0} {1} && echo '{2}  {0}' | sha256sum -c && python3 {0}"
             get = get.format(CLIENT_NAME, quoted(url), client[1])
-        where = "It will be " + names.url("NAME", "web", request.host)
+        where = names.url("NAME", "web", request.host)
         where += SSLIP_HINT if names.is_mapped(where) else ""
         lines = self.how_to(site, request, get)
-        lines += [where.replace("It will be error: no", "But there is no")]
-        lines += ["The client is one file; it needs Python 3.6 or later, and no more:"]
+        lines[-1] = "Until Ctrl-C your service is then at " + where
+        if where.startswith("error: "):
+            lines[-1] = "There is n" + where[len("error: n") :]
+        lines += ["The client is one file, and needs Python 3.6 or later:"]
         lines += [url, " Version %s, SHA-256 %s" % (client[2], client[1])]
-        return lines + [" The certificate of this server:%s" % pin] * bool(pin)
+        return lines + [" The certificate of this server: SHA256 " + pin] * bool(pin)
 
     def how_to(self, site: Site, request: Request, get: str = "") -> List[str]:
         """How somebody gets a name here; `get` is how the client is had and started."""
         if not self.on:
             return []
         get = get or "python3 " + CLIENT_NAME
-        name = "NAME is for you to choose"
+        name = "NAME is for you to choose."
         if self.tokens:
-            name = "NAME and its token are given out by who runs this server: set "
-            name += "MDM_TUNNEL_TOKEN, or the client asks for it"
+            name = "NAME and its token come from who runs this server. The client asks "
+            name += "for the token, if it is not in MDM_TUNNEL_TOKEN."
         return [
             "To publish what listens on port 9000 of your machine, paste there:",
             "  %s %s -i NAME -v web=9000" % (get, site.way_in(request)),
-            name + "; -v prints the address of the service web.",
+            name,
+            "-v prints the address of the service web.",
         ]
 
 
@@ -5327,13 +5334,22 @@ class Certificates:
                 return file
         return self.default
 
+    def pem(self, name: str) -> bytes:
+        """The certificate that we show who dials us by this name; b"" for none."""
+        file = self.find_file("" if ADDRESS.fullmatch(name) else name)
+        return file.contents[0] if file and file.contents else b""
+
+    def pin(self, name: str) -> str:
+        """Its fingerprint, or ""."""
+        with contextlib.suppress(ValueError):
+            return fingerprint(self.pem(name))
+        return ""
+
     def option(self, name: str) -> str:
         """What a client adds that dials us by this name: the fingerprint, if no
-        authority vouches for the certificate. "" when it has nothing to add."""
-        file = self.find_file("" if ADDRESS.fullmatch(name) else name)
-        if not file or not file.contents or not is_self_signed(file.contents[0]):
-            return ""
-        return " --fingerprint " + fingerprint(file.contents[0])
+        authority vouches for the certificate."""
+        alone = is_self_signed(self.pem(name))
+        return " --fingerprint " + self.pin(name) if alone else ""
 
     def look(self, stem: str) -> Optional[Watched]:
         """The file pair of a name, as it is now or was a second ago."""
