@@ -10080,7 +10080,7 @@ class Processes(TunnelCase):
         self.assertEqual(len(done.stderr.splitlines()), 1)
         self.assertIn("taken", done.stderr)
 
-    def at_terminal(self, *words, **env):
+    def at_terminal(self, *words, begin=("-",), **env):
         """The client, which comes by standard input, and its terminal."""
         if os.name == "nt":
             self.skipTest("no such terminals here")
@@ -10091,7 +10091,7 @@ class Processes(TunnelCase):
         master, slave = pty.openpty()
         self.addCleanup(os.close, master)
         process = subprocess.Popen(
-            [sys.executable, "-", *words],
+            [sys.executable, *begin, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=slave,
@@ -10161,6 +10161,17 @@ class Processes(TunnelCase):
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(PATIENCE), 0)
         self.assertTrue(termios.tcgetattr(master)[3] & termios.ECHO)
+
+    def test_job_in_the_background_is_not_stopped_by_asking(self):
+        words = self.start_with_a_token()
+        code = "import os, subprocess, sys\n"
+        code += "words = [sys.executable, '-'] + sys.argv[1:]\n"
+        code += "sys.exit(subprocess.call(words, preexec_fn=os.setpgrp))"
+        process, master = self.at_terminal(*words, begin=("-c", code))
+        said = self.said_at(master)
+        self.assertEqual(process.wait(PATIENCE), 3)
+        self.assertIn(b"this server wants a token", said)
+        self.assertNotIn(b"Token of", said)
 
     def test_nobody_is_asked_where_there_is_no_terminal(self):
         done = run_script(SCRIPTS[1], *self.start_with_a_token()[1:])
