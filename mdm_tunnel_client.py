@@ -3255,6 +3255,7 @@ def find_proxy(host: str, port: int, tls: bool) -> Optional[Proxy]:
 HELP = "\0"  # what -h has for a value when it stands alone
 DEFAULT_FILE = os.path.join("~", ".tunnel-services.json")
 TOKEN_VARIABLE = "MDM_TUNNEL_TOKEN"
+WANTS_TOKEN = "this server wants a token"  # as servers say it, from 1.0.0 on
 
 
 class Config(NamedTuple):
@@ -3326,7 +3327,7 @@ def make_parser() -> FileParser:
     add("-p", "--port", type=int, help="its client port (8001)")
     add("--token-file", metavar="FILE",
         help="holds the token of the id, and nothing else; without it "
-        "$MDM_TUNNEL_TOKEN counts, then the service file")  # fmt: skip
+        "$MDM_TUNNEL_TOKEN counts, the service file, or you are asked")  # fmt: skip
     add("--tls", action="store_true",
         help="dial by TLS; the certificate must be for the host")  # fmt: skip
     add("--tls-ca", metavar="FILE", help="authorities to trust, and no others")
@@ -3419,19 +3420,57 @@ def load_config(options: argparse.Namespace) -> Config:
                   options.max_attempts, tls, pin, proxy)  # fmt: skip
 
 
+def has_terminal() -> bool:
+    """Whether somebody can be asked. The script itself may come by standard input, so
+    the terminal counts, unless we are a job in its background, which it would stop."""
+    if not any(stream and stream.isatty() for stream in (sys.stdin, sys.stderr)):
+        return False
+    try:
+        with open("/dev/tty", "rb", buffering=0) as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except (OSError, AttributeError):
+        return os.name == "nt"
+
+
+def ask_token(id: str) -> str:
+    """Ask at the terminal; "" when nothing is said. A signal ends the client by an
+    exception, so that the terminal shows again what is typed. Raises ValueError."""
+    import getpass
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    try:
+        said = getpass.getpass("Token of %s: " % id)
+    except (EOFError, OSError):
+        said = ""
+    return said and check_token(said)
+
+
+def serve(config: Config) -> None:
+    """Serve until a signal. Raises ValueError or Refused."""
+    client = Client(config)
+    ignore_signals()
+    client.loop.catch_signals(client.on_signal)
+    client.run()
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     """Serve until a signal. Exit status: 0, 1, 2 (usage, configuration), 3 (login
     refused) or 4 (attempts used up)."""
     options = parse_arguments(argv)
     set_up_log(options.verbose)
+    config = load_config(options)
     try:
-        client = Client(load_config(options))
+        try:
+            serve(config)
+        except Refused as refusal:
+            asks = str(refusal) == WANTS_TOKEN and has_terminal()
+            token = ask_token(options.id) if asks else ""
+            if not token:
+                raise
+            serve(config._replace(token=Watched([], lambda: token)))
     except ValueError as error:
         die(2, error)
-    ignore_signals()
-    client.loop.catch_signals(client.on_signal)
-    try:
-        client.run()
     except Refused as refusal:
         die(refusal.status, refusal)
 

@@ -1932,6 +1932,12 @@ ADDRESS = re.compile(r"\[.*\]|[0-9.]+")
 DOMAIN = re.compile(r"(?:(https?)://)?([^/:]+?)\.?(?::([0-9]{1,5}))?/*")
 # One of --domain. The port is None for the visitors' port, and 0 for the scheme's.
 Domain = NamedTuple("Domain", [("scheme", str), ("name", str), ("port", Optional[int])])
+# The public service sslip.io maps 8.8.8.8.sslip.io and 8-8-8-8.sslip.io, and all names
+# below them, to that address. IPv6 always has dashes.
+SSLIP = re.compile(
+    r"(?:.*\.)?((?:\d+(?:\.\d+){3}|[\da-f]+(?:--?[\da-f]+){2,7})\.sslip\.io)"
+)
+SSLIP_HINT = " (by sslip.io; --domain gives the server names of its own)"
 
 
 def parse_domains(text: str) -> List[Domain]:
@@ -1994,21 +2000,27 @@ class Names:
 
     def base(self, name: str) -> str:
         """A name by which a client can dial this server, as far as we know."""
-        labels = name.split(".")
+        labels, mapped = name.split("."), SSLIP.fullmatch(name)
         if self.domains:
             return self.domains[0].name
         if self.is_base(name) or len(labels) < 3:
             return name
+        if mapped:
+            return mapped.group(1)
         return "localhost" if labels[-1] == "localhost" else ".".join(labels[-2:])
 
-    def link(self, service: str, host: str, came: str) -> str:
-        """The URL of a service, for the index page at `host`, asked for by `came`."""
+    def origin(self, host: str, came: str) -> str:
+        """The URL, without a path, at which a visitor is that asked for `host` by the
+        scheme `came`: that of the front before us, where --domain names it."""
         bare = host.lower().partition(":")[0]
         for scheme, name, port in self.domains:
-            if port is not None and bare.endswith("." + name):
-                suffix = ":%d" % port if port else ""
-                return "%s://%s.%s%s/" % (scheme, service, bare, suffix)
-        return "%s://%s.%s/" % (came, service, host.lower())
+            if port is not None and ("." + bare).endswith("." + name):
+                return "%s://%s%s" % (scheme, bare, ":%d" % port if port else "")
+        return "%s://%s" % (came, host.lower())
+
+    def link(self, service: str, host: str, came: str) -> str:
+        """The URL of a service, for the index page at `host`."""
+        return self.origin(host, came).replace("://", "://%s." % service) + "/"
 
     def url(self, id: str, service: str, dialled: str) -> str:
         """Where a service is reached, or "error: ..." when the server has no name.
@@ -2019,8 +2031,14 @@ class Names:
         if name in ("127.0.0.1", "[::1]"):
             name = "localhost"
         elif not name or ADDRESS.fullmatch(name):
+            name = name_by_sslip(name, id)
+        if not name:
             return "error: no name: the server wants --domain, or a name to dial"
         return self.make_url("%s.%s.%s" % (service, id, name), scheme, port)
+
+    def is_mapped(self, url: str) -> bool:
+        """Whether sslip.io makes this name, and not --domain."""
+        return not self.domains and ".sslip.io" in url
 
     def make_url(self, host: str, scheme: str = "", port: Optional[int] = None) -> str:
         """Without a port it is that of the visitors, or of the front before us."""
@@ -2033,6 +2051,20 @@ class Names:
         """The URL of a domain of a service's own."""
         scheme, _, port = self.domains[0] if self.domains else ("", "", None)
         return self.make_url(host, scheme, port)
+
+
+def name_by_sslip(address: str, id: str) -> str:
+    """The name of a public address, below which the names of `id` may be; "" for any
+    other address. A number at the end of the id would be read as a part of the address,
+    if that had dots."""
+    import ipaddress
+
+    label = read_address(address.strip("[]"))
+    if not label or not ipaddress.ip_address(label).is_global:
+        return ""
+    label = label.replace(":", "-")
+    label = label.replace(".", "-") if id[-1:].isdigit() else label
+    return label + ".sslip.io" if label.strip("-") == label else ""
 
 
 def wildcard_of(name: str) -> str:
@@ -2266,7 +2298,7 @@ class Registry:
         elif service.tcp is True:
             host = url.partition("://")[2].partition(":")[0].rstrip("/")
             urls[0] = "tcp://%s by CONNECT to %s" % (host, names.own_url(base))
-        return " ".join(urls)
+        return " ".join(urls) + (SSLIP_HINT if names.is_mapped(urls[0]) else "")
 
     def claim_domain(self, service: Service, domain: str) -> str:
         """The URL of a domain that is the service's from now on. Raises ValueError."""
@@ -2450,6 +2482,7 @@ class Page(NamedTuple):
     title: str
     lines: List[str]
     fields: Any = ()
+    file: bytes = b""  # a text that is sent as it is, in place of the lines
 
     def begin(self, http: "HTTPConnection", request: Request) -> "Page":
         return self
@@ -2545,7 +2578,9 @@ class HTTPConnection:
         if request and request.method == "CONNECT":
             keep = False  # what follows is for the target, and no request
         html = request is not None and request.wants_html()
-        kind, body = make_page(page.title, page.lines, html)
+        kind, body = TEXT_KIND, page.file
+        if not body:
+            kind, body = make_page(page.title, page.lines, html)
         fields = [("Content-Type", kind), ("Content-Length", len(body))]
         fields += [("Cache-Control", "no-store"), *page.fields]
         fields += [("X-Tunnel-Error", page.code)] if page.code else []
@@ -3225,8 +3260,10 @@ class Site:
         """The index of an id, the landing page, or a 404 that says what is missing."""
         names, pool = self.registry.names, self.registry.pools.get(id)
         root = request.method in ("GET", "HEAD") and request.target == "/"
-        if id is None and root and names.is_base(request.name):
-            return Page(200, "", "mdm-tunnel is here", self.how_to(request))
+        if id is None and names.is_base(request.name):
+            page = self.server.landing.find(self, request)
+            if page:
+                return page
         if pool and name:
             raise HTTPError(404, "no-service", "%s has no service %s" % (id, name))
         if pool and root:
@@ -3248,15 +3285,19 @@ class Site:
             lines.append("... and %d more." % (len(names) - INDEX_LIMIT))
         return Page(200, "", "Services of %s" % pool.id, lines or ["None yet."])
 
-    def how_to(self, request: Request) -> List[str]:
-        """For the landing page and the 404s: how somebody gets a name here."""
-        line = "  python3 mdm_tunnel_client.py -v -h %s -p %d -i NAME web=9000"
-        base, port = self.registry.names.base(request.name), self.server.client_address
-        return [
-            "To publish what listens on port 9000 of your machine, run there:",
-            line % (base, port[1]),
-            "NAME is for you to choose; -v prints the address of the service web.",
-        ]
+    def has_own_tls(self, request: Request) -> bool:
+        """Whether the visitor sees a certificate of ours, and not that of a front."""
+        origin = self.registry.names.origin(request.host, request.scheme)
+        return self.scheme == "https" and origin == "https://" + request.host.lower()
+
+    def way_in(self, request: Request) -> str:
+        """The options with which a client dials this server."""
+        names, port = self.registry.names, self.server.client_address[1]
+        name = request.name if names.is_base(request.name) else names.base(request.name)
+        if self.server.client_tls:
+            url = "https://%s%s" % (name, ":%d" % port if port != 443 else "")
+            return "-h " + quoted(url) + self.server.certificates.option(name)
+        return "-h " + quoted(name) + (" -p %d" % port if port != 8001 else "")
 
     def page(self, error: Exception, request: Optional[Request]) -> Page:
         """What an error says to the visitor."""
@@ -3264,7 +3305,7 @@ class Site:
             error = HTTPError(500, "error", "the server made a mistake; its log has it")
         lines = [error.cause]
         if error.status == 404 and request:
-            lines += self.how_to(request)
+            lines += self.server.landing.how_to(self, request)
         title = "%d %s" % (error.status, phrase(error.status, error.code))
         return Page(error.status, error.code, title, lines, error.fields)
 
@@ -3335,6 +3376,16 @@ class SharedSite(Site):
             return self.links.resolve(request)
         return super().resolve(request)
 
+    def way_in(self, request: Request) -> str:
+        """By the way on which the visitor came, also through a front."""
+        names = self.registry.names
+        if not names.is_base(request.name):
+            return super().way_in(request)
+        way = "-h " + quoted(names.origin(request.host, request.scheme))
+        if self.has_own_tls(request):
+            way += self.server.certificates.option(request.name)
+        return way
+
 
 class Server:
     """Listens from the start; run() serves until stop(). Port 0 takes a free port: see
@@ -3358,6 +3409,7 @@ class Server:
         self.tokens = open_file([tokens], parse_tokens) if tokens is not None else None
         self.tls = open_tls(config.tls_cert, config.tls_key)
         self.certificates = Certificates(self.tls, config.tls_dir)
+        self.landing = Landing(config.landing, tokens is not None)
         socks = listen_all(config.bind, [number for number, *_ in plan])
         self.loop = loop or Loop()
         self.visitors = Visitors(self.loop, fronts)
@@ -3393,6 +3445,7 @@ class Server:
                   if tls and kind is not LinkSite]  # fmt: skip
         self.visitor_address = self.ports[0].address
         self.client_address = self.ports[-1].address
+        self.client_tls = plan[-1][2]
         self.tls_address = by_tls[0].address if by_tls else None
         names.port = (self.tls_address or self.visitor_address)[1]
         names.scheme = "https" if by_tls else "http"
@@ -4269,28 +4322,51 @@ def answer_framing(noted: Dict[str, str], status: int, to_head: bool) -> Framing
 
 
 # -----------------------------------------------------------------------------------
-# Pages: what the server says itself. HTML for browsers, text for everybody else.
+# Pages: what the server says itself. HTML for browsers, text for everybody else. At its
+# own name it says how to begin, and hands out the client that lies beside it.
 # -----------------------------------------------------------------------------------
 INDEX_LIMIT = 200  # services on an index page: to make one takes a while
+TEXT_KIND = "text/plain; charset=utf-8"
+CLIENT_NAME = "mdm_tunnel_client.py"
+CLIENT_LIMIT = 256 << 10  # bytes: it waits in memory for each visitor that takes it
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>%(title)s</title>
 <style>
 :root { color-scheme: light dark }
-body { font: 17px/1.55 system-ui, sans-serif; max-width: 40em; margin: 14vh auto;
+body { font: 17px/1.6 system-ui, sans-serif; max-width: 42em; margin: 12vh auto;
   padding: 0 1.2em }
-h1 { font-size: 1.5em; margin: 0 0 .6em }
+h1 { font-size: 1.5em; margin: 0 0 .8em }
 ul { list-style: none; padding: 0 }
 li { margin: .4em 0 }
-pre { background: rgba(127, 127, 127, .14); padding: .8em 1em; border-radius: 6px;
-  overflow-x: auto; font-size: .85em }
+p, li, small { overflow-wrap: anywhere }
+pre { background: rgba(127, 127, 127, .13); padding: 1em 1.2em; border-radius: 8px;
+  white-space: pre-wrap; overflow-wrap: break-word; font-size: .85em }
+pre span { display: inline-block; max-width: 100%% }
+button { float: right; font: .95em system-ui, sans-serif; margin: -.3em -.5em .3em 1em;
+  padding: .3em .9em; border: 1px solid rgba(127, 127, 127, .5); border-radius: 6px;
+  background: Canvas; color: inherit; cursor: pointer }
+small { display: block; margin: .3em 0; opacity: .7 }
 footer { margin-top: 3em; font-size: .8em; opacity: .6 }
 </style></head><body>
 <h1>%(title)s</h1>
 %(body)s
 <footer>mdm-tunnel %(version)s</footer>
-</body></html>
+%(script)s</body></html>
+"""
+# navigator.clipboard is not there by plain http. What is selected one can copy by hand.
+COPY = """<script>
+for (const code of document.querySelectorAll("pre code")) {
+  const button = document.createElement("button");
+  button.textContent = "Copy";
+  button.onclick = () => {
+    getSelection().selectAllChildren(code);
+    if (document.execCommand("copy")) button.textContent = "Copied";
+  };
+  code.before(button);
+}
+</script>
 """
 
 
@@ -4306,23 +4382,115 @@ def phrase(status: int, default: str) -> str:
 
 def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
     """(content type, body). A line that is a URL becomes a link, one that begins with
-    two spaces something to paste; all is escaped."""
+    two spaces something to paste, one with one space small print; all is escaped."""
     lines = list(map(printable, lines))
     if not as_html:
-        return "text/plain; charset=utf-8", "\n".join([title] + lines + [""]).encode()
+        return TEXT_KIND, "\n".join([title] + lines + [""]).encode()
     import html
 
     parts = []
     for line in lines:
         text = html.escape(line)
         if line.startswith("  "):
-            parts.append("<pre>%s</pre>" % text.strip())
+            words = text.strip().replace(" ", "</span> <span>")  # no `-` stands alone
+            parts.append("<pre><code><span>%s</span></code></pre>" % words)
+        elif line.startswith(" "):
+            parts.append("<small>%s</small>" % text.strip())
         elif line.startswith("http://") or line.startswith("https://"):
             parts.append('<ul><li><a href="%s">%s</a></li></ul>' % (text, text))
         else:
             parts.append("<p>%s</p>" % text)
     values = {"title": html.escape(title), "body": "\n".join(parts), "version": VERSION}
+    values["script"] = COPY if "<pre>" in values["body"] else ""
     return "text/html; charset=utf-8", (PAGE % values).encode()
+
+
+def quoted(word: str) -> str:
+    """A host or a URL as a word for the shell: an address of IPv6 has brackets."""
+    return "'%s'" % word if "[" in word else word
+
+
+class Landing:
+    """What the server says at its own name, unless --no-landing (`on` is False). The
+    client's file is read when it is first asked for, and looked at once a second at
+    most. A visitor gets the bytes of one look, even if the file changes meanwhile."""
+
+    def __init__(self, on: bool, tokens: bool) -> None:
+        self.on, self.tokens = on, tokens
+        script = globals().get("__file__")  # none, where it came by standard input
+        folder = os.path.dirname(os.path.abspath(script)) if script else ""
+        self.path = os.path.join(folder, CLIENT_NAME) if script else ""
+        self.file: Optional[Watched] = None
+        self.due = 0.0  # when the next look may be
+
+    def look(self) -> Any:
+        """The client as parse_client() has it; None where there is none."""
+        if self.on and self.path and time.monotonic() >= self.due:
+            self.due = time.monotonic() + LOOK_TIME
+            try:
+                if self.file:
+                    self.file.look()
+                self.file = self.file or open_file([self.path], parse_client)
+            except ValueError as error:
+                log.info("%s", error)
+        return self.file.value if self.file else None
+
+    def find(self, site: Site, request: Request) -> Optional[Page]:
+        """The page for what somebody gets at a name of the server itself, if there is
+        one. Raises HTTPError."""
+        path = request.target.partition("?")[0]
+        if not self.on:
+            raise HTTPError(404, "no-name", "nothing is here")
+        if request.method not in ("GET", "HEAD"):
+            return None
+        if path == "/":
+            return Page(200, "", "mdm-tunnel is here", self.begin(site, request))
+        if path != "/" + CLIENT_NAME:
+            return None
+        client = self.look()
+        if client is None:
+            cause = "no %s lies beside this server" % CLIENT_NAME
+            raise HTTPError(404, "no-page", cause)
+        return Page(200, "", "", [], file=client[0])
+
+    def begin(self, site: Site, request: Request) -> List[str]:
+        """What the landing page says."""
+        client, names = self.look(), site.registry.names
+        if client is None:
+            return self.how_to(site, request)
+        certificates = site.server.certificates
+        pin = certificates.pin(request.name)
+        url = "%s/%s" % (names.origin(request.host, request.scheme), CLIENT_NAME)
+        get = "curl -fsS %s | python3 -" % quoted(url)
+        if certificates.option(request.name) and site.has_own_tls(request):
+            # curl would not trust it
+            get = "curl -fsSko {0} {1} && echo '{2}  {0}' | sha256sum -c && python3 {0}"
+            get = get.format(CLIENT_NAME, quoted(url), client[1])
+        where = names.url("NAME", "web", request.host)
+        where += SSLIP_HINT if names.is_mapped(where) else ""
+        lines = self.how_to(site, request, get)
+        lines[-1] = "Until Ctrl-C your service is then at " + where
+        if where.startswith("error: "):
+            lines[-1] = "There is n" + where[len("error: n") :]
+        lines += ["The client is one file, and needs Python 3.6 or later:"]
+        lines += [url, " Version %s, SHA-256 %s" % (client[2], client[1])]
+        return lines + [" The certificate of this server: SHA256 " + pin] * bool(pin)
+
+    def how_to(self, site: Site, request: Request, get: str = "") -> List[str]:
+        """How somebody gets a name here; `get` is how the client is had and started."""
+        if not self.on:
+            return []
+        get = get or "python3 " + CLIENT_NAME
+        name = "NAME is for you to choose."
+        if self.tokens:
+            name = "NAME and its token come from who runs this server. The client asks "
+            name += "for the token, if it is not in MDM_TUNNEL_TOKEN."
+        return [
+            "To publish what listens on port 9000 of your machine, paste there:",
+            "  %s %s -i NAME -v web=9000" % (get, site.way_in(request)),
+            name,
+            "-v prints the address of the service web.",
+        ]
 
 
 # -----------------------------------------------------------------------------------
@@ -5165,12 +5333,33 @@ class Certificates:
 
     def find(self, name: str) -> Any:
         """The context for a host name that was asked for; None when there is none."""
+        file = self.find_file(name)
+        return file.value if file else None
+
+    def find_file(self, name: str) -> Optional[Watched]:
         wildcard = "_wildcard." + name.partition(".")[2]
         for stem in (name, wildcard) if self.folder and name else ():
             file = self.look(stem)
             if file:
-                return file.value
-        return self.default.value if self.default else None
+                return file
+        return self.default
+
+    def pem(self, name: str) -> bytes:
+        """The certificate that we show who dials us by this name; b"" for none."""
+        file = self.find_file("" if ADDRESS.fullmatch(name) else name)
+        return file.contents[0] if file and file.contents else b""
+
+    def pin(self, name: str) -> str:
+        """Its fingerprint, or ""."""
+        with contextlib.suppress(ValueError):
+            return fingerprint(self.pem(name))
+        return ""
+
+    def option(self, name: str) -> str:
+        """What a client adds that dials us by this name: the fingerprint, if no
+        authority vouches for the certificate."""
+        alone = is_self_signed(self.pem(name))
+        return " --fingerprint " + self.pin(name) if alone else ""
 
     def any(self) -> Any:
         """Some context, to say something at all."""
@@ -5211,15 +5400,47 @@ def make_context(cert: str, key: str) -> Any:
     return context
 
 
+def first_certificate(cert: bytes) -> str:
+    """The first certificate of a PEM file. Raises ValueError."""
+    end = b"-----END CERTIFICATE-----"
+    text = cert[cert.find(b"-----BEGIN CERTIFICATE-----") : cert.find(end)] + end
+    return text.decode("ascii")
+
+
 def fingerprint(cert: bytes) -> str:
     """The SHA-256 of the first certificate of a PEM file, as openssl writes it."""
     import hashlib
     import ssl
 
-    end = b"-----END CERTIFICATE-----"
-    text = cert[cert.find(b"-----BEGIN CERTIFICATE-----") : cert.find(end)] + end
-    digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(text.decode("ascii"))).hexdigest()
+    der = ssl.PEM_cert_to_DER_cert(first_certificate(cert))
+    digest = hashlib.sha256(der).hexdigest()
     return ":".join(re.findall("..", digest.upper()))
+
+
+@functools.lru_cache(maxsize=64)
+def is_self_signed(cert: bytes) -> bool:
+    """Whether only its fingerprint tells that this certificate is the right one. ssl
+    shows the issuer of authorities alone, and what `openssl req -x509` makes is one."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cadata=first_certificate(cert))
+    except (OSError, ValueError):
+        return False
+    return any(x["issuer"] == x["subject"] for x in context.get_ca_certs())
+
+
+def parse_client(data: bytes) -> Tuple[bytes, str, str]:
+    """The client's file, its SHA-256 and its version. Raises ValueError: what is copied
+    there just now may be half of it."""
+    import hashlib
+
+    version = re.search(rb'(?m)^VERSION = "([\w.]+)"', data)
+    whole = data.rstrip().endswith(b"    main()")
+    if not version or not whole or len(data) > CLIENT_LIMIT:
+        raise ValueError("no whole client of at most %d bytes" % CLIENT_LIMIT)
+    return data, hashlib.sha256(data).hexdigest(), version.group(1).decode()
 
 
 # -----------------------------------------------------------------------------------
@@ -5287,6 +5508,7 @@ class Config(NamedTuple):
     proxy_protocol: bool = False
     user: Optional[str] = None
     verbose: int = 0
+    landing: bool = True
 
 
 def port_number(text: str) -> int:
@@ -5354,6 +5576,8 @@ def make_parser() -> Parser:
     add("--proxy-protocol", action="store_true",
         help="every connection, on every port, comes from such an address and begins "
         "with a PROXY header")  # fmt: skip
+    add("--no-landing", action="store_false", dest="landing",
+        help="at its own name neither say how to begin nor hand out the client")
     add("--user", metavar="NAME",
         help="once the ports are open, go on as this user, not as root")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
@@ -5387,6 +5611,7 @@ def main(argv: Optional[List[str]] = None, router: Optional[Router] = None) -> N
         try:
             paths = [path for file in server.files for path in file.paths]
             paths += server.certificates.paths
+            server.landing.look()  # while it can be read
             drop_privileges(user, paths)
         except OSError as error:
             die(1, "cannot become %s: %s" % (config.user, error.strerror or error))

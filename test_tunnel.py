@@ -89,7 +89,7 @@ class Promises(unittest.TestCase):
             "argparse collections contextlib enum errno functools hashlib heapq hmac "
             "html http itertools json logging mmap os pwd queue random re resource "
             "selectors shlex signal socket ssl stat struct sys threading time "
-            "traceback typing difflib urllib base64 ipaddress".split()
+            "traceback typing difflib urllib base64 ipaddress getpass".split()
         )
         for name in SCRIPTS:
             for node in ast.walk(ast.parse(read(name))):
@@ -143,7 +143,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 1994, "server": 3415, "client": 1486}
+    BUDGETS = {"shared": 1994, "server": 3645, "client": 1530}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
@@ -3060,8 +3060,39 @@ class NamesOfHosts(unittest.TestCase):
         names = server_module.Names([], set())
         names.port = 80
         self.assertEqual(names.url("tim", "web", "a.b"), "http://web.tim.a.b/")
-        self.assertIn("--domain", names.url("tim", "web", "1.2.3.4:8001"))
+        self.assertIn("--domain", names.url("tim", "web", "10.2.3.4:8001"))
         self.assertIn("--domain", names.url("tim", "web", "[2001:db8::1]:8001"))
+
+    def test_public_addresses_have_names_by_sslip_io_and_no_others_have(self):
+        table = [
+            ("tim", "8.8.8.8", "8.8.8.8.sslip.io"),
+            ("node-1", "8.8.8.8", "8-8-8-8.sslip.io"),  # else it would be 1.8.8.8
+            ("tim", "[2607:f8b0::200e]", "2607-f8b0--200e.sslip.io"),
+            ("node-1", "[2607:f8b0::200e]", "2607-f8b0--200e.sslip.io"),
+            ("tim", "[::ffff:8.8.8.8]", "8.8.8.8.sslip.io"),
+            ("tim", "[2607:f8b0::]", ""),  # a label has no dash at its end
+        ]
+        table += [("tim", private, "") for private in (
+            "10.0.0.1", "192.168.1.5", "172.16.0.1", "100.64.0.1", "169.254.1.1",
+            "127.0.0.2", "0.0.0.0", "1", "8.8.8", "8.8.8.8.8", "[fe80::1]", "[fd00::1]",
+        )]  # fmt: skip
+        names = server_module.Names([], {"tim", "node-1"})
+        names.port = 8000
+        for id, address, base in table:
+            url = names.url(id, "web", address + ":8001")
+            host = "web.%s.%s" % (id, base)
+            if not base:
+                self.assertTrue(url.startswith("error: no name"), url)
+                continue
+            self.assertEqual(url, "http://%s:8000/" % host)
+            self.assertTrue(server_module.HOST.fullmatch(host))
+            self.assertEqual(names.find(host), (id, "web"))
+            self.assertEqual(names.base(host), base)
+            self.assertEqual(names.base("web--tim." + base), base)
+
+    def test_domain_wins_over_sslip_io(self):
+        names = server_module.Names(server_module.parse_domains("e.com"), set())
+        self.assertEqual(names.url("tim", "web", "8.8.8.8"), "http://web.tim.e.com/")
 
     def test_broken_domains_are_refused(self):
         broken = ["a b", "http://", "a/b", "ftp://a.b", "u@a.b", "@a.b", "a..b", "a:x"]
@@ -5164,7 +5195,8 @@ class Pages(TunnelCase):
         headers = {"Accept": "text/html"}
         answer = self.get("x.tim.x", "/<script>", headers=headers)
         self.assertEqual(answer.headers["Cache-Control"], "no-store")
-        self.assertNotIn(b"<script>", answer.content)
+        scripts = server_module.COPY.encode()  # one of our own, and no other
+        self.assertNotIn(b"<script", answer.content.replace(scripts, b""))
 
     def test_head_of_a_page_has_its_length_and_no_body(self):
         self.start_server()
@@ -5213,6 +5245,206 @@ class Pages(TunnelCase):
         client = self.start_client({"web": 9000})
         client.until(lambda: client.program.urls)
         self.assertEqual(client.program.urls, {"web": "https://web.tim.example.com/"})
+
+
+class LandingPages(TunnelCase):
+    """What the server says at its own name, and the client that it hands out."""
+
+    FILE = "/mdm_tunnel_client.py"
+
+    def page(self, host="localhost", **options):
+        return self.get(host, **options).content.decode()
+
+    def line(self, host, **headers):
+        """The line to paste, at the landing page of this host."""
+        lines = self.page(host, headers=headers).splitlines()
+        return next(line.strip() for line in lines if line.startswith("  "))
+
+    def hand_out(self, text):
+        """The path of a file that the server hands out as its client."""
+        path = self.file(text)
+        self.server.program.landing.path = path
+        return path
+
+    def client_of(self, version):
+        return 'VERSION = "%s"\nif __name__ == "__main__":\n    main()\n' % version
+
+    def test_client_is_handed_out_to_the_byte_and_the_page_has_its_sum(self):
+        self.start_server()
+        data = read(SCRIPTS[1]).encode()
+        for host in ("localhost", "127.0.0.1:8000", "[::1]"):
+            self.assertEqual(self.get(host, self.FILE).content, data)
+        page = self.page()
+        self.assertIn(hashlib.sha256(data).hexdigest(), page)
+        self.assertIn("Version %s," % client_module.VERSION, page)
+
+    def test_client_is_had_on_a_kept_connection_and_its_length_by_head(self):
+        self.start_server()
+        conn, length = self.keep(), str(len(read(SCRIPTS[1]).encode()))
+        for method in ("GET", "HEAD", "GET"):
+            answer = self.get("localhost", self.FILE, method, conn=conn)
+            self.assertEqual(answer.headers["Content-Length"], length)
+            self.assertEqual(len(answer.content), int(length) * (method == "GET"))
+            self.assertIsNotNone(conn.sock)
+
+    def test_path_is_a_services_own_below_the_base(self):
+        self.start()
+        self.assertEqual(self.echoed("web.tim.x", self.FILE)["path"], self.FILE)
+        for host, method in (("tim.x", "GET"), ("bob.x", "GET"), ("localhost", "POST")):
+            self.assertEqual(self.get(host, self.FILE, method).status, 404)
+
+    def test_clients_port_hands_nothing_out(self):
+        self.start_server()
+        first = "GET %s HTTP/1.1" % self.FILE
+        said = self.raw(self.ask("localhost", first=first), self.dial())
+        self.assertIn(b"X-Tunnel-Error: client-port", said)
+
+    def test_where_no_client_lies_beside_the_server_a_404_says_so(self):
+        self.start_server()
+        for path in ("", "/no/such/file"):
+            self.server.program.landing.path = path
+            answer = self.get("localhost", self.FILE)
+            self.assertEqual(answer.status, 404)
+            self.assertIn(b"no mdm_tunnel_client.py lies beside", answer.content)
+            self.assertIn("  python3 mdm_tunnel_client.py -h localhost", self.page())
+
+    def test_client_is_read_once_and_again_when_it_may_have_changed(self):
+        self.start_server()
+        reads, real = [], server_module.read_file
+        change(self, server_module, read_file=lambda x: reads.append(x) or real(x))
+        change(self, server_module, LOOK_TIME=3600)
+        for _ in range(5):
+            self.get("localhost", self.FILE)
+            self.page()
+        self.assertEqual(len(reads), 1)
+        self.server.program.landing.due = 0.0
+        self.get("localhost", self.FILE)
+        self.assertEqual(len(reads), 2)
+
+    def test_client_that_changes_is_handed_out_anew_but_never_half_of_it(self):
+        change(self, server_module, LOOK_TIME=0)
+        self.start_server()
+        path = self.hand_out(self.client_of("1"))
+        for text, version in (
+            (self.client_of("2"), "2"),
+            (self.client_of("3")[:-9], "2"),
+            ("no client", "2"),
+            (self.client_of("4" * server_module.CLIENT_LIMIT), "2"),
+            (self.client_of("5"), "5"),
+        ):
+            with open(path, "w") as file:
+                file.write(text)
+            found = self.get("localhost", self.FILE).content.decode()
+            self.assertEqual(found, self.client_of(version))
+            sum = hashlib.sha256(found.encode()).hexdigest()
+            self.assertIn("Version %s, SHA-256 %s" % (version, sum), self.page())
+        os.remove(path)
+        found = self.get("localhost", self.FILE).content.decode()
+        self.assertEqual(found, self.client_of("5"))
+
+    def test_slow_visitor_gets_the_client_as_it_was_when_it_asked(self):
+        change(self, server_module, LOOK_TIME=0)
+        self.start_server()
+        filler = "# %s\n" % ("x" * 80) * 3000
+        path = self.hand_out(filler + self.client_of("1"))
+        with contextlib.closing(socket.socket()) as conn:
+            conn.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            conn.settimeout(PATIENCE)
+            conn.connect(self.server.program.visitor_address)
+            visitors = self.server.program.visitors.all
+            self.server.until(lambda: visitors)
+            connection = next(iter(visitors)).connection
+            # The kernel holds little, so that the server has to wait for the visitor.
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            conn.sendall(self.ask("localhost", first="GET %s HTTP/1.1" % self.FILE))
+            self.server.until(lambda: connection.waiting())
+            with open(path, "w") as file:
+                file.write(self.client_of("2"))
+            other = self.get("localhost", self.FILE).content.decode()
+            self.assertEqual(other, self.client_of("2"))
+            self.assertTrue(connection.waiting())
+            said = self.raw(b"", conn).partition(b"\r\n\r\n")[2].decode()
+        self.assertEqual(said, filler + self.client_of("1"))
+
+    def test_line_to_paste_is_right_for_the_ports_and_the_name(self):
+        self.start_server(domain="e.com,eu.e.com")
+        port = self.server.program.client_address[1]
+        line = "curl -fsS {1}http://{0}{2}{1} | python3 - -h {1}{3}{1} -p %d" % port
+        for host, quote, name in (
+            ("localhost:80", "", "localhost"),
+            ("E.com:8000", "", "e.com"),
+            ("eu.e.com", "", "eu.e.com"),
+            ("[::1]:8000", "'", "[::1]"),
+        ):
+            said = line.format(host.lower(), quote, self.FILE, name)
+            self.assertEqual(self.line(host), said + " -i NAME -v web=9000")
+
+    def test_usual_port_of_clients_is_not_in_the_line(self):
+        self.start_server()
+        self.server.program.client_address = ("", 8001)
+        line = "curl -fsS http://localhost%s | python3 - -h localhost" % self.FILE
+        self.assertEqual(self.line("localhost"), line + " -i NAME -v web=9000")
+
+    def test_line_goes_by_the_front_where_there_is_one(self):
+        port = free_port()
+        self.start_server(
+            port=port,
+            client_port=port,
+            domain="https://e.com",
+            trust_proxy=["127.0.0.1"],
+        )
+        line = "curl -fsS %s" + self.FILE + " | python3 - -h %s -i NAME -v web=9000"
+        self.assertEqual(self.line("e.com"), line % (2 * ("https://e.com",)))
+        forwarded = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "localhost:444"}
+        found = self.line("x", **forwarded)
+        self.assertEqual(found, line % (2 * ("https://localhost:444",)))
+        found = self.line("localhost:%d" % port)
+        self.assertEqual(found, line % (2 * ("http://localhost:%d" % port,)))
+
+    def test_page_says_where_the_service_will_be(self):
+        self.start_server()
+        port = self.server.program.visitor_address[1]
+        for host, said in (
+            ("localhost", "is then at http://web.NAME.localhost:%d/\n" % port),
+            ("8.8.8.8", "is then at http://web.NAME.8.8.8.8.sslip.io:%d/ (by" % port),
+            ("10.1.1.1", "There is no name: the server wants --domain, or a name"),
+        ):
+            self.assertIn(said, self.page(host))
+
+    def test_server_with_tokens_says_how_the_token_is_given(self):
+        self.start_server(tokens=self.file('{"tim": "secret"}'))
+        self.assertIn("MDM_TUNNEL_TOKEN", self.page())
+        self.assertNotIn("for you to choose", self.page())
+
+    def test_without_landing_nothing_tells_what_is_here(self):
+        self.start_server(landing=False)
+        for path, method in (("/", "GET"), (self.FILE, "GET"), ("/path", "POST")):
+            answer = self.get("localhost", path, method)
+            self.assertEqual(answer.status, 404)
+            self.assertEqual(answer.content, b"404 Not Found\nnothing is here\n")
+        self.assertNotIn(b"mdm_tunnel", self.get("web.tim.x").content)
+        for words, on in (([], True), (["--no-landing"], False)):
+            self.assertEqual(server_module.parse_arguments(words).landing, on)
+
+    def test_copy_button_needs_nothing_from_elsewhere(self):
+        self.start_server()
+        page = self.page(headers={"Accept": "text/html"})
+        self.assertEqual(page.count("<script"), 1)
+        text = re.sub("</?span>", "", page)
+        self.assertIn("<pre><code>curl -fsS http://localhost", text)
+        self.assertNotRegex(page, "src=|@import|url\\(|<link")
+
+    def test_server_that_has_only_an_address_gives_names_that_work(self):
+        self.start()
+        for host in ("web.tim.203.0.113.5.sslip.io", "web--tim.203-0-113-5.sslip.io"):
+            self.assertEqual(self.echoed(host + ":8000")["service"], "web")
+        self.tunnels["tim"].host = "8.8.8.8:8001"  # as if that had been dialled
+        self.client.do(self.client.program.uplink.tunnel.publish)
+        self.client.until(lambda: "8.8.8.8" in self.client.program.urls["web"])
+        url, _, hint = self.client.program.urls["web"].partition(" ")
+        self.assertEqual(self.echoed(url.split("/")[2])["service"], "web")
+        self.assertIn("sslip.io", url)
+        self.assertIn("--domain", hint)
 
 
 class Faults(TunnelCase):
@@ -9082,6 +9314,74 @@ BAMCA0gAMEUCIQCFtvCqiuPDk6Bi1d38BO3lQauE+lQkeoIihtgKKt2uiwIgHWcb
 """  # for www.example.org, *.example.org and *.tim.localhost
 
 
+OF_AN_AUTHORITY = """\
+-----BEGIN CERTIFICATE-----
+MIIBjzCCATWgAwIBAgIUf2tuLGEzrBMcy7bSxNvqlUDobMkwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJYXV0aG9yaXR5MCAXDTI2MTEyNzExNDU0M1oYDzIxMjYxMTAz
+MTE0NTQzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAQcqqjux7LfYXzn2IrQB6DXlrvse9RaLGMO2m94QORj5pxelIS1NvMk
+2Wb+pfvp2uN8d5BgrCCMceyXYNVvYupwo2MwYTAUBgNVHREEDTALgglsb2NhbGhv
+c3QwCQYDVR0TBAIwADAdBgNVHQ4EFgQUr2JTxhHXpk096pA+05Y+3bOa/E4wHwYD
+VR0jBBgwFoAUHk82yLEV+t8/SpjzBVrf6yGR5k8wCgYIKoZIzj0EAwIDSAAwRQIh
+AJvYI2r4d/yawgGhwXvbro+0FtvCW8JE2q2o/4mJ5SofAiAizkdpFRcOlR1swqEE
+svwQecIyW3D6SfZ4qbCHvG5nzw==
+-----END CERTIFICATE-----
+"""
+
+
+class LandingPagesByTLS(TLSCase):
+    line, page, FILE = LandingPages.line, LandingPages.page, LandingPages.FILE
+
+    def pin(self):
+        return server_module.fingerprint(LOCALHOST.encode())
+
+    def test_certificate_that_nobody_vouches_for_is_known_by_its_fingerprint(self):
+        self.start_server()
+        program = self.server.program
+        host = "localhost:%d" % program.tls_address[1]
+        dial = "https://localhost:%d --fingerprint %s -i NAME -v web=9000"
+        dial %= program.client_address[1], self.pin()
+        sum = hashlib.sha256(read(SCRIPTS[1]).encode()).hexdigest()
+        line = "curl -fsSko {0} https://{1}/{0} && echo '{2}  {0}' | sha256sum -c"
+        line += " && python3 {0} -h {3}"
+        self.assertEqual(self.line(host), line.format(self.FILE[1:], host, sum, dial))
+        self.assertIn("certificate of this server: SHA256 " + self.pin(), self.page())
+        options = client_module.parse_arguments(["-h"] + dial.split())
+        self.assertTrue(options.tls)
+        self.assertEqual(options.fingerprint.hex(), self.pin().replace(":", "").lower())
+
+    def test_visitors_without_tls_get_the_line_for_clients_with_it(self):
+        self.start_server()
+        program = self.server.program
+        port = program.visitor_address[1]
+        conn = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        self.addCleanup(conn.close)
+        page = self.page("localhost:%d" % port, conn=conn)
+        line = "curl -fsS http://localhost:%d%s | python3 - -h https://localhost:%d"
+        line %= port, self.FILE, program.client_address[1]
+        self.assertIn("%s --fingerprint %s -i" % (line, self.pin()), page)
+
+    def test_self_signed_is_told_from_signed_by_another(self):
+        for pem, expected in (
+            (LOCALHOST, True),
+            (OF_AN_AUTHORITY, False),
+            (OF_AN_AUTHORITY + LOCALHOST, False),  # a chain: the first one counts
+            ("", False),
+            (LOCALHOST.replace("MIIB", "AAAA"), False),
+        ):
+            self.assertIs(server_module.is_self_signed(pem.encode()), expected)
+
+    def test_certificate_of_an_authority_needs_no_fingerprint(self):
+        change(self, server_module, is_self_signed=lambda cert: False)
+        port = free_port()
+        self.start_server(port=port, client_port=port)
+        line = "curl -fsS https://localhost:%d%s | python3 - -h https://localhost:%d -i"
+        line %= port, self.FILE, port
+        self.assertIn(line, self.line("localhost:%d" % port))
+        self.assertNotIn("--fingerprint", self.page())
+        self.assertIn("certificate of this server: SHA256 " + self.pin(), self.page())
+
+
 class NamesByTLS(TLSCase):
     """What the ClientHello decides: the certificate, or a service with its own TLS."""
 
@@ -9793,6 +10093,121 @@ class Processes(TunnelCase):
         self.assertEqual((done.status, done.stdout), (3, ""))
         self.assertEqual(len(done.stderr.splitlines()), 1)
         self.assertIn("taken", done.stderr)
+
+    def at_terminal(self, *words, begin=("-",), **env):
+        """The client, which comes by standard input, and its terminal."""
+        if os.name == "nt":
+            self.skipTest("no such terminals here")
+        import fcntl
+        import pty
+        import termios
+
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        process = subprocess.Popen(
+            [sys.executable, *begin, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),
+            env={**os.environ, **env},
+        )
+        os.close(slave)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait, PATIENCE)
+        self.addCleanup(process.kill)
+        process.stdin.write(read(SCRIPTS[1]).encode())
+        process.stdin.close()
+        return process, master
+
+    def said_at(self, master, word=b"\0"):
+        """What comes at a terminal, up to `word` or to the end of the program."""
+        said = b""
+        with contextlib.suppress(OSError):  # EIO: nobody holds the other end
+            while word not in said:
+                if not select.select([master], [], [], PATIENCE)[0]:
+                    self.fail("nothing more came behind %r" % said)
+                said += os.read(master, 4096)
+        return said
+
+    def start_with_a_token(self):
+        """A server that wants one; the client's words."""
+        self.start_server(tokens=self.file('{"tim": "secret"}'))
+        port = str(self.server.program.client_address[1])
+        return ["-v", "-h", "127.0.0.1", "-p", port, "-i", "tim", "web=9"]
+
+    def test_token_is_asked_for_at_the_terminal_and_not_shown(self):
+        words = self.start_with_a_token()
+        process, master = self.at_terminal(*words)
+        self.assertIn(b"Token of tim: ", self.said_at(master, b"Token of tim: "))
+        os.write(master, b"secret\n")
+        self.assertIn(b"http://web.tim.localhost", process.stdout.readline())
+        process.send_signal(signal.SIGTERM)
+        self.assertNotIn(b"secret", self.said_at(master))
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_token_that_is_not_the_right_one_is_asked_for_once(self):
+        words = self.start_with_a_token()
+        for typed, status, word in (
+            (b"wrong\n", 3, b"no such id, or a wrong token"),
+            (b"\n", 3, b"this server wants a token"),
+            (b"\x04", 3, b"this server wants a token"),
+            (b"\xc3\xa9\n", 2, b"ASCII"),
+            (b"\x03", 0, b""),
+        ):
+            process, master = self.at_terminal(*words, LC_ALL="C.UTF-8")
+            self.said_at(master, b"Token of tim: ")
+            os.write(master, typed)
+            said = self.said_at(master)
+            self.assertEqual(process.wait(PATIENCE), status, said)
+            self.assertIn(word, said)
+            self.assertNotIn(b"Traceback", said)
+            self.assertNotIn(b"Token of", said)
+
+    def test_sigterm_at_the_prompt_ends_the_client_and_gives_the_terminal_back(self):
+        import termios
+
+        words = self.start_with_a_token()
+        process, master = self.at_terminal(*words)
+        self.said_at(master, b"Token of tim: ")
+        self.assertFalse(termios.tcgetattr(master)[3] & termios.ECHO)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(PATIENCE), 0)
+        self.assertTrue(termios.tcgetattr(master)[3] & termios.ECHO)
+
+    def test_job_in_the_background_is_not_stopped_by_asking(self):
+        words = self.start_with_a_token()
+        code = "import os, subprocess, sys\n"
+        code += "words = [sys.executable, '-'] + sys.argv[1:]\n"
+        code += "sys.exit(subprocess.call(words, preexec_fn=os.setpgrp))"
+        process, master = self.at_terminal(*words, begin=("-c", code))
+        said = self.said_at(master)
+        self.assertEqual(process.wait(PATIENCE), 3)
+        self.assertIn(b"this server wants a token", said)
+        self.assertNotIn(b"Token of", said)
+
+    def test_nobody_is_asked_where_there_is_no_terminal(self):
+        done = run_script(SCRIPTS[1], *self.start_with_a_token()[1:])
+        self.assertEqual((done.status, done.stdout), (3, ""))
+        self.assertEqual(len(done.stderr.splitlines()), 1)
+        self.assertIn("this server wants a token", done.stderr)
+
+    def test_client_is_read_while_root_may_and_handed_out_afterwards(self):
+        if os.name == "nt" or os.getuid() != 0:
+            self.skipTest("only root can")
+        folder = tempfile.mkdtemp()  # where nobody else can look
+        self.addCleanup(shutil.rmtree, folder)
+        for name in SCRIPTS:
+            shutil.copy(os.path.join(HERE, name), folder)
+        path = os.path.join(folder, SCRIPTS[0])
+        words = ["-v", "-p", "0", "-c", "0", "--user", "nobody"]
+        process = self.launch(path, *words)
+        port = int(re.findall(r"port (\d+)", process.stderr.readline())[0])
+        conn = http.client.HTTPConnection("localhost", port, timeout=PATIENCE)
+        self.addCleanup(conn.close)
+        conn.request("GET", "/" + SCRIPTS[1])
+        self.assertEqual(conn.getresponse().read(), read(SCRIPTS[1]).encode())
 
     def test_mistakes_about_secrets_end_with_one_line_and_exit_2(self):
         good = self.file(LOCALHOST)

@@ -20,6 +20,7 @@ from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple
 from typing import Union
 
 import by_name
+import first_minute
 import leaving
 import moving
 import publishing
@@ -832,6 +833,7 @@ CHECKS: List[Callable[[World], str]] = [
     ssh_and_redis_by_ports_of_their_own,
     out_by_tinyproxy,
     tiny_clients,
+    *first_minute.CHECKS,
     *by_name.CHECKS,
     *publishing.CHECKS,
     *skew.CHECKS,
