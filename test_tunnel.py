@@ -10238,6 +10238,31 @@ class LivingLong(Processes):
         self.assertEqual(run_script(SCRIPTS[1], *words + [port], env=env).status, 3)
         self.assert_silent()
 
+    def test_client_whose_id_is_taken_is_not_ready(self):
+        server, _, port = self.launch_server(change="TAKEOVER = 3600")
+        words = ["-h", "127.0.0.1", "-p", port, "-i", "tim", "web=9"]
+        self.launch(SCRIPTS[1], "-v", *words).stdout.readline()
+        env = {"NOTIFY_SOCKET": self.listen()}
+        self.assertEqual(run_script(SCRIPTS[1], *words, env=env).status, 3)
+        self.assert_silent()
+
+    def test_client_is_told_again_what_it_cannot_take_over(self):
+        client = self.manager_client()
+        client.config.given.update(
+            (str(n), client_module.parse_service(9)) for n in range(9000)
+        )
+        for _ in range(2):
+            client.reload()
+        lines = [x for x in self.log.lines if "the old list stays" in x]
+        self.assertEqual(len(lines), 2, lines)
+
+    def manager_client(self):
+        """A client that has not dialled yet, with a service file."""
+        file = client_module.Watched([self.file("{}")], client_module.parse_file)
+        client = make_client({}, fake_loop(client_module), file=file)
+        self.addCleanup(client.loop.close)
+        return client
+
     def drained(self):
         """A datagram that waits, if there is one."""
         self.systemd.setblocking(False)
