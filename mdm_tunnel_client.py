@@ -53,7 +53,7 @@ import stat
 import struct
 import sys
 import time
-from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional
+from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional
 from typing import Set, Tuple
 
 VERSION = "1.1.0"
@@ -255,6 +255,7 @@ def peer_text(value: Any) -> str:
 TURN_BUDGET = 0.01  # seconds after which a peer's work goes on in the next turn
 PART = 16  # events of a turn after which the links send in between
 POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
+HANGUP = getattr(signal, "SIGHUP", 0)  # which Windows has not
 
 
 class Timer:
@@ -349,10 +350,20 @@ class Loop:
             self.wake_sender.send(b"\0")
 
     def catch_signals(self, on_signal: Callable[[int], Any]) -> None:
-        """Until close() SIGTERM and SIGINT wake the loop, which calls `on_signal`."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before = signal.signal(number, lambda n, _: self.soon(self, on_signal, n))
-            self.caught.setdefault(number, before)
+        """Until close() SIGTERM, SIGINT and SIGHUP wake the loop, which calls
+        `on_signal`. A SIGHUP that is ignored (nohup) or somebody's own stays so, and
+        one that tells that our terminal has gone is a SIGTERM."""
+        terminals = list(filter(os.isatty, range(3)))
+
+        def on_caught(number: int, _: Any) -> None:
+            gone = number == HANGUP and not all(map(os.isatty, terminals))
+            self.soon(self, on_signal, signal.SIGTERM if gone else number)
+
+        numbers: List[int] = [signal.SIGTERM, signal.SIGINT]
+        if HANGUP and signal.getsignal(HANGUP) in (signal.SIG_DFL, no_hangup):
+            numbers.append(HANGUP)
+        for number in numbers:
+            self.caught.setdefault(number, signal.signal(number, on_caught))
         signal.set_wakeup_fd(self.wake_sender.fileno())
 
     def on_events(self, mask: int) -> int:
@@ -2326,6 +2337,7 @@ class Uplink:
         self.coming: Any = None  # its successor, or the first: a Dial, then a Tunnel
         self.doubted: Optional[float] = None  # since when the tunnel is in doubt
         self.failures = 0  # attempts since a login
+        self.cause = ""  # why there is no tunnel
         self.wait = FIRST_WAIT
         self.ever = False  # logged in at least once
         self.taken_until = 0.0  # when a first login whose id is taken gives up
@@ -2377,6 +2389,7 @@ class Uplink:
         self.ever, self.failures = True, 0
         old, self.tunnel = self.tunnel, self.coming
         self.coming = self.doubted = None
+        self.client.manager.ready()
         if old:
             old.link.close("there is a newer link")
         self.look_timer.set(LOOK_AROUND)
@@ -2467,6 +2480,9 @@ class Uplink:
         if self.failures == self.client.config.max_attempts > 0:
             self.client.end(4, "gave up after %d: %s" % (self.failures, cause))
             return
+        self.cause = cause
+        if not self.taken_until:  # that may still turn out to be for good
+            self.client.manager.ready()
         wait = self.wait * random.uniform(0.5, 1.0)
         self.wait = min(2 * self.wait, LONGEST_WAIT)
         log.info("%s; dialling again in %.1f s", cause, wait)
@@ -2476,7 +2492,6 @@ class Uplink:
 # -----------------------------------------------------------------------------------
 # Client: keeps its uplink up, and ends when there is a reason to.
 # -----------------------------------------------------------------------------------
-DRAIN = 4.0  # seconds for running streams after SIGTERM
 DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
 
 
@@ -2497,6 +2512,7 @@ class Client:
             raise ValueError("a fingerprint is of no use without TLS")
         self.config, self.id = config, config.id.lower()
         self.take_over()
+        self.url_file = URLFile(config.url_file)
         self.loop = loop or Loop()
         shown = "[%s]" % config.host if ":" in config.host else config.host
         self.server = "%s:%d" % (shown, config.port)  # as the Host field has it
@@ -2507,17 +2523,27 @@ class Client:
         self.stopping = False
         self.refusal: Optional[Refused] = None
         self.uplink = Uplink(self)
+        self.manager = Manager(self.loop, self.status)
         self.timer = Timer(self.loop, self, self.drain)
         self.look_timer = Timer(self.loop, self, self.look)
 
     def __str__(self) -> str:
         return self.id
 
+    def status(self) -> str:
+        if self.uplink.tunnel:
+            return "logged in at %s as %s" % (self.server, self.id)
+        return "dialling again: %s" % self.uplink.cause
+
     def run(self) -> None:
         """Serve until stop(). Raises Refused."""
         self.uplink.timer.set(0)
         self.look_timer.set(LOOK_TIME)
-        self.loop.run()
+        try:
+            self.loop.run()
+        finally:
+            self.url_file.remove()
+            self.manager.close()
         self.stopping = True
         for link in [link for link in self.loop.links if link.owner.logged_in]:
             link.close("the client is stopping")
@@ -2541,13 +2567,15 @@ class Client:
         if self.token:
             forbid_core_dumps()
 
-    def look(self) -> None:
-        """Has a file changed?"""
+    def look(self, asked: bool = False) -> None:
+        """Has a file changed? Who `asked` is told of each fault, also of an old one."""
         self.look_timer.set(LOOK_TIME)
         before, tunnel = self.services, self.uplink.tunnel
         for file in (self.config.token, self.config.file):
-            if file.look():
+            changed = file.look(asked)
+            if changed:
                 log.info("%s has changed", file)
+            if changed or asked and file.paths:
                 try:
                     self.take_over()
                 except ValueError as error:
@@ -2555,10 +2583,17 @@ class Client:
         if tunnel and self.services != before:
             tunnel.publish()
 
+    def reload(self) -> None:
+        """SIGHUP: look at the files now."""
+        with self.manager.reloading():
+            log.info("reading all files again")
+            self.look(asked=True)
+
     def on_urls(self, message: Dict[str, Any]) -> None:
         """Where the services are reached; -v prints it."""
         names = [name for name in message if name in self.services or name == "*"]
         urls = {name: peer_text(message[name]) for name in names}
+        self.url_file.write(self.id, urls)
         if urls != self.urls:
             self.urls = urls
             width = max(map(len, urls), default=0)
@@ -2580,17 +2615,20 @@ class Client:
 
     def on_signal(self, number: int) -> None:
         """SIGTERM lets what runs end; SIGINT, or a second signal, does not."""
-        if self.stopping or number == signal.SIGINT:
+        if number == HANGUP:
+            self.reload()
+        elif self.stopping or number == signal.SIGINT:
             log.info("stopping at once")
             self.loop.running = False
         else:
             self.stop()
 
     def stop(self) -> None:
-        """Take no new streams, give the running ones DRAIN seconds, and end."""
+        """Take no new streams, let those that run go on for --drain, and end."""
         log.info("stopping")
+        self.manager.stopping(self.config.drain)
         self.stopping = True
-        self.until = self.loop.clock() + DRAIN
+        self.until = self.loop.clock() + self.config.drain
         self.uplink.give_up()
         links = [link for link in self.loop.links if link.owner.logged_in]
         for link in links:  # an old one may still carry streams
@@ -2930,6 +2968,7 @@ class Watched:
     def __init__(self, paths: List[str], parse: Callable[..., Any]) -> None:
         self.paths, self.parse = paths, parse
         self.contents: Optional[List[bytes]] = None  # when they were looked at last
+        self.parsed: Optional[List[bytes]] = None  # of which `value` was made
         self.broken = False  # a fault was logged, and is still there
         self.value: Any = None
         self.read()
@@ -2945,10 +2984,13 @@ class Watched:
             return False
         self.contents = found  # also when they cannot be parsed: once is enough
         self.value = self.parse(*found)
+        self.parsed = found
         return True
 
-    def look(self) -> bool:
-        """Like read(), for later: a fault is logged once."""
+    def look(self, asked: bool = False) -> bool:
+        """Like read(), for later: a fault is logged once, and again for who `asked`."""
+        if asked:
+            self.contents, self.broken = self.parsed, False
         try:
             changed, self.broken = self.read(), False
             return changed
@@ -3062,8 +3104,121 @@ def printable(text: str) -> str:
 
 
 # -----------------------------------------------------------------------------------
+# Service manager: systemd, or what speaks as it does, is told how we are, in datagrams
+# (sd_notify(3)). Where $NOTIFY_SOCKET names none, nothing is said.
+# -----------------------------------------------------------------------------------
+class Manager:
+    """`status` says in a line how the program is. Nothing here blocks or raises."""
+
+    sock: Any = None
+    is_ready = is_lost = False
+
+    def __init__(self, loop: Loop, status: Callable[[], str]) -> None:
+        self.status, self.said = status, ""
+        self.timer = Timer(loop, self, self.look)
+        self.interval = 0.0  # seconds between signs of life; 0: nobody wants any
+        self.life_timer = Timer(loop, self, self.show_life)
+
+    def __str__(self) -> str:
+        return "service manager"
+
+    def connect(self, environ: Any) -> None:
+        """Take what was meant for us out of the environment. The rights to connect may
+        soon be gone (--user): a connected socket stays one."""
+        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+        path, period, pid = [environ.pop(name, "") for name in names]
+        if not path or not hasattr(socket, "AF_UNIX"):
+            return
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.setblocking(False)
+        try:
+            self.sock.connect("\0" + path[1:] if path[0] == "@" else path)
+        except OSError as error:
+            self.fail(error)
+        if period.isdecimal() and pid in ("", str(os.getpid())):
+            self.interval = int(period) / 2e6  # half the time, as systemd advises
+        if self.interval:
+            self.show_life()
+
+    def tell(self, *lines: str) -> None:
+        try:
+            if self.sock:
+                self.sock.send("\n".join(lines).encode("utf-8", "replace"))
+        except OSError as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Once is enough: what is lost, is lost."""
+        if not self.is_lost:
+            log.debug("%s: %s", self, error)
+        self.is_lost = True
+
+    def show_life(self) -> None:
+        """From a timer of the loop, so that a loop that hangs is found out."""
+        self.life_timer.set(self.interval)
+        self.tell("WATCHDOG=1")
+
+    def ready(self) -> None:
+        """We do what we were started for; to say it again changes nothing."""
+        if self.sock and not self.is_ready:
+            self.is_ready = True
+            self.tell("READY=1")
+            self.look()
+
+    def look(self) -> None:
+        """Is there anything new to say of us? It must not forge another line."""
+        self.timer.set(LOOK_TIME)
+        said, self.said = self.said, printable(self.status())
+        if said != self.said:
+            self.tell("STATUS=" + self.said)
+
+    @contextlib.contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Around SIGHUP; `Type=notify-reload` waits for the second word."""
+        if self.is_ready:
+            self.tell("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        try:
+            yield
+        finally:
+            if self.is_ready:
+                self.tell("READY=1")
+
+    def stopping(self, seconds: float) -> None:
+        """It may take so long, and a second; less than it would wait anyway is fine."""
+        usec = (min(seconds, DRAIN_LIMIT) + 1) * 1e6
+        self.tell("STOPPING=1", "EXTEND_TIMEOUT_USEC=%d" % usec)
+
+    def close(self) -> None:
+        if self.sock:
+            self.sock.close()
+
+
+# -----------------------------------------------------------------------------------
 # Command line, as far as it is the same in both.
 # -----------------------------------------------------------------------------------
+DRAIN = 4.0  # seconds for what runs after SIGTERM, if --drain does not say it
+DRAIN_LIMIT = 3600.0  # seconds: who asks for more has probably milliseconds in mind
+
+
+def drain_time(text: str) -> float:
+    """The value of --drain. (A NaN is between no limits.)"""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= DRAIN_LIMIT:
+            return float(text)
+    cause = "%r is no time: 0 to %d seconds" % (text, DRAIN_LIMIT)
+    raise argparse.ArgumentTypeError(cause)
+
+
+def no_hangup(*_: Any) -> None:
+    """A SIGHUP comes while the files are only just being read."""
+
+
+def survive_hangup() -> None:
+    """From here on SIGHUP does not kill. Where it is ignored (nohup) it stays so."""
+    if HANGUP and signal.getsignal(HANGUP) == signal.SIG_DFL:
+        signal.signal(HANGUP, no_hangup)
+
+
 def ignore_signals() -> None:
     """While no loop handles them, so that a second Ctrl-C prints no traceback."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -3250,6 +3405,73 @@ def find_proxy(host: str, port: int, tls: bool) -> Optional[Proxy]:
 
 
 # -----------------------------------------------------------------------------------
+# URL file: tells other programs where the services are reached, as long as they are.
+# -----------------------------------------------------------------------------------
+class URLFile:
+    """The file of --url-file. Raises ValueError if it cannot be written. One that a
+    killed process left behind goes at once: it would tell what may not be true."""
+
+    def __init__(self, path: Optional[str]) -> None:
+        self.path, self.written = path, b""
+        if path is not None:
+            try:
+                self.check(path)
+                os.remove(self.write_beside(path))
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+            except OSError as error:
+                cause = error.strerror or error
+                raise ValueError("cannot write %s: %s" % (path, cause)) from None
+
+    def check(self, path: str) -> None:
+        """A file of ours, or none."""
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("it is there, and no regular file")
+            if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+                raise OSError("it belongs to somebody else")
+        if not os.path.basename(path):
+            raise OSError("this names no file")
+
+    def write_beside(self, path: str, data: bytes = b"", replace: bool = False) -> str:
+        """A new file in the same folder, by a name that nobody could have foreseen. It
+        may `replace` the other."""
+        beside = "%s.%s" % (path, os.urandom(8).hex())
+        how = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        file = os.fdopen(os.open(beside, how, 0o644), "wb")
+        try:
+            with file:
+                file.write(data)
+            if replace:
+                os.replace(beside, path)
+        except OSError:
+            os.remove(beside)
+            raise
+        return beside
+
+    def write(self, id: str, urls: Dict[str, str]) -> None:
+        """Readers find all or nothing. `errors` has the services without a URL."""
+        found: Dict[str, Any] = {"id": id, "pid": os.getpid(), "urls": {}}
+        for name, url in urls.items():
+            kind = "errors" if url.startswith("error: ") else "urls"
+            found.setdefault(kind, {})[name] = url
+        data = json.dumps(found, indent=2, sort_keys=True).encode() + b"\n"
+        if self.path is not None and data != self.written:
+            try:
+                self.write_beside(self.path, data, replace=True)
+                self.written = data
+            except OSError as error:
+                log.warning("cannot write %s: %s", self.path, error.strerror or error)
+
+    def remove(self) -> None:
+        """Unless somebody else has written it since."""
+        with contextlib.suppress(OSError, ValueError):
+            if self.written and read_file(str(self.path)) == self.written:
+                os.remove(str(self.path))
+
+
+# -----------------------------------------------------------------------------------
 # Command line
 # -----------------------------------------------------------------------------------
 HELP = "\0"  # what -h has for a value when it stands alone
@@ -3273,6 +3495,8 @@ class Config(NamedTuple):
     tls: Any = None
     pin: bytes = b""
     proxy: Optional[Proxy] = None
+    drain: float = DRAIN
+    url_file: Optional[str] = None
 
 
 def make_context(ca: Optional[str], pinned: bool) -> Any:
@@ -3338,6 +3562,10 @@ def make_parser() -> FileParser:
         help="dial directly, whatever https_proxy and its like say")  # fmt: skip
     add("--max-attempts", type=int, default=0, metavar="N",
         help="give up after N failures in a row (no limit)")  # fmt: skip
+    add("--drain", type=drain_time, default=DRAIN, metavar="SECONDS",
+        help="after SIGTERM let what runs go on for so long (%(default)g)")  # fmt: skip
+    add("--url-file", metavar="PATH",
+        help="as long as it runs this holds id, URLs and pid, as JSON")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
         help="print the URLs, say what happens; -vv: every frame")  # fmt: skip
     add("-V", "--version", action="version", version=VERSION)
@@ -3417,7 +3645,8 @@ def load_config(options: argparse.Namespace) -> Config:
             cause += "; write it, or name a service: web=9000"
         die(2, cause)
     return Config(file, options.given, token, options.host, options.port, options.id,
-                  options.max_attempts, tls, pin, proxy)  # fmt: skip
+                  options.max_attempts, tls, pin, proxy, options.drain,
+                  options.url_file)  # fmt: skip
 
 
 def has_terminal() -> bool:
@@ -3449,6 +3678,7 @@ def ask_token(id: str) -> str:
 def serve(config: Config) -> None:
     """Serve until a signal. Raises ValueError or Refused."""
     client = Client(config)
+    client.manager.connect(os.environ)
     ignore_signals()
     client.loop.catch_signals(client.on_signal)
     client.run()
@@ -3457,6 +3687,7 @@ def serve(config: Config) -> None:
 def main(argv: Optional[List[str]] = None) -> None:
     """Serve until a signal. Exit status: 0, 1, 2 (usage, configuration), 3 (login
     refused) or 4 (attempts used up)."""
+    survive_hangup()
     options = parse_arguments(argv)
     set_up_log(options.verbose)
     config = load_config(options)

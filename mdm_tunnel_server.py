@@ -28,7 +28,7 @@ Prefaces, Fronts, Gates, Overload, Privileges, Command line. Nothing here needs 
 than the standard library of Python 3.6.
 """
 
-from typing import FrozenSet, Iterator, NamedTuple, Pattern
+from typing import FrozenSet, NamedTuple, Pattern
 
 # ###################################################################################
 # PART ONE: THE TUNNEL. What carries a request, from end to end.
@@ -56,7 +56,7 @@ import stat
 import struct
 import sys
 import time
-from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional
+from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional
 from typing import Set, Tuple
 
 VERSION = "1.1.0"
@@ -258,6 +258,7 @@ def peer_text(value: Any) -> str:
 TURN_BUDGET = 0.01  # seconds after which a peer's work goes on in the next turn
 PART = 16  # events of a turn after which the links send in between
 POLL = 0.5 if os.name == "nt" else None  # seconds: Windows hides Ctrl-C from a select
+HANGUP = getattr(signal, "SIGHUP", 0)  # which Windows has not
 
 
 class Timer:
@@ -352,10 +353,20 @@ class Loop:
             self.wake_sender.send(b"\0")
 
     def catch_signals(self, on_signal: Callable[[int], Any]) -> None:
-        """Until close() SIGTERM and SIGINT wake the loop, which calls `on_signal`."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before = signal.signal(number, lambda n, _: self.soon(self, on_signal, n))
-            self.caught.setdefault(number, before)
+        """Until close() SIGTERM, SIGINT and SIGHUP wake the loop, which calls
+        `on_signal`. A SIGHUP that is ignored (nohup) or somebody's own stays so, and
+        one that tells that our terminal has gone is a SIGTERM."""
+        terminals = list(filter(os.isatty, range(3)))
+
+        def on_caught(number: int, _: Any) -> None:
+            gone = number == HANGUP and not all(map(os.isatty, terminals))
+            self.soon(self, on_signal, signal.SIGTERM if gone else number)
+
+        numbers: List[int] = [signal.SIGTERM, signal.SIGINT]
+        if HANGUP and signal.getsignal(HANGUP) in (signal.SIG_DFL, no_hangup):
+            numbers.append(HANGUP)
+        for number in numbers:
+            self.caught.setdefault(number, signal.signal(number, on_caught))
         signal.set_wakeup_fd(self.wake_sender.fileno())
 
     def on_events(self, mask: int) -> int:
@@ -2220,7 +2231,7 @@ class Registry:
         pool = self.pools.get(tunnel.id)
         if pool and pool.tunnel.session == tunnel.session:
             pool.tunnel.link.close("the same client dialled again")
-        elif pool and tunnel.token:
+        elif pool and (tunnel.token or pool.tunnel.link.draining):
             cause = "another client logged in as %s" % tunnel.id
             pool.tunnel.evict("replaced", cause)
         elif pool:
@@ -3173,8 +3184,7 @@ class Connect:
 # that came to a port: resolve() gives a destination, whose begin() takes the request
 # over, or returns a page of our own.
 # -----------------------------------------------------------------------------------
-DRAIN = 4.0  # seconds for running requests after SIGTERM
-LAST_WORDS = 0.5  # seconds after that for what was said last: together under 5
+LAST_WORDS = 0.5  # seconds after --drain for what was said last: it is less than one
 DRAIN_LOOK = 0.05  # seconds between looks at whether they have ended
 
 
@@ -3419,6 +3429,8 @@ class Server:
             self.visitors.observers.append(log_outcome)
         self.router = router or Router()
         self.router.names = names
+        self.manager = Manager(self.loop, self.status)
+        self.drain_time = config.drain
         self.timer = Timer(self.loop, self, self.drain)
         self.look_timer = Timer(self.loop, self, self.look)
         self.ports = [
@@ -3433,6 +3445,9 @@ class Server:
 
     def __str__(self) -> str:
         return "server"
+
+    def status(self) -> str:
+        return "%d ids are connected" % len(self.registry.pools)
 
     def make_port(self, sock: Any, kind: Any, tls: bool) -> "Port":
         site = kind(self, "https" if tls else "http")
@@ -3460,6 +3475,7 @@ class Server:
         log.info("visitors on port %d, clients on port %d", *ports)
         if self.tls_address:
             log.info("visitors by TLS on port %d", self.tls_address[1])
+        self.manager.ready()
         self.loop.run()
         self.close()
 
@@ -3469,6 +3485,7 @@ class Server:
             port.close()
         self.tcp.close_unused()
         self.close_links()
+        self.manager.close()
         self.loop.close()
 
     def close_links(self) -> None:
@@ -3487,10 +3504,20 @@ class Server:
         """Has a file changed? TLS that runs goes on with the certificate that it began
         with."""
         self.look_timer.set(LOOK_TIME)
+        self.read_files(False)
+
+    def read_files(self, asked: bool) -> None:
         for file in self.files:
-            if file.look():
+            if file.look(asked):
                 log.info("changed: %s", file)
                 self.on_new_file(file)
+
+    def reload(self) -> None:
+        """SIGHUP: look at every file now. What is broken is told again."""
+        with self.manager.reloading():
+            log.info("reading all files again")
+            self.read_files(True)
+            self.certificates.read_again()
 
     def on_new_file(self, file: "Watched") -> None:
         """What follows from it; its last path leads to secrets."""
@@ -3519,17 +3546,20 @@ class Server:
 
     def on_signal(self, number: int) -> None:
         """SIGTERM lets what runs end; SIGINT, or a second signal, does not."""
-        if self.visitors.stopping or number == signal.SIGINT:
+        if number == HANGUP:
+            self.reload()
+        elif self.visitors.stopping or number == signal.SIGINT:
             log.info("stopping at once")
             self.loop.running = False
         else:
             self.stop()
 
     def stop(self) -> None:
-        """Accept no more, give running requests DRAIN seconds, then close the links."""
+        """Accept no more, let what runs go on for --drain, then close the links."""
         log.info("stopping")
+        self.manager.stopping(self.drain_time)
         self.visitors.stopping = True
-        self.until = self.loop.clock() + DRAIN
+        self.until = self.loop.clock() + self.drain_time
         for port in self.ports:
             port.close()
         self.tcp.close_unused()
@@ -3874,6 +3904,7 @@ class Watched:
     def __init__(self, paths: List[str], parse: Callable[..., Any]) -> None:
         self.paths, self.parse = paths, parse
         self.contents: Optional[List[bytes]] = None  # when they were looked at last
+        self.parsed: Optional[List[bytes]] = None  # of which `value` was made
         self.broken = False  # a fault was logged, and is still there
         self.value: Any = None
         self.read()
@@ -3889,10 +3920,13 @@ class Watched:
             return False
         self.contents = found  # also when they cannot be parsed: once is enough
         self.value = self.parse(*found)
+        self.parsed = found
         return True
 
-    def look(self) -> bool:
-        """Like read(), for later: a fault is logged once."""
+    def look(self, asked: bool = False) -> bool:
+        """Like read(), for later: a fault is logged once, and again for who `asked`."""
+        if asked:
+            self.contents, self.broken = self.parsed, False
         try:
             changed, self.broken = self.read(), False
             return changed
@@ -4006,8 +4040,121 @@ def printable(text: str) -> str:
 
 
 # -----------------------------------------------------------------------------------
+# Service manager: systemd, or what speaks as it does, is told how we are, in datagrams
+# (sd_notify(3)). Where $NOTIFY_SOCKET names none, nothing is said.
+# -----------------------------------------------------------------------------------
+class Manager:
+    """`status` says in a line how the program is. Nothing here blocks or raises."""
+
+    sock: Any = None
+    is_ready = is_lost = False
+
+    def __init__(self, loop: Loop, status: Callable[[], str]) -> None:
+        self.status, self.said = status, ""
+        self.timer = Timer(loop, self, self.look)
+        self.interval = 0.0  # seconds between signs of life; 0: nobody wants any
+        self.life_timer = Timer(loop, self, self.show_life)
+
+    def __str__(self) -> str:
+        return "service manager"
+
+    def connect(self, environ: Any) -> None:
+        """Take what was meant for us out of the environment. The rights to connect may
+        soon be gone (--user): a connected socket stays one."""
+        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+        path, period, pid = [environ.pop(name, "") for name in names]
+        if not path or not hasattr(socket, "AF_UNIX"):
+            return
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.setblocking(False)
+        try:
+            self.sock.connect("\0" + path[1:] if path[0] == "@" else path)
+        except OSError as error:
+            self.fail(error)
+        if period.isdecimal() and pid in ("", str(os.getpid())):
+            self.interval = int(period) / 2e6  # half the time, as systemd advises
+        if self.interval:
+            self.show_life()
+
+    def tell(self, *lines: str) -> None:
+        try:
+            if self.sock:
+                self.sock.send("\n".join(lines).encode("utf-8", "replace"))
+        except OSError as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Once is enough: what is lost, is lost."""
+        if not self.is_lost:
+            log.debug("%s: %s", self, error)
+        self.is_lost = True
+
+    def show_life(self) -> None:
+        """From a timer of the loop, so that a loop that hangs is found out."""
+        self.life_timer.set(self.interval)
+        self.tell("WATCHDOG=1")
+
+    def ready(self) -> None:
+        """We do what we were started for; to say it again changes nothing."""
+        if self.sock and not self.is_ready:
+            self.is_ready = True
+            self.tell("READY=1")
+            self.look()
+
+    def look(self) -> None:
+        """Is there anything new to say of us? It must not forge another line."""
+        self.timer.set(LOOK_TIME)
+        said, self.said = self.said, printable(self.status())
+        if said != self.said:
+            self.tell("STATUS=" + self.said)
+
+    @contextlib.contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Around SIGHUP; `Type=notify-reload` waits for the second word."""
+        if self.is_ready:
+            self.tell("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        try:
+            yield
+        finally:
+            if self.is_ready:
+                self.tell("READY=1")
+
+    def stopping(self, seconds: float) -> None:
+        """It may take so long, and a second; less than it would wait anyway is fine."""
+        usec = (min(seconds, DRAIN_LIMIT) + 1) * 1e6
+        self.tell("STOPPING=1", "EXTEND_TIMEOUT_USEC=%d" % usec)
+
+    def close(self) -> None:
+        if self.sock:
+            self.sock.close()
+
+
+# -----------------------------------------------------------------------------------
 # Command line, as far as it is the same in both.
 # -----------------------------------------------------------------------------------
+DRAIN = 4.0  # seconds for what runs after SIGTERM, if --drain does not say it
+DRAIN_LIMIT = 3600.0  # seconds: who asks for more has probably milliseconds in mind
+
+
+def drain_time(text: str) -> float:
+    """The value of --drain. (A NaN is between no limits.)"""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= DRAIN_LIMIT:
+            return float(text)
+    cause = "%r is no time: 0 to %d seconds" % (text, DRAIN_LIMIT)
+    raise argparse.ArgumentTypeError(cause)
+
+
+def no_hangup(*_: Any) -> None:
+    """A SIGHUP comes while the files are only just being read."""
+
+
+def survive_hangup() -> None:
+    """From here on SIGHUP does not kill. Where it is ignored (nohup) it stays so."""
+    if HANGUP and signal.getsignal(HANGUP) == signal.SIG_DFL:
+        signal.signal(HANGUP, no_hangup)
+
+
 def ignore_signals() -> None:
     """While no loop handles them, so that a second Ctrl-C prints no traceback."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -5366,11 +5513,16 @@ class Certificates:
         files = [file for file, _ in self.found.values() if file]
         return files[0].value if files else None
 
-    def look(self, stem: str) -> Optional[Watched]:
-        """The file pair of a name, as it is now or was a second ago. (The name comes
-        from outside; SERVER_NAME holds no `/`.)"""
+    def read_again(self) -> None:
+        """Every pair that was found so far; a new one is read when it is asked for."""
+        for stem in list(self.found):
+            self.look(stem, asked=True)
+
+    def look(self, stem: str, asked: bool = False) -> Optional[Watched]:
+        """The file pair of a name, as it is now or, if nobody `asked`, a second ago.
+        (The name comes from outside; SERVER_NAME holds no `/`.)"""
         known, now = self.found.get(stem), time.monotonic()
-        if known and now - known[1] < LOOK_TIME:
+        if known and now - known[1] < LOOK_TIME and not asked:
             return known[0]
         if not os.path.exists(self.pair(stem)[0]):
             self.found.pop(stem, None)
@@ -5378,7 +5530,8 @@ class Certificates:
         file = known[0] if known else None
         try:
             file = file or open_pair(self.pair(stem))
-            file.look()
+            if file.look(asked):
+                log.info("changed: %s", file)
         except ValueError as error:
             log.warning("%s", error)
         self.found[stem] = file, now
@@ -5509,6 +5662,7 @@ class Config(NamedTuple):
     user: Optional[str] = None
     verbose: int = 0
     landing: bool = True
+    drain: float = DRAIN
 
 
 def port_number(text: str) -> int:
@@ -5580,6 +5734,8 @@ def make_parser() -> Parser:
         help="at its own name neither say how to begin nor hand out the client")
     add("--user", metavar="NAME",
         help="once the ports are open, go on as this user, not as root")  # fmt: skip
+    add("--drain", type=drain_time, default=DRAIN, metavar="SECONDS",
+        help="after SIGTERM let what runs go on for so long (%(default)g)")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
         help="say what happens, on stderr; -vv: every frame")  # fmt: skip
     add("-V", "--version", action="version", version=VERSION)
@@ -5598,6 +5754,7 @@ def add_tls_options(add: Call) -> None:
 
 def main(argv: Optional[List[str]] = None, router: Optional[Router] = None) -> None:
     """Serve until a signal. Exit status: 0, 1 (a port is taken) or 2 (usage)."""
+    survive_hangup()
     config = parse_arguments(argv)
     set_up_log(config.verbose)
     try:
@@ -5607,6 +5764,7 @@ def main(argv: Optional[List[str]] = None, router: Optional[Router] = None) -> N
         die(1, "cannot listen on %s" % (error.strerror or error))
     except ValueError as error:
         die(2, error)
+    server.manager.connect(os.environ)
     if user is not None:
         try:
             paths = [path for file in server.files for path in file.paths]

@@ -143,7 +143,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 1994, "server": 3645, "client": 1530}
+    BUDGETS = {"shared": 2125, "server": 3680, "client": 1635}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
@@ -4137,6 +4137,15 @@ class CommandLines(unittest.TestCase):
             self.assertEqual(caught.exception.code, 2)
             self.assertEqual(err.getvalue().count("\n"), 1)
 
+    def test_drain_is_read_or_refused(self):
+        for module in (server_module, client_module):
+            for text, seconds in (("0", 0), ("2.5", 2.5), ("3600", 3600)):
+                found = module.parse_arguments(["--drain", text])
+                self.assertEqual(found.drain, seconds)
+            self.assertEqual(module.parse_arguments([]).drain, 4)
+            for text in ("", "x", "-1", "nan", "inf", "3601", "4s"):
+                self.assertIn("--drain", self.refuse(module, "--drain=" + text))
+
     def test_h_alone_is_help_and_with_a_name_the_host(self):
         for words in (["-h"], ["-v", "-h"], ["-h", "-v"], ["--help"]):
             out = io.StringIO()
@@ -5909,10 +5918,7 @@ class Faults(TunnelCase):
 
 
 class Stopping(TunnelCase):
-    def shorten_drain(self):
-        change(self, server_module, DRAIN=0.2)
-
-    def stalled(self, start=b""):
+    def stalled(self, start=b"", drain=0.2):
         """A visitor whose answer has begun with `start` and does not go on."""
         stop = threading.Event()
         self.addCleanup(stop.set)
@@ -5922,7 +5928,8 @@ class Stopping(TunnelCase):
             conn.sendall(start)
             stop.wait(PATIENCE)
 
-        self.start(web=self.service(handler))
+        self.start_server(drain=drain)
+        self.client = self.start_client({"web": self.service(handler)})
         conn = self.visit()
         conn.sendall(self.ask("web.tim.x"))
         self.wait_for_streams(1)
@@ -5953,7 +5960,6 @@ class Stopping(TunnelCase):
         self.assertTrue(self.raw(b"", conn).endswith(b"\r\n\r\nok"))
 
     def test_request_without_answer_is_told_that_the_server_stops(self):
-        self.shorten_drain()
         conn = self.stalled()
         self.server.loop.from_thread(self.server.loop, self.server.program.stop)
         said = self.raw(b"", conn)
@@ -5961,7 +5967,6 @@ class Stopping(TunnelCase):
         self.assertIn(b"X-Tunnel-Error: stopping", said)
 
     def test_answer_cut_by_either_signal_does_not_look_whole(self):
-        self.shorten_drain()
         for call in ("stop", "interrupt"):
             conn = self.stalled(b"HTTP/1.1 200 OK\r\n\r\npart")
             program = self.server.program
@@ -5975,8 +5980,8 @@ class Stopping(TunnelCase):
     def test_server_ends_in_time_whatever_its_visitors_do(self):
         """One reads nothing of a large answer, one is in the middle of an upload, one
         in that of a head, one is idle, and one has changed the protocol."""
-        self.assertLess(server_module.DRAIN + server_module.LAST_WORDS, 5)
-        change(self, server_module, DRAIN=2 * PATIENCE, LAST_WORDS=2 * PATIENCE)
+        self.assertLess(server_module.LAST_WORDS, 1)
+        change(self, server_module, LAST_WORDS=2 * PATIENCE)
         upgrade = b"HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
 
         def handler(conn):
@@ -5987,7 +5992,8 @@ class Stopping(TunnelCase):
             conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 90000000\r\n\r\n")
             conn.sendall(bytes(90000000))
 
-        self.start(web=self.service(handler))
+        self.start_server(drain=2 * PATIENCE)
+        self.client = self.start_client({"web": self.service(handler)})
         asks = [
             self.ask("web.tim.x"),
             self.ask("web.tim.x", "Content-Length: 9", first="POST / HTTP/1.1"),
@@ -6002,11 +6008,50 @@ class Stopping(TunnelCase):
         read_head(conns[-1])
         self.server.loop.from_thread(self.server.program, self.server.program.stop)
         self.server.until(lambda: self.server.program.visitors.stopping)
-        self.server.pass_time(server_module.DRAIN)
+        self.server.pass_time(2 * PATIENCE)
         self.server.until(lambda: self.server.program.said_goodbye)
         self.server.loop.from_thread(self.server.loop, self.jump, 2 * PATIENCE)
         self.server.thread.join(PATIENCE)
         self.assertFalse(self.server.thread.is_alive())
+
+    def stop_both(self, drain):
+        """Both stop while a request runs; the seconds that each has left then."""
+        self.stalled(drain=drain)
+        client = self.client.program
+        client.config = client.config._replace(drain=drain)
+        found = []
+        for stage in (self.client, self.server):
+            start = stage.do(stage.loop.clock)
+            stage.do(lambda: stage.program.stop() or True)  # noqa: B023
+            found.append(stage.program.until - start)
+        return found
+
+    def test_drain_is_the_time_that_what_runs_has(self):
+        for left in self.stop_both(750):
+            self.assertTrue(750 <= left < 751, left)
+
+    def test_nothing_that_runs_is_waited_for_when_drain_is_0(self):
+        change(self, server_module, LAST_WORDS=PATIENCE)
+        client, server = self.stop_both(0)
+        self.assertLess(client, 1)
+        self.assertTrue(self.server.program.said_goodbye)
+        self.client.thread.join(PATIENCE)
+        self.assertFalse(self.client.thread.is_alive())
+        self.server.loop.from_thread(self.server.loop, self.jump, PATIENCE)
+        self.server.thread.join(PATIENCE)
+        self.assertFalse(self.server.thread.is_alive())
+
+    def test_id_of_a_client_that_leaves_is_free(self):
+        conn = self.stalled(drain=PATIENCE)
+        tunnel, program = self.tunnels["tim"], self.client.program
+        self.client.do(lambda: program.stop() or True)
+        self.server.until(lambda: tunnel.link.draining)
+        self.start_client({"web": self.echo("new")}, wait=False)
+        self.server.until(lambda: self.tunnels.get("tim") is not tunnel)
+        self.server.until(lambda: self.serves("tim", {"web": 1}))
+        self.assertEqual(self.echoed("web.tim.x")["service"], "new")
+        self.assertEqual(len(tunnel.link.streams), 1)  # what runs may end
+        conn.close()
 
     def jump(self, seconds):
         loop, clock = self.server.loop, self.server.loop.clock
@@ -6164,8 +6209,8 @@ class TCPPorts(TunnelCase):
             self.assert_cut(number)
 
     def test_stopping_server_closes_its_ports_and_opens_none(self):
-        change(self, server_module, DRAIN=PATIENCE)
         tim = self.start_tcp(2, ssh=(self.shouting(), 0))
+        self.server.program.drain_time = PATIENCE
         number, program = self.number(tim), self.server.program
         self.start_client({"web": self.echo()}, "eva")
         conn = self.visit()  # its request does not end, so the server waits
@@ -7263,8 +7308,9 @@ class FrontProxies(TunnelCase):
         self.assertFalse(self.server.program.visitors.all)
 
     def test_stopping_server_does_not_wait_for_headers(self):
-        change(self, server_module, DRAIN=10 * PATIENCE, HANDSHAKE_TIME=10 * PATIENCE)
-        self.start_server(trust_proxy=["127.0.0.1"], proxy_protocol=True)
+        change(self, server_module, HANDSHAKE_TIME=10 * PATIENCE)
+        late = {"drain": 10 * PATIENCE}
+        self.start_server(trust_proxy=["127.0.0.1"], proxy_protocol=True, **late)
         conn = self.visit()
         conn.sendall(b"PROXY ")
         self.server.until(lambda: self.server.program.visitors.all)
@@ -9925,7 +9971,7 @@ class Processes(TunnelCase):
 
     def launch(self, script, *arguments, change="", **options):
         """A script as a process; its output is read line by line. `change` is such as
-        `DRAIN = 3600`, for what a slow machine could miss."""
+        `TAKEOVER = 3600`, for what a slow machine could miss."""
         command = [sys.executable, os.path.join(HERE, script)]
         if change:
             code = "import sys; sys.path.insert(0, %r); import %s as script; "
@@ -9956,15 +10002,16 @@ class Processes(TunnelCase):
                 return
         self.fail("it ended and never said %r" % word)
 
-    def launch_server(self, **options):
+    def launch_server(self, *words, **options):
         """The process, and its two ports as -v says them."""
-        process = self.launch(SCRIPTS[0], "-v", "-p", "0", "-c", "0", **options)
+        words = ["-v", "-p", "0", "-c", "0"] + list(words)
+        process = self.launch(SCRIPTS[0], *words, **options)
         ports = re.findall(r"port (\d+)", process.stderr.readline())
         return process, int(ports[0]), ports[1]
 
-    def launch_both(self, **options):
-        server, port, client_port = self.launch_server(**options)
-        words = ["-v", "-h", "127.0.0.1", "-p", client_port, "-i", "tim"]
+    def launch_both(self, *words, **options):
+        server, port, client_port = self.launch_server(*words, **options)
+        words = ["-v", "-h", "127.0.0.1", "-p", client_port, "-i", "tim"] + list(words)
         words += ["web=%d" % self.echo()]
         client = self.launch(SCRIPTS[1], *words, **options)
         line = client.stdout.readline()
@@ -10032,11 +10079,11 @@ class Processes(TunnelCase):
         for script in SCRIPTS:
             go.clear()
             asked.clear()
-            patient = {"change": "DRAIN = 3600"}
-            server, port, client_port = self.launch_server(**patient)
+            patient = ["--drain", "3600"]
+            server, port, client_port = self.launch_server(*patient)
             words = ["-v", "-h", "127.0.0.1", "-p", client_port, "-i", "tim"]
-            words += ["web=%d" % self.service(slow)]
-            client = self.launch(SCRIPTS[1], *words, **patient)
+            words += patient + ["web=%d" % self.service(slow)]
+            client = self.launch(SCRIPTS[1], *words)
             client.stdout.readline()
             conn = socket.create_connection(("127.0.0.1", port), PATIENCE)
             self.addCleanup(conn.close)
@@ -10063,7 +10110,7 @@ class Processes(TunnelCase):
         server, port, client_port = self.launch_server()
         words = ["-v", "-h", "127.0.0.1", "-p", client_port, "-i", "tim"]
         words += ["web=%d" % self.service(slow)]
-        client = self.launch(SCRIPTS[1], *words, change="DRAIN = 3600")
+        client = self.launch(SCRIPTS[1], "--drain", "3600", *words)
         client.stdout.readline()
         conn = socket.create_connection(("127.0.0.1", port), PATIENCE)
         self.addCleanup(conn.close)
@@ -10076,7 +10123,7 @@ class Processes(TunnelCase):
         client.wait(PATIENCE)
 
     def test_client_with_only_idle_connections_stops_at_once(self):
-        server, client, port = self.launch_both(change="DRAIN = 3600")
+        server, client, port = self.launch_both("--drain", "3600")
         conn = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
         self.addCleanup(conn.close)
         conn.request("GET", "/", None, {"Host": "web.tim.localhost"})
@@ -10444,6 +10491,424 @@ assert signal.set_wakeup_fd(-1) == -1
         server = self.launch(SCRIPTS[0], "-v", *words)
         self.read_until(server, "tim serves")
         self.assertEqual(self.fetch(ports[0]).status, 200)
+
+
+class LivingLong(Processes):
+    """What systemd, scripts and administrators see of the programs. (None of the tests
+    of Processes run here again.)"""
+
+    def setUp(self):
+        super().setUp()
+        if os.name == "nt":
+            self.skipTest("no such sockets and signals here")
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def listen(self, address=None):
+        """A stand-in for systemd; the address, as $NOTIFY_SOCKET has it."""
+        address = address or self.path("notify")
+        self.systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(self.systemd.close)
+        self.systemd.settimeout(PATIENCE)
+        self.systemd.bind(address.replace("@", "\0", 1))
+        return address
+
+    def told(self):
+        return self.systemd.recv(4096).decode().split("\n")
+
+    def told_until(self, line):
+        """All lines up to this one."""
+        lines = []
+        while line not in lines:
+            lines += self.told()
+        return lines
+
+    def assert_silent(self):
+        self.systemd.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            raise AssertionError(self.told())
+        self.systemd.settimeout(PATIENCE)
+
+    def manager(self, environ, status=lambda: "well"):
+        self.loop = fake_loop(server_module)
+        self.addCleanup(self.loop.close)
+        manager = server_module.Manager(self.loop, status)
+        self.addCleanup(manager.close)
+        manager.connect(environ)
+        return manager
+
+    def pass_time(self, seconds):
+        self.loop.clock.now += seconds
+        self.loop.turn()
+
+    # The service manager.
+
+    def test_manager_is_told_what_is_new_and_the_environment_forgets_it(self):
+        environ = {"NOTIFY_SOCKET": self.listen(), "WATCHDOG_PID": "1", "HOME": "/"}
+        said = ["a\nMAINPID=1"]
+        manager = self.manager(environ, lambda: said[-1])
+        self.assertEqual(environ, {"HOME": "/"})
+        self.assert_silent()
+        for _ in range(2):
+            manager.ready()
+        self.assertEqual(self.told(), ["READY=1"])
+        self.assertEqual(self.told(), ["STATUS=a\\nMAINPID=1"])
+        self.pass_time(server_module.LOOK_TIME)
+        self.assert_silent()
+        said.append("b")
+        self.pass_time(server_module.LOOK_TIME)
+        self.assertEqual(self.told(), ["STATUS=b"])
+        manager.stopping(9)
+        self.assertEqual(self.told(), ["STOPPING=1", "EXTEND_TIMEOUT_USEC=10000000"])
+        manager.stopping(float("inf"))
+
+    def test_abstract_address_is_reached(self):
+        if not sys.platform.startswith("linux"):
+            self.skipTest("no such addresses here")
+        manager = self.manager({"NOTIFY_SOCKET": self.listen("@" + self.folder)})
+        manager.ready()
+        self.assertEqual(self.told(), ["READY=1"])
+
+    def test_watchdog_is_fed_by_the_loop_at_half_its_time(self):
+        environ = {"NOTIFY_SOCKET": self.listen(), "WATCHDOG_USEC": "20000000"}
+        self.manager(dict(environ, WATCHDOG_PID=str(os.getpid())))
+        self.assertEqual(self.told(), ["WATCHDOG=1"])
+        self.pass_time(9.9)
+        self.assert_silent()
+        for seconds in (0.1, 10):
+            self.pass_time(seconds)
+            self.assertEqual(self.told(), ["WATCHDOG=1"])
+        for more in ({"WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "0"},
+                     {"WATCHDOG_USEC": "-1"}, {"WATCHDOG_USEC": "x"}):  # fmt: skip
+            self.manager(dict(environ, **more))
+            self.pass_time(10)
+            self.assert_silent()
+
+    def test_reload_is_told_with_its_time_and_never_before_ready(self):
+        manager = self.manager({"NOTIFY_SOCKET": self.listen()})
+        with manager.reloading():
+            pass
+        self.assert_silent()
+        manager.ready()
+        self.told_until("STATUS=well")
+        before = int(time.monotonic() * 1e6)
+        with self.assertRaises(ValueError), manager.reloading():
+            raise ValueError("and it is ready all the same")
+        word, usec = self.told()
+        self.assertEqual(word, "RELOADING=1")
+        self.assertEqual(usec.partition("=")[0], "MONOTONIC_USEC")
+        self.assertGreaterEqual(int(usec.partition("=")[2]), before)
+        self.assertEqual(self.told(), ["READY=1"])
+
+    def test_manager_that_is_deaf_or_gone_harms_nobody(self):
+        logging.getLogger("mdm_tunnel").setLevel(logging.DEBUG)
+        self.log.setLevel(logging.DEBUG)
+        deaf = self.manager({"NOTIFY_SOCKET": self.listen()})
+        for _ in range(2000):
+            deaf.tell("x" * 1000)
+        gone = [self.path("none"), "x" * 500, "@" + self.folder, "vsock:2:9"]
+        for address in gone:
+            manager = self.manager({"NOTIFY_SOCKET": address})
+            manager.ready()
+            manager.stopping(1)
+        lines = [x for x in self.log.lines if x.startswith("service manager: ")]
+        self.assertEqual(len(lines), 1 + len(gone), lines)
+
+    def test_both_programs_tell_how_they_are(self):
+        tokens = self.file('{"tim": "secret"}')
+        env = dict(os.environ, NOTIFY_SOCKET=self.listen(), WATCHDOG_USEC="100000")
+        server, _, port = self.launch_server("--tokens", tokens, env=env)
+        lines = self.told_until("STATUS=0 ids are connected")
+        self.assertIn("READY=1", lines)
+        self.told_until("WATCHDOG=1")
+        env.pop("NOTIFY_SOCKET")
+        words = ["-v", "-h", "127.0.0.1", "-p", port, "-i", "tim", "web=9"]
+        words += ["--token-file", self.file("secret")]
+        client = self.launch(SCRIPTS[1], *words, env=env)
+        self.told_until("STATUS=1 ids are connected")
+        server.send_signal(signal.SIGHUP)
+        self.told_until("RELOADING=1")
+        self.told_until("READY=1")
+        server.send_signal(signal.SIGTERM)
+        self.told_until("STOPPING=1")
+        self.read_until(client, "dialling again")
+
+    def test_client_is_ready_with_its_login(self):
+        server, _, port = self.launch_server()
+        env = dict(os.environ, NOTIFY_SOCKET=self.listen())
+        words = ["-h", "127.0.0.1", "-p", port, "-i", "tim", "web=9"]
+        client = self.launch(SCRIPTS[1], *words, env=env)
+        self.assertEqual(self.told(), ["READY=1"])
+        said = "STATUS=logged in at 127.0.0.1:%s as tim" % port
+        self.assertEqual(self.told(), [said])
+        client.send_signal(signal.SIGHUP)
+        self.told_until("RELOADING=1")
+        self.assertEqual(self.told(), ["READY=1"])
+        client.send_signal(signal.SIGTERM)
+        self.told_until("STOPPING=1")
+
+    def test_client_without_a_server_is_ready_but_one_that_is_refused_is_not(self):
+        env = {"NOTIFY_SOCKET": self.listen()}
+        words = ["-h", "127.0.0.1", "-i", "tim", "web=9", "-p"]
+        client = self.launch(
+            SCRIPTS[1], *words + [str(free_port())], env=dict(os.environ, **env)
+        )
+        self.assertEqual(self.told(), ["READY=1"])
+        self.assertRegex(self.told()[0], "^STATUS=dialling again: .*refused")
+        client.send_signal(signal.SIGINT)
+        client.wait(PATIENCE)
+        self.start_server(tokens=self.file('{"tim": "secret"}'))
+        port = str(self.server.program.client_address[1])
+        while self.drained():
+            pass
+        self.assertEqual(run_script(SCRIPTS[1], *words + [port], env=env).status, 3)
+        self.assert_silent()
+
+    def test_client_whose_id_is_taken_is_not_ready(self):
+        server, _, port = self.launch_server(change="TAKEOVER = 3600")
+        words = ["-h", "127.0.0.1", "-p", port, "-i", "tim", "web=9"]
+        self.launch(SCRIPTS[1], "-v", *words).stdout.readline()
+        env = {"NOTIFY_SOCKET": self.listen()}
+        self.assertEqual(run_script(SCRIPTS[1], *words, env=env).status, 3)
+        self.assert_silent()
+
+    def test_client_is_told_again_what_it_cannot_take_over(self):
+        client = self.manager_client()
+        client.config.given.update(
+            (str(n), client_module.parse_service(9)) for n in range(9000)
+        )
+        for _ in range(2):
+            client.reload()
+        lines = [x for x in self.log.lines if "the old list stays" in x]
+        self.assertEqual(len(lines), 2, lines)
+
+    def manager_client(self):
+        """A client that has not dialled yet, with a service file."""
+        file = client_module.Watched([self.file("{}")], client_module.parse_file)
+        client = make_client({}, fake_loop(client_module), file=file)
+        self.addCleanup(client.loop.close)
+        return client
+
+    def drained(self):
+        """A datagram that waits, if there is one."""
+        self.systemd.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            return self.told()
+        return self.systemd.settimeout(PATIENCE)
+
+    def test_manager_is_still_told_when_the_rights_are_gone(self):
+        if os.getuid() != 0:
+            self.skipTest("only root can")
+        env = dict(os.environ, NOTIFY_SOCKET=self.listen())
+        os.chmod(self.folder, 0o700)
+        server = self.launch_server("--user", "nobody", env=env)[0]
+        self.told_until("READY=1")
+        server.send_signal(signal.SIGTERM)
+        self.told_until("STOPPING=1")
+
+    # SIGHUP.
+
+    def test_sighup_reads_the_files_and_tells_a_fault_again(self):
+        tokens = self.file('{"tim": "secret"}')
+        code = "LOOK_TIME = 3600"
+        server, _, _ = self.launch_server("--tokens", tokens, change=code)
+        for content, said in (('{"tim": "new"}', "changed: "), ("{", "not JSON"),
+                              ("{", "not JSON"), ('{"tim": "new"}', "")):  # fmt: skip
+            with open(tokens, "w") as file:
+                file.write(content)
+            server.send_signal(signal.SIGHUP)
+            self.read_until(server, "reading all files again")
+            if said:
+                self.read_until(server, said)
+        server.send_signal(signal.SIGTERM)
+        self.assertNotIn("changed", server.communicate(timeout=PATIENCE)[1])
+
+    def test_sighup_makes_the_client_publish_a_new_list(self):
+        services = self.file('{"web": 9}')
+        server, _, port = self.launch_server()
+        words = ["-v", "-h", "127.0.0.1", "-p", port, "-i", "tim", "-c", services]
+        client = self.launch(SCRIPTS[1], *words, change="LOOK_TIME = 3600")
+        self.assertIn("web", client.stdout.readline())
+        for _ in range(2):
+            with open(services, "w") as file:
+                file.write("{")
+            client.send_signal(signal.SIGHUP)
+            self.read_until(client, "not JSON")
+        with open(services, "w") as file:
+            file.write('{"api": 9}')
+        client.send_signal(signal.SIGHUP)
+        self.assertIn("api", client.stdout.readline())
+
+    def test_sighup_reads_the_certificates_of_names(self):
+        for end in (".crt", ".key"):
+            shutil.copy(self.file(LOCALHOST), self.path("localhost" + end))
+        words = ["--tls-dir", self.folder, "--tls-port", "0"]
+        server, _, _ = self.launch_server(*words, change="LOOK_TIME = 3600")
+        for _ in range(2):
+            with open(self.path("localhost.crt"), "w") as file:
+                file.write("broken")
+            server.send_signal(signal.SIGHUP)
+            self.read_until(server, "no certificate")
+        with open(self.path("localhost.crt"), "w") as file:
+            file.write("\n" + LOCALHOST)
+        server.send_signal(signal.SIGHUP)
+        self.read_until(server, "changed: ")
+
+    def test_hangup_before_the_loop_runs_kills_nobody(self):
+        for script in SCRIPTS:
+            tell = "script.os.kill(script.os.getpid(), script.signal.SIGHUP)"
+            code = "Config = lambda *_, **__: sys.exit(%s or 7)" % tell
+            words = ["web=9"] if script == SCRIPTS[1] else []
+            process = self.launch(script, *words, change=code)
+            self.assertEqual(process.wait(PATIENCE), 7)
+
+    def test_hangup_that_is_ignored_or_somebodys_own_stays_so(self):
+        handlers = [signal.SIG_IGN, lambda *_: None]
+        before = signal.getsignal(signal.SIGHUP)
+        self.addCleanup(signal.signal, signal.SIGHUP, before)
+        for handler in handlers:
+            signal.signal(signal.SIGHUP, handler)
+            for module in (server_module, client_module):
+                module.survive_hangup()
+                loop = module.Loop()
+                loop.catch_signals(print)
+                self.assertEqual(signal.getsignal(signal.SIGHUP), handler)
+                loop.close()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        loop = server_module.Loop()
+        loop.catch_signals(print)
+        self.assertNotEqual(signal.getsignal(signal.SIGHUP), signal.SIG_DFL)
+        loop.close()
+        self.assertEqual(signal.getsignal(signal.SIGHUP), signal.SIG_DFL)
+
+    def test_program_ends_with_its_terminal(self):
+        import pty
+
+        master, terminal = pty.openpty()
+        command = [sys.executable, os.path.join(HERE, SCRIPTS[0]), "-p", "0", "-c", "0"]
+        env = dict(os.environ, NOTIFY_SOCKET=self.listen())
+        process = subprocess.Popen(command, stdin=terminal, stdout=terminal,
+            stderr=terminal, env=env, start_new_session=True)  # fmt: skip
+        self.addCleanup(process.wait, PATIENCE)
+        self.addCleanup(process.kill)
+        os.close(terminal)
+        self.told_until("READY=1")
+        process.send_signal(signal.SIGHUP)
+        self.told_until("RELOADING=1")
+        os.close(master)
+        process.send_signal(signal.SIGHUP)
+        self.told_until("STOPPING=1")
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    # --url-file
+
+    def start_with_file(self, **services):
+        """A client whose file is written; the path."""
+        path = self.path("urls.json")
+        self.start_server()
+        services = services or {"web": 9}
+        self.client = self.start_client(services, wait=False, url_file=path)
+        self.client.until(lambda: self.client.program.urls)
+        return path
+
+    def load(self, path):
+        with open(path) as file:
+            return json.load(file)
+
+    def test_url_file_holds_what_is_true_now(self):
+        with open(self.path("urls.json"), "w") as file:
+            file.write("of a process that was killed")
+        self.start_server()
+        config = client_module.Config(url_file=self.path("urls.json"))
+        client_module.Client(config).loop.close()
+        self.assertEqual(os.listdir(self.folder), [])  # nothing is known yet
+        path = self.start_with_file(web=9, ssh={"target": 22, "tcp": 0})
+        program, umask = self.client.program, os.umask(0)
+        os.umask(umask)
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o644 & ~umask)
+        found = self.load(path)
+        url = program.urls["web"]
+        self.assertEqual((found["id"], found["pid"]), ("tim", os.getpid()))
+        self.assertEqual(found["urls"], {"web": url})
+        self.assertIn("--tcp-ports", found["errors"]["ssh"])
+        program.services = client_module.parse_services([("api", 9)])
+        self.client.do(lambda: program.uplink.tunnel.publish() or True)
+        self.client.until(lambda: "api" in program.urls)
+        self.assertEqual(list(self.load(path)["urls"]), ["api"])
+        self.client.end()
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_url_file_is_written_for_a_list_without_services_too(self):
+        path = self.path("urls.json")
+        self.start_server()
+        client = self.start_client({}, url_file=path)
+        client.until(lambda: os.path.exists(path))
+        self.assertEqual(self.load(path)["urls"], {})
+
+    def test_url_file_that_another_client_wrote_stays(self):
+        path = self.start_with_file()
+        with open(path, "w") as file:
+            file.write("hers")
+        self.client.end()
+        self.assertEqual(os.listdir(self.folder), ["urls.json"])
+
+    def test_url_file_that_can_no_longer_be_written_is_one_warning(self):
+        path = self.start_with_file()
+        os.remove(path)
+        os.mkdir(path)
+        program = self.client.program
+        program.services = client_module.parse_services([("api", 9)])
+        self.client.do(lambda: program.uplink.tunnel.publish() or True)
+        self.client.until(lambda: "api" in program.urls)
+        lines = [x for x in self.log.lines if "cannot write" in x]
+        self.assertEqual(len(lines), 1, lines)
+        self.assertEqual(os.listdir(self.folder), ["urls.json"])
+        self.client.end()
+        self.assertIsNone(self.client.error)
+
+    def test_url_file_goes_however_the_client_ends(self):
+        tokens, path = self.file('{"tim": "secret"}'), self.path("urls.json")
+        server, _, port = self.launch_server("--tokens", tokens)
+        words = ["-v", "-h", "127.0.0.1", "-p", port, "-i", "tim", "web=9"]
+        words += ["--token-file", self.file("secret"), "--url-file", path]
+        words += ["--max-attempts", "1"]
+        nobody = self.file("{}")
+        for act, status in (("SIGTERM", 0), ("SIGINT", 0), ("revoke", 3), ("kill", 4)):
+            shutil.copy(self.file('{"tim": "secret"}'), tokens)
+            server.send_signal(signal.SIGHUP)
+            self.read_until(server, "reading all files again")
+            client = self.launch(SCRIPTS[1], *words)
+            client.stdout.readline()
+            self.assertEqual(self.load(path)["pid"], client.pid)
+            if act == "revoke":
+                shutil.copy(nobody, tokens)
+            elif act == "kill":
+                server.kill()
+            else:
+                client.send_signal(getattr(signal, act))
+            client.communicate(timeout=PATIENCE)
+            self.assertEqual((client.returncode, os.listdir(self.folder)), (status, []))
+
+    def test_url_file_that_cannot_be_written_is_exit_2(self):
+        table = [(self.folder, "no regular file"), (os.devnull, "no regular file"),
+                 (self.path("a/b"), "No such file"), ("", "names no file"),
+                 (self.path("c/"), "names no file")]  # fmt: skip
+        if os.getuid() == 0:
+            table.append((self.path("theirs"), "somebody else"))
+            with open(self.path("theirs"), "w"):
+                os.chown(self.path("theirs"), 1, 1)
+        for path, cause in table:
+            done = run_script(SCRIPTS[1], "--url-file", path, "web=9")
+            self.assertEqual((done.status, done.stdout), (2, ""), done.stderr)
+            self.assertRegex(done.stderr, r"\A.*cannot write %s: .*%s.*\n\Z"
+                             % (re.escape(path), cause))  # fmt: skip
+
+
+for name in [name for name in vars(Processes) if name.startswith("test_")]:
+    setattr(LivingLong, name, None)  # they run above
 
 
 class Watch(unittest.TextTestResult):

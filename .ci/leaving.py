@@ -19,7 +19,8 @@ SOON = 5.0  # seconds until a service has learnt that its visitor left
 SHORT = 64  # descriptors of a client that has few
 CROWD = 150  # visitors, more than these
 PATIENCE = 6.0  # seconds after they have left, until the next one is served
-LONGEST = 5.0  # seconds from SIGTERM to the exit
+DRAIN = 4.0  # seconds that running requests have after SIGTERM, if nobody says
+LONGER = 1.0  # seconds from their end to the exit, at most
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = STREAM + b"Transfer-Encoding: chunked\r\n\r\n"
 
@@ -294,6 +295,7 @@ def page(client: Client, seconds: float) -> bytes:
 # -----------------------------------------------------------------------------------
 LONG = "Content-Length: 1000000000"
 UPGRADE = ("Connection: Upgrade", "Upgrade: websocket")
+PARTS = ("server", "client")
 Way = Callable[[Client], socket.socket]
 
 
@@ -361,10 +363,11 @@ WAYS: List[Way] = [
 ]
 
 
-def ends_in_time(who: str) -> str:
+def ends_in_time(who: str, drain: float = DRAIN) -> str:
     """A pair of programs for each way, and SIGTERM for all at once. Both ends count."""
     ways: List[Callable[[Client], Any]] = [*WAYS, does_all_that]
-    clients = [publish(Service()) for _ in ways]
+    words = () if drain == DRAIN else ("--drain", "%g" % drain)
+    clients = [publish(Service(), server=Server(*words), options=words) for _ in ways]
     visitors = [way(client) for way, client in zip(ways, clients)]
     parts = [client.server if who == "server" else client for client in clients]
     left = {way.__name__: part.process.popen for way, part in zip(ways, parts)}
@@ -372,7 +375,7 @@ def ends_in_time(who: str) -> str:
     for popen in left.values():
         popen.terminate()
     took: Dict[str, float] = {}
-    while left and time.monotonic() < start + 2 * LONGEST:
+    while left and time.monotonic() < start + 2 * (drain + LONGER):
         for name, popen in list(left.items()):
             if popen.poll() is not None:
                 took[name] = time.monotonic() - start
@@ -381,9 +384,10 @@ def ends_in_time(who: str) -> str:
         time.sleep(0.01)
     del visitors
     stop(*clients)
-    late = ["%s %.1f s" % pair for pair in took.items() if pair[1] > LONGEST]
+    late = ["%s %.1f s" % pair for pair in took.items() if pair[1] > drain + LONGER]
     late += ["%s, still there" % name for name in left]
     assert not late, "its visitor " + ", ".join(late)
+    assert max(took.values()) > drain, "what ran had %s" % took
     return "%.1f s at most" % max(took.values())
 
 
@@ -395,6 +399,12 @@ def client_ends_in_time_whatever_visitors_do(_: World) -> str:
     return ends_in_time("client")
 
 
+def both_end_in_the_time_of_drain(_: World) -> str:
+    """Shorter than it is by itself, also without any time, and longer."""
+    found = [ends_in_time(who, drain) for who in PARTS for drain in (0, 1.5, 7)]
+    return ", ".join(found)
+
+
 CHECKS: List[Callable[[World], str]] = [
     service_learns_that_a_visitor_left,
     half_closed_visitor_gets_its_answer,
@@ -402,4 +412,5 @@ CHECKS: List[Callable[[World], str]] = [
     few_descriptors_and_a_crowd_that_left,
     server_ends_in_time_whatever_visitors_do,
     client_ends_in_time_whatever_visitors_do,
+    both_end_in_the_time_of_drain,
 ]
