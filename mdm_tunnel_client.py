@@ -3535,9 +3535,8 @@ def make_parser() -> FileParser:
         prog="mdm_tunnel_client.py",
         usage="%(prog)s [options] [name=target ...]",
         description="Publishes local services through an mdm-tunnel server. A target "
-        "is a port, host:port, https://host or unix:/path; given here, it replaces "
-        "the default "
-        "file. @FILE holds options as one would type them. Silent without -v.",
+        "is a port, host:port, https://host or unix:/path; given here, it replaces the "
+        "default file. @FILE holds options as one would type them. Silent without -v.",
         add_help=False,
         fromfile_prefix_chars="@",
     )
@@ -3549,17 +3548,7 @@ def make_parser() -> FileParser:
         help="the server, as host, host:port or https://host[:port], which is by "
         "TLS on port 443 (%(default)s)")  # fmt: skip
     add("-p", "--port", type=int, help="its client port (8001)")
-    add("--token-file", metavar="FILE",
-        help="holds the token of the id, and nothing else; without it "
-        "$MDM_TUNNEL_TOKEN counts, the service file, or you are asked")  # fmt: skip
-    add("--tls", action="store_true",
-        help="dial by TLS; the certificate must be for the host")  # fmt: skip
-    add("--tls-ca", metavar="FILE", help="authorities to trust, and no others")
-    add("--fingerprint", type=parse_fingerprint, default=b"", metavar="SHA256",
-        help="the server's certificate is this; without --tls-ca nothing else "
-        "counts")  # fmt: skip
-    add("--no-proxy", action="store_true",
-        help="dial directly, whatever https_proxy and its like say")  # fmt: skip
+    add_server_options(add)
     add("--max-attempts", type=int, default=0, metavar="N",
         help="give up after N failures in a row (no limit)")  # fmt: skip
     add("--drain", type=drain_time, default=DRAIN, metavar="SECONDS",
@@ -3571,6 +3560,21 @@ def make_parser() -> FileParser:
     add("-V", "--version", action="version", version=VERSION)
     add("--help", action="help", help="this text; also -h alone")
     return parser
+
+
+def add_server_options(add: Call) -> None:
+    """How the server knows us, and we know the server."""
+    add("--token-file", metavar="FILE",
+        help="holds the token of the id, and nothing else; without it "
+        "$MDM_TUNNEL_TOKEN counts, the service file, or you are asked")  # fmt: skip
+    add("--tls", action="store_true",
+        help="dial by TLS; the certificate must be for the host")  # fmt: skip
+    add("--tls-ca", metavar="FILE", help="authorities to trust, and no others")
+    add("--fingerprint", type=parse_fingerprint, default=b"", metavar="SHA256",
+        help="the server's certificate is this; without --tls-ca nothing else "
+        "counts")  # fmt: skip
+    add("--no-proxy", action="store_true",
+        help="dial directly, whatever https_proxy and its like say")  # fmt: skip
 
 
 def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:

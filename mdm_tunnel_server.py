@@ -2094,6 +2094,7 @@ OPTIONS = "auth domains host proxy_protocol tcp tls visitors".split()
 LOGIN_TIME = 3.0  # seconds from our 101 to a whole LOGIN
 SERVICES_LIMIT = 2000  # of a client: to make the URLs of more takes too long
 LISTS_TIME = 0.2  # seconds between two lists of services that are looked at
+TOLD = 20  # services of a list that the log names
 TAKEOVER = 3.0  # seconds for the owner of an id to show that it lives, when it is asked
 
 
@@ -2442,9 +2443,12 @@ class Tunnel:
             return
         self.list_timer.set(LISTS_TIME)
         urls = self.registry.publish(self, listed)
-        names = list(urls)
-        more = ", ... (%d)" % len(names) if len(names) > 20 else ""
-        log.info("%s serves %s%s", self, ", ".join(names[:20]) or "nothing", more)
+        refused = {name: x[7:] for name, x in urls.items() if x.startswith("error: ")}
+        names = [name for name in urls if name not in refused]
+        more = ", ... (%d)" % len(names) if len(names) > TOLD else ""
+        log.info("%s serves %s%s", self, ", ".join(names[:TOLD]) or "nothing", more)
+        for name, cause in itertools.islice(refused.items(), TOLD):
+            log.info("%s does not serve %s: %s", self, name, cause)
         if len(pack_json(urls)) > TEXT_LIMIT:
             urls = {"*": "error: too many services to tell where each is"}
         self.link.send(Kind.URLS, urls)
