@@ -1359,7 +1359,7 @@ class Link:
     # How it ends.
 
     def check(self) -> None:
-        """Each second, or each half: does the other side live, do our bytes move?"""
+        """Each second, or more often: does the other side live, do our bytes move?"""
         now, connection = self.loop.clock(), self.connection
         moved = connection.progress_at
         if connection.waiting() and now - moved > STUCK_AFTER:
@@ -1376,7 +1376,7 @@ class Link:
             raise OSError("no sign of life for %d s" % (now - self.heard))
         if not self.asked and (waited or now - self.heard >= PING_AFTER):
             self.ping()
-        self.timer.set(0.5 if self.sent else 1.0)
+        self.timer.set(0.25 if self.sent else 1.0)
 
     def waits_since(self, now: float) -> float:
         """Since when the other side could have answered what we sent, or made room."""

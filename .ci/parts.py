@@ -423,7 +423,8 @@ def namespace(net: int) -> Iterator[List[str]]:
         for device in ("cable", "lo"):
             run(*inside, "ip", "link", "set", device, "up")
         yield inside
-    finally:
+    finally:  # sockets that still wait would keep the namespace, and so the cable
+        subprocess.run(["ip", "link", "del", name])
         subprocess.run(["ip", "netns", "del", name])
 
 
