@@ -76,6 +76,17 @@ class Far:
             words = [*where, "ip", "neigh", "del", other, "dev", device]
             subprocess.run(words, capture_output=True)
 
+    def know_each_other(self) -> None:
+        """For ever: what asks for a neighbour (ARP) gives up after three seconds, and a
+        queue may be longer."""
+        cat = "cat /sys/class/net/%s/address"
+        for where, device, other in self.ends():
+            mine = [] if where else self.inside
+            theirs = self.device if where else "cable"
+            mac = run(*mine, *(cat % theirs).split()).strip()
+            words = "ip neigh replace %s lladdr %s nud permanent dev %s"
+            run(*where, *(words % (other, mac, device)).split())
+
     def ends(self) -> List[Tuple[List[str], str, str]]:
         """What runs a command there, its device, and the other's address."""
         far = (self.inside, "cable", self.here)
@@ -189,6 +200,7 @@ def link_behind_a_full_queue() -> str:
     with far_away(12) as far:
         if not far:
             return "left out: no namespaces here"
+        far.know_each_other()
         flood = [sys.executable, "-c", FLOOD]
         for where, device, other in far.ends():
             queue = "root tbf rate 1mbit burst 16kbit latency 9s"

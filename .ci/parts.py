@@ -7,6 +7,7 @@ import functools
 import getpass
 import hashlib
 import http.client
+import itertools
 import os
 import random
 import shutil
@@ -104,10 +105,11 @@ class Process:
     """A program that runs beside us; all that it prints goes to one file."""
 
     all: List["Process"] = []
+    numbers = itertools.count()  # several threads may start some at once
 
     def __init__(self, name: str, *command: str, **environment: str) -> None:
         self.name = name
-        self.log = TMP / ("%d-%s.log" % (len(Process.all), name))
+        self.log = TMP / ("%d-%s.log" % (next(Process.numbers), name))
         with open(self.log, "wb") as log:
             self.popen = subprocess.Popen(
                 command,
