@@ -206,8 +206,10 @@ def link_behind_a_full_queue() -> str:
             queue = "root tbf rate 1mbit burst 16kbit latency 9s"
             run(*where, *("tc qdisc add dev %s %s" % (device, queue)).split())
             Process("flood", *where, *flood, other)
+        for _ in range(4):  # TCP has to learn how long the way is, or it sends twice
+            wait_for("a visit", far.is_served, 40)
         download = far.download()
-        time.sleep(25)
+        time.sleep(15)
         words = "ip addr add %s/24 dev cable" % (far.there % 78)
         run(*far.inside, *words.split())
         words = "ip route add %s/32 dev cable src %s" % (far.here, far.there % 78)
