@@ -183,8 +183,8 @@ def silence_of_15_and_40_seconds() -> str:
 FLOOD = """
 import socket, sys
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-sock.setsockopt(socket.SOL_SOCKET, 32, 270000)  # SO_SNDBUFFORCE: with 1000 bytes each
-sock.connect((sys.argv[1], 9))                  # the kernel queues some 220 of them
+sock.setsockopt(socket.SOL_SOCKET, 32, 220000)  # SO_SNDBUFFORCE: with 1000 bytes each
+sock.connect((sys.argv[1], 9))                  # the kernel queues some 180 of them
 while True:
     try:
         sock.send(bytes(1000))
