@@ -20,9 +20,9 @@ in either file): Protocol, Frames, Loop, Connection, Stream and Link, Pipe. Then
     Uplink           dials, has a tunnel, dials again
     Client           all of it, and how it stops
 
-Part two keeps it up: Secrets, TLS, Files, Limits, Log, Resolver, Proxies, Command line.
-The client knows nothing of HTTP, so any protocol passes. Nothing here needs more than
-the standard library of Python 3.6.
+Part two keeps it up: Secrets, TLS, Files, Limits, Log, Service manager, Resolver, PROXY
+protocol, Proxies, URL file, Command line. The client knows nothing of HTTP, so any
+protocol passes. Nothing here needs more than the standard library of Python 3.6.
 """
 
 from typing import NamedTuple
@@ -501,7 +501,7 @@ class Plain:
 
     __slots__ = ("recv_into", "send", "sock")
     unsent = 0  # TLS: ciphertext that waits
-    more = False  # TLS: plaintext that is here, of which no selector tells
+    more = False  # TLS: there is something to do of which no selector tells
     has_last_word = False  # TLS: close_notify
 
     def __init__(self, sock: socket.socket) -> None:
@@ -752,9 +752,8 @@ class Connection:
         under = self.transport
         self.transport = Sealed(self.loop, under, context, server, name, pin)
         self.phase = Phase.HANDSHAKE
+        self.loop.dirty.add(self)
         self.watch(HANDSHAKE_TIME)
-        if not server:
-            self.shake_hands()
 
     def stop_tls(self) -> None:
         """The peer does not speak it: what is left to say, it is told without."""
@@ -762,7 +761,7 @@ class Connection:
 
     def shake_hands(self) -> None:
         """Go on with the handshake; then the owner's part begins. Steps are slow: after
-        many in a turn, the selector tells again of those left."""
+        many in a turn the selector or register() tells again of those left."""
         if self.loop.handshakes and self.loop.tired():
             return
         self.loop.handshakes += 1
@@ -1268,7 +1267,7 @@ class Link:
         kernel takes all of it."""
         connection, pacer = self.connection, self.pacer
         while not (self.closed or connection.backlog or connection.transport.unsent):
-            by_streams = bool(self.debtors or self.quiet or self.busy)
+            asks = not self.sent and bool(self.debtors or self.quiet or self.busy)
             fill = self.put_control(0) if self.own_frames or self.debtors else 0
             size = min(QUIET, pacer.quantum)
             while self.quiet and fill < COLLECT:
@@ -1283,7 +1282,7 @@ class Link:
             if now - pacer.measured >= TURN_TIME:
                 pacer.measure(now)
             pacer.sent_since += fill
-            if by_streams and not self.sent:
+            if asks:
                 self.sent = now
             connection.write(self.loop.frames[:fill])
         pacer.was_idle |= not (self.busy or connection.backlog)
@@ -1683,7 +1682,7 @@ def parse_service(value: Any) -> Service:
 
 
 def tcp_option(value: Any, target: Target) -> Any:
-    if value is not True and (type(value) is not int or not 0 <= value < 1 << 16):
+    if value is not True and not is_port(value):
         raise ValueError("tcp is a port of the server, 0 for a free one, or true")
     return value
 
@@ -2012,9 +2011,6 @@ class StartTLS:
         self.how: Optional[Tuple[Any, ...]] = (context, False, name, pin)
 
     def go_on(self, dial: Dial) -> bool:
-        if self.how and dial.loop.handshakes and dial.loop.tired():
-            dial.loop.soon(dial, dial.advance)  # no selector tells whose turn is next
-            return False
         if self.how:
             how, self.how = self.how, None
             dial.connection.start_tls(*how)
@@ -2751,7 +2747,7 @@ class Sealed:
         shared = isinstance(under, Plain)  # else `under` decrypts into this buffer
         self.buffer = loop.sealed if shared else memoryview(bytearray(SEALED))
         self.ready = False  # the handshake is done
-        self.more = False  # there is plaintext of which no selector tells
+        self.more = not server  # plaintext, or our first words: no selector tells
         self.ending = False  # close_notify is to be said
         self.ended = False  # it is said: `under` is to be shut down behind it
         self.pending = b""  # ciphertext that `under` has not taken
@@ -2769,6 +2765,7 @@ class Sealed:
         """Go on with the handshake; True when it is done. Raises TLSError."""
         if self.ready or not self.under.shake_hands():
             return self.ready
+        self.more = False
         self.fill()
         try:
             self.object.do_handshake()
@@ -3194,8 +3191,9 @@ class Manager:
 
 
 # -----------------------------------------------------------------------------------
-# Command line, as far as it is the same in both.
+# Command line and options, as far as they are the same in both.
 # -----------------------------------------------------------------------------------
+PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # version 2 of the PROXY protocol
 DRAIN = 4.0  # seconds for what runs after SIGTERM, if --drain does not say it
 DRAIN_LIMIT = 3600.0  # seconds: who asks for more has probably milliseconds in mind
 
@@ -3207,6 +3205,11 @@ def drain_time(text: str) -> float:
             return float(text)
     cause = "%r is no time: 0 to %d seconds" % (text, DRAIN_LIMIT)
     raise argparse.ArgumentTypeError(cause)
+
+
+def is_port(value: Any) -> bool:
+    """Whether a value out of JSON is the number of a port, or 0."""
+    return type(value) is int and 0 <= value < 1 << 16
 
 
 def no_hangup(*_: Any) -> None:
@@ -3305,7 +3308,6 @@ class Resolver:
 # PROXY protocol: tells a target who the visitor is, in its versions 1 and 2 (see
 # haproxy.org, proxy-protocol.txt).
 # -----------------------------------------------------------------------------------
-PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 
 
 def proxy_header(version: int, message: Dict[str, Any]) -> bytes:
@@ -3314,7 +3316,8 @@ def proxy_header(version: int, message: Dict[str, Any]) -> bytes:
 
     try:
         found = [ipaddress.ip_address(str(message.get(x))) for x in ("visitor", "to")]
-        ports = [port_of(message.get(key)) for key in ("port", "to_port")]
+        said = [message.get(key) for key in ("port", "to_port")]
+        ports = [port if is_port(port) else 0 for port in said]  # 0: nobody knows it
     except ValueError:  # the visitor had gone already
         unknown = PROXY_SIGNATURE + struct.pack("!BBH", 0x21, 0, 0)
         return b"PROXY UNKNOWN\r\n" if version == 1 else unknown
@@ -3327,11 +3330,6 @@ def proxy_header(version: int, message: Dict[str, Any]) -> bytes:
     texts = [str(ipaddress.ip_address(address)) for address in packed]
     line = "PROXY %s %s %s %d %d\r\n"
     return (line % ("TCP6" if wide else "TCP4", *texts, *ports)).encode()
-
-
-def port_of(value: Any) -> int:
-    """0 stands for a port that nobody knows."""
-    return value if type(value) is int and 0 <= value < 1 << 16 else 0
 
 
 def widen(address: Any) -> bytes:

@@ -21,11 +21,12 @@ How to read it. Part one carries a request:
     Registry         whose an id is, and its services
     HTTPConnection   a visitor between two requests
     Exchange         one request and its answer
+    Connect          one CONNECT, until its target is there
     Server           what each port serves, and how it stops
 
-Part two keeps it up: Secrets, TLS, Files, Limits, Log, Fields, Pages, Ports, TCP ports,
-Prefaces, Fronts, Gates, Overload, Privileges, Command line. Nothing here needs more
-than the standard library of Python 3.6.
+Part two keeps it up: Secrets, TLS, Files, Limits, Log, Service manager, Fields, Pages,
+Ports, TCP ports, Prefaces, Fronts, Gates, Overload, Privileges, Command line. Nothing
+here needs more than the standard library of Python 3.6.
 """
 
 from typing import FrozenSet, NamedTuple, Pattern
@@ -504,7 +505,7 @@ class Plain:
 
     __slots__ = ("recv_into", "send", "sock")
     unsent = 0  # TLS: ciphertext that waits
-    more = False  # TLS: plaintext that is here, of which no selector tells
+    more = False  # TLS: there is something to do of which no selector tells
     has_last_word = False  # TLS: close_notify
 
     def __init__(self, sock: socket.socket) -> None:
@@ -755,9 +756,8 @@ class Connection:
         under = self.transport
         self.transport = Sealed(self.loop, under, context, server, name, pin)
         self.phase = Phase.HANDSHAKE
+        self.loop.dirty.add(self)
         self.watch(HANDSHAKE_TIME)
-        if not server:
-            self.shake_hands()
 
     def stop_tls(self) -> None:
         """The peer does not speak it: what is left to say, it is told without."""
@@ -765,7 +765,7 @@ class Connection:
 
     def shake_hands(self) -> None:
         """Go on with the handshake; then the owner's part begins. Steps are slow: after
-        many in a turn, the selector tells again of those left."""
+        many in a turn the selector or register() tells again of those left."""
         if self.loop.handshakes and self.loop.tired():
             return
         self.loop.handshakes += 1
@@ -1271,7 +1271,7 @@ class Link:
         kernel takes all of it."""
         connection, pacer = self.connection, self.pacer
         while not (self.closed or connection.backlog or connection.transport.unsent):
-            by_streams = bool(self.debtors or self.quiet or self.busy)
+            asks = not self.sent and bool(self.debtors or self.quiet or self.busy)
             fill = self.put_control(0) if self.own_frames or self.debtors else 0
             size = min(QUIET, pacer.quantum)
             while self.quiet and fill < COLLECT:
@@ -1286,7 +1286,7 @@ class Link:
             if now - pacer.measured >= TURN_TIME:
                 pacer.measure(now)
             pacer.sent_since += fill
-            if by_streams and not self.sent:
+            if asks:
                 self.sent = now
             connection.write(self.loop.frames[:fill])
         pacer.was_idle |= not (self.busy or connection.backlog)
@@ -2059,7 +2059,7 @@ class Names:
         return "%s://%s%s/" % (scheme, host, suffix)
 
     def own_url(self, host: str) -> str:
-        """The URL of a domain of a service's own."""
+        """The URL of a whole host: a domain of a service's own, or a name of ours."""
         scheme, _, port = self.domains[0] if self.domains else ("", "", None)
         return self.make_url(host, scheme, port)
 
@@ -2098,14 +2098,27 @@ TOLD = 20  # services of a list that the log names
 TAKEOVER = 3.0  # seconds for the owner of an id to show that it lives, when it is asked
 
 
+class Ends(NamedTuple):
+    """The two ends of a connection from outside."""
+
+    address: str  # of the visitor, or the client
+    port: int
+    to: str  # where it was reached
+    to_port: int
+
+    def of(self, address: str) -> "Ends":
+        """The same for a visitor of whom a front says that this is the address."""
+        if address == self.address:
+            return self
+        return self._replace(address=address, port=0)
+
+
 class Service:
     """What a client publishes under one name, with the options that it has there. The
     object stays the same as long as the client's list says the same of it: a stream is
     used again for no other."""
 
-    __slots__ = (
-        "pool name options tcp host domains passthrough proxied gates"
-    ).split()
+    __slots__ = "pool name options tcp host domains passthrough tells_who gates".split()
 
     def __init__(self, pool: "Pool", name: str, options: Dict[str, Any]) -> None:
         """Raises ValueError for an option that has no such value."""
@@ -2114,7 +2127,7 @@ class Service:
         self.host: Optional[str] = options.get("host")  # that the target gets to see
         self.domains = read_domains(options.get("domains", []))  # names of its own
         self.passthrough = "tls" in options  # visitors' TLS is for the target
-        self.proxied = "proxy_protocol" in options  # the target is told who comes
+        self.tells_who = "proxy_protocol" in options  # its target hears who comes
         self.gates = make_gates(options)
         if "tcp" in options and self.tcp is not True and not is_port(self.tcp):
             raise ValueError("tcp is a port of the server, 0 for a free one, or true")
@@ -2148,11 +2161,11 @@ class Service:
         else:
             Exchange(http, request, self).ask()
 
-    def carry_tcp(self, connection: Connection, ends: "Ends") -> None:
+    def carry_tcp(self, connection: Connection, ends: Ends) -> None:
         """What comes to a port of its own."""
         self.carry(connection, ends, "tcp")
 
-    def carry(self, connection: Connection, ends: "Ends", scheme: str) -> None:
+    def carry(self, connection: Connection, ends: Ends, scheme: str) -> None:
         """A visitor's connection that is for this service alone, if it may: from here
         on bytes flow both ways."""
         log.info("%s: a connection from %s", self, ends.address)
@@ -2176,7 +2189,7 @@ class Pool:
         self.services: Dict[str, Service] = {}
 
     def open(
-        self, service: Service, owner: Any, ends: "Ends", scheme: str, **more: Any
+        self, service: Service, owner: Any, ends: Ends, scheme: str, **more: Any
     ) -> Stream:
         """A new stream to a service, for a visitor at one of the `ends`. Raises
         HTTPError when there can be none."""
@@ -2185,7 +2198,7 @@ class Pool:
             raise HTTPError(503, "leaving", "the client of %s is leaving" % self.id)
         if len(link.streams) >= MAX_STREAMS or link.unread > UNREAD_LIMIT:
             raise HTTPError(503, "overload", "%s has too many requests" % self.id)
-        if service.proxied:
+        if service.tells_who:
             more["port"], more["to_port"] = ends.port, ends.to_port
             more["to"] = plain_address(ends.to)
         message = {"service": service.name, "visitor": ends.address, "scheme": scheme}
@@ -2503,13 +2516,45 @@ class Page(NamedTuple):
         return self
 
 
-class HTTPConnection:
+class Visitor:
+    """Owns a connection from outside that nobody has taken over yet. `give_up` it after
+    `seconds`; or it goes where room is short, and when the server stops."""
+
+    def __init__(
+        self, visitors: "Visitors", connection: Connection, ends: Ends, seconds: float
+    ) -> None:
+        self.visitors, self.connection, self.ends = visitors, connection, ends
+        self.loop = connection.loop
+        self.timer = Timer(self.loop, self, self.on_late)
+        self.timer.set(seconds)
+        connection.owner = self
+        self.loop.dirty.add(connection)
+        visitors.add(self)
+
+    def on_late(self) -> None:
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Nothing is left to say."""
+        self.close(Ending.CLOSE)
+
+    def close(self, ending: Ending) -> None:
+        """Let go of everything; the connection ends by itself."""
+        self.detach()
+        self.connection.close_when_drained(ending)
+
+    def detach(self) -> None:
+        """The connection is somebody else's from here on, or its own."""
+        self.timer.clear()
+        self.visitors.discard(self)
+
+
+class HTTPConnection(Visitor):
     """Owns `connection` until a request is handed over, and again after the answer."""
 
-    def __init__(self, site: "Site", connection: Connection, ends: "Ends") -> None:
-        self.site, self.connection, self.ends = site, connection, ends
-        self.loop = connection.loop
-        self.visitors = site.visitors
+    def __init__(self, site: "Site", connection: Connection, ends: Ends) -> None:
+        super().__init__(site.visitors, connection, ends, site.first_byte_time)
+        self.site = site
         self.front = site.visitors.fronts.if_trusted(ends.address)
         self.unparsed = bytearray()  # read, and not yet understood
         self.searched = 0  # bytes of it in which no head's end was found
@@ -2518,10 +2563,6 @@ class HTTPConnection:
         self.since = 0.0  # when its head was whole
         self.recent = Recent()
         self.kept: Optional[Kept] = None  # the stream of the last request
-        self.timer = Timer(self.loop, self, self.on_late)
-        self.timer.set(site.first_byte_time)
-        connection.owner = self
-        self.visitors.add(self)
 
     def __str__(self) -> str:
         return "%s %s" % (self.site.kind, self.ends.address)
@@ -2652,19 +2693,8 @@ class HTTPConnection:
             return False
         return request.body.done and not connection.has_unread()
 
-    def give_up(self) -> None:
-        """Nothing is left to say."""
-        self.close(Ending.CLOSE)
-
-    def close(self, ending: Ending) -> None:
-        """Let go of everything; the connection ends by itself."""
-        self.detach()
-        self.connection.close_when_drained(ending)
-
     def detach(self) -> None:
-        """The connection is somebody else's from here on, or its own."""
-        self.timer.clear()
-        self.visitors.discard(self)
+        super().detach()
         if self.kept:
             self.kept.give_up()
 
@@ -2683,7 +2713,6 @@ class HTTPConnection:
 # next request, and so more than half of what a small request costs.
 # -----------------------------------------------------------------------------------
 LEFT_TIME = 4.0  # seconds after a visitor's FIN in which nothing is written to it
-CONNECT_TIME = 10.0  # seconds for the answer to CONNECT: a client dials for 5 s
 LEFT_STATUS = 499  # in the log, as nginx has it: the visitor left before the answer
 LEFT_LOOK = 0.5  # seconds between looks at a visitor that the selector is silent of
 RESETS = {  # what the code of a RESET, or of a closed link, means to the visitor
@@ -2719,7 +2748,7 @@ class Kept:
         stream = self.stream
         if self.service is not service or not stream.open or stream.link.draining:
             return False
-        if service.proxied and self.address != request.address:
+        if service.tells_who and self.address != request.address:
             return False  # a front brought another visitor on the same connection
         return stream.link.loop.clock() - self.since < KEPT_TIME or can_retry(request)
 
@@ -3108,9 +3137,15 @@ class Exchange:
             visitors.observe(self.http, status, code, self.sent, self.received)
 
 
+# -----------------------------------------------------------------------------------
+# Connect: a CONNECT request (RFC 9110 9.3.6). The visitor waits until the client says
+# that the target is connected; then a Pipe owns both ends.
+# -----------------------------------------------------------------------------------
+CONNECT_TIME = 10.0  # seconds for the client's answer: it dials for 5 s
+
+
 class Connect:
-    """A CONNECT request (RFC 9110 9.3.6): a visitor who waits until the client says
-    that the target is connected. Then a Pipe owns both ends."""
+    """Owns both ends meanwhile. What the visitor says waits unread, 64 KiB at most."""
 
     __slots__ = ("http", "connection", "service", "stream", "timer")
 
@@ -3245,7 +3280,7 @@ class Site:
         self.service = server.registry.service
         self.first_byte_time = FIRST_BYTE_TIME
 
-    def serve(self, connection: Connection, ends: "Ends") -> None:
+    def serve(self, connection: Connection, ends: Ends) -> None:
         HTTPConnection(self, connection, ends)
 
     def resolve(self, request: Request) -> Any:
@@ -3349,7 +3384,7 @@ class LinkSite(Site):
     def find_passthrough(self, name: str) -> Optional[Service]:
         return None
 
-    def serve(self, connection: Connection, ends: "Ends") -> None:
+    def serve(self, connection: Connection, ends: Ends) -> None:
         super().serve(connection, ends)
         self.registry.unauthenticated.admit(connection, ends.address)
 
@@ -3691,7 +3726,7 @@ class Sealed:
         shared = isinstance(under, Plain)  # else `under` decrypts into this buffer
         self.buffer = loop.sealed if shared else memoryview(bytearray(SEALED))
         self.ready = False  # the handshake is done
-        self.more = False  # there is plaintext of which no selector tells
+        self.more = not server  # plaintext, or our first words: no selector tells
         self.ending = False  # close_notify is to be said
         self.ended = False  # it is said: `under` is to be shut down behind it
         self.pending = b""  # ciphertext that `under` has not taken
@@ -3709,6 +3744,7 @@ class Sealed:
         """Go on with the handshake; True when it is done. Raises TLSError."""
         if self.ready or not self.under.shake_hands():
             return self.ready
+        self.more = False
         self.fill()
         try:
             self.object.do_handshake()
@@ -4134,8 +4170,9 @@ class Manager:
 
 
 # -----------------------------------------------------------------------------------
-# Command line, as far as it is the same in both.
+# Command line and options, as far as they are the same in both.
 # -----------------------------------------------------------------------------------
+PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # version 2 of the PROXY protocol
 DRAIN = 4.0  # seconds for what runs after SIGTERM, if --drain does not say it
 DRAIN_LIMIT = 3600.0  # seconds: who asks for more has probably milliseconds in mind
 
@@ -4147,6 +4184,11 @@ def drain_time(text: str) -> float:
             return float(text)
     cause = "%r is no time: 0 to %d seconds" % (text, DRAIN_LIMIT)
     raise argparse.ArgumentTypeError(cause)
+
+
+def is_port(value: Any) -> bool:
+    """Whether a value out of JSON is the number of a port, or 0."""
+    return type(value) is int and 0 <= value < 1 << 16
 
 
 def no_hangup(*_: Any) -> None:
@@ -4558,7 +4600,9 @@ def make_page(title: str, lines: List[str], as_html: bool) -> Tuple[str, bytes]:
 
 def quoted(word: str) -> str:
     """A host or a URL as a word for the shell: an address of IPv6 has brackets."""
-    return "'%s'" % word if "[" in word else word
+    import shlex
+
+    return shlex.quote(word)
 
 
 class Landing:
@@ -4622,7 +4666,7 @@ class Landing:
         lines = self.how_to(site, request, get)
         lines[-1] = "Until Ctrl-C your service is then at " + where
         if where.startswith("error: "):
-            lines[-1] = "There is n" + where[len("error: n") :]
+            lines[-1] = "There is " + where[len("error: ") :]
         lines += ["The client is one file, and needs Python 3.6 or later:"]
         lines += [url, " Version %s, SHA-256 %s" % (client[2], client[1])]
         return lines + [" The certificate of this server: SHA256 " + pin] * bool(pin)
@@ -4661,19 +4705,15 @@ def plain_address(host: str) -> str:
     return re.sub("^::ffff:(?=.*[.])|%.*", "", host)
 
 
-class Ends(NamedTuple):
-    """The two ends of a connection from outside."""
+def read_address(text: str) -> str:
+    """An address as plain_address() has it; "" for what is none."""
+    import ipaddress
 
-    address: str  # of the visitor, or the client
-    port: int
-    to: str  # where it was reached
-    to_port: int
-
-    def of(self, address: str) -> "Ends":
-        """The same for a visitor of whom a front says that this is the address."""
-        if address == self.address:
-            return self
-        return self._replace(address=address, port=0)
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return ""
+    return plain_address(str(getattr(address, "ipv4_mapped", None) or address))
 
 
 def ends_of(sock: socket.socket, address: Any) -> Ends:
@@ -4733,7 +4773,7 @@ def plan_ports(config: "Config") -> List[Tuple[int, Any, bool]]:
     """The ports that there are: number, kind of site, TLS. Raises ValueError."""
     port, client_port, tls_port = config.port, config.client_port, config.tls_port
     tls = config.tls_cert is not None or config.tls_dir is not None
-    if not all(0 <= number < 1 << 16 for number in (port, client_port, tls_port or 0)):
+    if not all(map(is_port, (port, client_port, tls_port or 0))):
         raise ValueError("a port is a number from 0 to 65535")
     if tls_port is not None and not tls:
         raise ValueError("--tls-port needs a certificate: --tls-cert or --tls-dir")
@@ -4749,10 +4789,6 @@ def plan_ports(config: "Config") -> List[Tuple[int, Any, bool]]:
     if tls_port == client_port != 0:
         return [(port, plain, False), (tls_port, SharedSite, True)]
     return [(port, plain, False), (tls_port, Site, True), (client_port, LinkSite, True)]
-
-
-def is_port(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 16
 
 
 class Port:
@@ -4899,18 +4935,18 @@ class TCPPorts:
 # the connection as it is, and all else is decrypted here.
 # -----------------------------------------------------------------------------------
 PREFACE_LIMIT = 16 << 10  # bytes: post-quantum keys make a ClientHello 2 KiB or more
-SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # of version 2 of the PROXY protocol
 PROXY_LINE = re.compile(
     rb"PROXY (?:UNKNOWN[^\r\n]*|TCP[46] ([0-9A-Fa-f.:]+) ([0-9A-Fa-f.:]+) "
     rb"(0|[1-9]\d{0,4}) (0|[1-9]\d{0,4}))\r\n"
 )
 PROXY_LINE_LIMIT = 107  # bytes, by the specification
+PROXY_FAMILIES = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}  # over TCP
 SERVER_NAME = re.compile(r"(?=.{1,255}\Z)%s" % LABELS)
 HANDSHAKE = b"\x16"  # the kind of record in which a ClientHello comes (RFC 8446 5.1)
 UNRECOGNIZED_NAME = b"\x15\3\1\0\2\2\x70"  # alert, 3.1, two bytes: fatal, 112
 
 
-class Preface:
+class Preface(Visitor):
     """Reads the first bytes of a connection. parse(buffer) returns None while more must
     come, then (found, count): what it found, and how many bytes that uses up. The rest
     stays for the next owner, whom then(connection, ends, found) makes. `parse` may
@@ -4919,14 +4955,9 @@ class Preface:
     def __init__(
         self, visitors: Any, connection: Connection, ends: Ends, parse: Call, then: Call
     ) -> None:
-        self.visitors, self.connection, self.ends = visitors, connection, ends
+        super().__init__(visitors, connection, ends, HANDSHAKE_TIME)
         self.parse, self.then = parse, then
         self.buffer = bytearray()
-        self.timer = Timer(connection.loop, self, self.give_up)
-        self.timer.set(HANDSHAKE_TIME)
-        connection.owner = self
-        connection.loop.dirty.add(connection)
-        visitors.add(self)
 
     def __str__(self) -> str:
         return "visitor %s" % self.ends.address
@@ -4936,7 +4967,7 @@ class Preface:
 
     def on_readable(self) -> None:
         connection = self.connection
-        view = connection.loop.scratch[: PREFACE_LIMIT - len(self.buffer)]
+        view = self.loop.scratch[: PREFACE_LIMIT - len(self.buffer)]
         count = connection.read_into(view)
         if count == 0:
             self.give_up()
@@ -4956,23 +4987,11 @@ class Preface:
         self.detach()
         self.connection.abort()
 
-    def give_up(self) -> None:
-        """It has ended, or has had its time."""
-        self.close(Ending.CLOSE)
-
-    def close(self, ending: Ending) -> None:
-        self.detach()
-        self.connection.close_when_drained(ending)
-
-    def detach(self) -> None:
-        self.timer.clear()
-        self.visitors.discard(self)
-
 
 def parse_proxy_header(buffer: bytearray) -> Optional[Tuple[Optional[Ends], int]]:
     """The ends that a PROXY header tells, None for none, and its length; or None while
     it is not whole. Raises ProtocolError when there is no such header."""
-    if buffer[:12] == SIGNATURE[: len(buffer)]:
+    if buffer[:12] == PROXY_SIGNATURE[: len(buffer)]:
         return parse_proxy_2(buffer)
     end = buffer.find(b"\n", 0, PROXY_LINE_LIMIT) + 1
     if not end and len(buffer) < PROXY_LINE_LIMIT:
@@ -4998,9 +5017,7 @@ def parse_proxy_2(buffer: bytearray) -> Optional[Tuple[Optional[Ends], int]]:
         raise ProtocolError("a PROXY header of another version, or too long a one")
     if len(buffer) < 16 + length:
         return None
-    kind, size = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}.get(
-        family, (0, 0)
-    )
+    kind, size = PROXY_FAMILIES.get(family, (0, 0))
     if command == 0x20 or not kind:  # the front speaks for itself: a health check
         return None, 16 + length
     if length < 2 * size + 4:
@@ -5280,18 +5297,18 @@ class Visitors:
 
     def __init__(self, loop: Loop, fronts: Optional["Fronts"] = None) -> None:
         self.loop, self.fronts = loop, fronts or Fronts((), False)
-        self.all: Set[Any] = set()
+        self.all: Set[Visitor] = set()
         self.idle: Any = collections.OrderedDict()  # may go; idle longest: first
         self.stopping = False  # each request is the last of its connection
         self.observers: List[Callable[[Outcome], None]] = []
 
-    def add(self, http: Any) -> None:
-        self.all.add(http)
-        self.idle[http] = None
+    def add(self, visitor: Visitor) -> None:
+        self.all.add(visitor)
+        self.idle[visitor] = None
 
-    def discard(self, http: Any) -> None:
-        self.all.discard(http)
-        self.idle.pop(http, None)
+    def discard(self, visitor: Visitor) -> None:
+        self.all.discard(visitor)
+        self.idle.pop(visitor, None)
 
     def make_room(self) -> bool:
         """Close the visitor that is idle longest, and has sent nothing that we have not
@@ -5356,17 +5373,6 @@ class Unauthenticated:
         victim = random.choice(crowd)
         del self.networks[victim]
         victim.fail(OSError("too many connections have not logged in"))
-
-
-def read_address(text: str) -> str:
-    """An address as plain_address() has it; "" for what is none."""
-    import ipaddress
-
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return ""
-    return plain_address(str(getattr(address, "ipv4_mapped", None) or address))
 
 
 def network_of(address: str) -> str:
@@ -5627,6 +5633,7 @@ def drop_privileges(user: Any, paths: List[str]) -> None:
     import http  # noqa: F401
     import ipaddress  # noqa: F401
     import random  # noqa: F401
+    import shlex  # noqa: F401
     import traceback  # noqa: F401
 
     if os.geteuid() != user.pw_uid:

@@ -143,7 +143,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 2120, "server": 3675, "client": 1600}
+    BUDGETS = {"shared": 2125, "server": 3675, "client": 1595}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
@@ -7138,16 +7138,11 @@ class FrontProxies(TunnelCase):
         self.assertEqual(found[0], "203.0.113.9")
         self.assertEqual(self.told()[0], "127.0.0.1")
 
-    def test_long_field_of_a_front_takes_no_time(self):
+    def test_long_field_of_a_front_is_read_in_linear_time(self):
+        """In quadratic time this took many minutes, and so ended the suite."""
         fronts = server_module.Fronts(["10.0.0.0/8"], False)
-        seconds = []
-        for size in (30000, 60000):
-            raw = "\r\nX-Forwarded-For: %s, 10.0.0.7" % ("1" * size)
-            start = time.process_time()
-            found = fronts.read(raw, "10.0.0.1", "http")
-            seconds.append(time.process_time() - start)
-            self.assertEqual(found[0], "unknown")
-        self.assertLess(max(seconds), 1)  # it took 23 s when it was quadratic
+        raw = "\r\nX-Forwarded-For: %s, 10.0.0.7" % ("1" * 500000)
+        self.assertEqual(fronts.read(raw, "10.0.0.1", "http")[0], "unknown")
 
     def test_scheme_and_host_of_a_trusted_proxy_count(self):
         self.start_behind("127.0.0.1")
@@ -10340,7 +10335,7 @@ class Processes(TunnelCase):
         if os.name == "nt" or os.getuid() != 0:
             self.skipTest("only root can")
         code = "import base64, hashlib, hmac, html, http, ipaddress, os, pwd, random; "
-        code += "import resource, sys, traceback; "
+        code += "import resource, shlex, sys, traceback; "
         code += "sys.path[0] = %r; "
         code += "import mdm_tunnel_server as s; s.parse_arguments([]); "
         code += "os.setuid(65534); s.main(%r)"
