@@ -25,8 +25,6 @@ protocol, Proxies, URL file, Command line. The client knows nothing of HTTP, so 
 protocol passes. Nothing here needs more than the standard library of Python 3.6.
 """
 
-from typing import NamedTuple
-
 # ###################################################################################
 # PART ONE: THE TUNNEL. What carries a request, from end to end.
 # ###################################################################################
@@ -53,8 +51,8 @@ import stat
 import struct
 import sys
 import time
-from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional
-from typing import Set, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, NoReturn
+from typing import Optional, Set, Tuple
 
 VERSION = "1.1.0"
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -86,7 +84,9 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 #
 # A visitor with two requests is OPEN, then DATA (a request) and DATA (its answer)
 # twice, then RESET `done`: a web request needs neither END nor CREDIT. Only an OPEN
-# that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it.
+# that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it. A client
+# that says `notes` in its LOGIN gets NOTE: how requests ended, a list that is collected
+# while the link cannot send.
 #
 # Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
 # the server opens streams; ids rise by one from 1 and are never used twice. A frame for
@@ -112,7 +112,7 @@ LOGIN_LIMIT = 4 << 10  # bytes: nobody is known yet, so nobody may cost much
 Kind = enum.IntEnum(  # numbered from 1
     "Kind",
     "CHALLENGE LOGIN WELCOME SERVICES URLS OPEN DATA CREDIT END RESET "
-    "PING PONG GOODBYE CONNECTED",
+    "PING PONG GOODBYE CONNECTED NOTE",
 )
 # kind: who sends it, is it about a stream, bytes at least, bytes at most
 RULES: Dict[int, Tuple[str, bool, int, int]] = {
@@ -130,6 +130,7 @@ RULES: Dict[int, Tuple[str, bool, int, int]] = {
     Kind.PONG: ("both", False, PING_CLOCK.size, PING_CLOCK.size),  # what the PING held
     Kind.GOODBYE: ("both", False, 2, TEXT_LIMIT),  # JSON: code, reason
     Kind.CONNECTED: ("client", True, 0, 0),  # the target is, if OPEN said `confirm`
+    Kind.NOTE: ("server", False, 2, TEXT_LIMIT),  # JSON: [{service, status, ...}, ...]
 }
 LOGIN_ORDER = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
 DATA, OPEN = int(Kind.DATA), int(Kind.OPEN)  # looked at for every frame
@@ -224,14 +225,15 @@ def pack_json(message: Dict[str, Any]) -> bytes:
     return encoder.encode(message).encode()
 
 
-def unpack_json(payload: Any) -> Dict[str, Any]:
-    """The object in a payload. Raises ProtocolError when there is none."""
+def unpack_json(payload: Any, kind: Any = dict) -> Any:
+    """The object, or the list, in a payload. Raises ProtocolError when it is none."""
     try:
         message = json.loads(bytes(payload).decode())
     except (ValueError, RecursionError):
         message = None
-    if not isinstance(message, dict):
-        raise ProtocolError("a payload is not a JSON object")
+    if not isinstance(message, kind):
+        name = "object" if kind is dict else "list"
+        raise ProtocolError("a payload is not a JSON %s" % name)
     return message
 
 
@@ -546,7 +548,7 @@ class Connection:
 
     __slots__ = (
         "loop sock transport owner backlog readable unread eof send_error "
-        "ending_write progress_at events timer phase ending"
+        "ending_write progress_at events timer phase ending on_closed"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
@@ -563,6 +565,7 @@ class Connection:
         self.progress_at = 0.0  # when the backlog began, or last became shorter
         self.events = 0  # what the selector was told
         self.timer: Optional[Timer] = None  # for the phases that have an end
+        self.on_closed: Optional[Call] = None  # told once it is closed
         sock.setblocking(False)
         loop.connections.add(self)
         loop.dirty.add(self)
@@ -836,6 +839,8 @@ class Connection:
             self.tell_selector(0)
         self.transport = Plain(self.sock)
         self.sock.close()
+        if self.on_closed:
+            self.loop.guard(self, self.on_closed)
 
 
 # -----------------------------------------------------------------------------------
@@ -892,7 +897,8 @@ class Stream:
 
     __slots__ = (
         "link id owner credit window granted widened unread uncredited sent last_turn "
-        "since queued wants_turn owing open ended_out ended_in first_frame reset_frame"
+        "since queued wants_turn owing open ended_out ended_in first_frame reset_frame "
+        "bytes_in bytes_out"
     ).split()
 
     def __init__(self, link: "Link", number: int, owner: Any) -> None:
@@ -902,7 +908,8 @@ class Stream:
         self.granted = self.widened = link.loop.clock()  # last CREDIT, last growth
         self.unread = 0  # bytes received that no local socket has taken
         self.uncredited = 0  # bytes taken for which the peer has no credit yet
-        self.sent, self.since = 0, 0.0  # bytes sent, and from when on
+        self.bytes_in = self.bytes_out = 0  # of DATA, from the first on
+        self.sent, self.since = 0, 0.0  # bytes sent of late, and from when on
         self.last_turn = 0  # bytes sent in the last turn
         self.queued = False  # stands in a queue of the link, or has its turn
         self.wants_turn = False  # was woken since its turn began
@@ -979,6 +986,7 @@ class Stream:
             self.since, self.sent = now, 0
         self.credit -= count
         self.sent += count
+        self.bytes_out += count
         self.last_turn = count
 
     def owe(self) -> None:
@@ -1064,7 +1072,7 @@ class Link:
         self.quiet: Deque[Stream] = collections.deque()
         self.busy: Deque[Stream] = collections.deque()
         self.debtors: Deque[Stream] = collections.deque()  # streams that owe control
-        self.own_frames: Dict[int, bytes] = {}  # that the link owes, one of a kind
+        self.own_frames: Dict[int, Any] = {}  # that the link owes, one of a kind
         self.heard = loop.clock()  # when the last byte came
         self.pinged = 0.0  # when the last PING went out
         # Both are 0 again as soon as any byte comes:
@@ -1113,7 +1121,7 @@ class Link:
                 break
             kind, number, payload = frame
             if self.tracing:
-                self.trace("<", kind, number, payload)
+                log.debug("from %s: %s", self.who(), describe(kind, number, payload))
             stream = self.streams.get(number)
             if stream and kind in STREAM_FRAMES and self.step == len(LOGIN_ORDER):
                 STREAM_FRAMES[kind](self, stream, payload)
@@ -1159,7 +1167,7 @@ class Link:
                 self.round_trip = self.loop.clock() - self.pinged
                 self.ping_payload = b""
         else:
-            message = unpack_json(payload)
+            message = unpack_json(payload, list if kind == Kind.NOTE else dict)
             if kind == Kind.GOODBYE:
                 if self.goodbye_received:
                     return  # once is enough
@@ -1184,6 +1192,7 @@ class Link:
         if used > stream.window or stream.ended_in:
             raise ProtocolError("DATA over the credit or after END")
         stream.unread += size
+        stream.bytes_in += size
         self.unread += size
         self.loop.unread += size
         try:
@@ -1252,7 +1261,7 @@ class Link:
     def send(self, kind: int, message: Dict[str, Any]) -> None:
         self.post(kind, pack_json(message))
 
-    def post(self, kind: int, payload: bytes) -> None:
+    def post(self, kind: int, payload: Any) -> None:
         """Owe a frame of the link's own; a newer one of its kind takes its place."""
         if self.step < len(LOGIN_ORDER) or kind in LOGIN_ORDER:
             self.check_order(kind)
@@ -1352,7 +1361,7 @@ class Link:
         if kind != DATA:
             self.loop.frames[start:end] = payload
         if self.tracing:
-            self.trace(">", kind, number, payload)
+            log.debug("to %s: %s", self.who(), describe(kind, number, payload))
         return end
 
     # How it ends.
@@ -1432,12 +1441,9 @@ class Link:
             else:
                 self.connection.close_when_drained(Ending.LINGER)
 
-    def trace(self, way: str, kind: int, number: int, payload: Any) -> None:
-        """The line that -vv gives for each frame."""
-        name, start = Kind(kind).name, bytes(payload[:24])
-        if kind == Kind.LOGIN:
-            start = b""  # who knows the session may take the link over
-        log.debug("%s %s %d %s %d %r", self, way, number, name, len(payload), start)
+    def who(self) -> str:
+        """The other side, for -vv."""
+        return "the server" if self.reader.peer == "server" else str(self.owner)
 
 
 STREAM_FRAMES: Dict[int, Call] = {
@@ -1460,13 +1466,14 @@ class Pipe:
     """Owns both. When the connection breaks the peer is told `code`: "left" for a
     visitor, "reset" for a service."""
 
-    __slots__ = ("stream", "connection", "name", "code", "timer")
+    __slots__ = ("stream", "connection", "name", "code", "cut", "timer")
 
     def __init__(
         self, stream: Stream, connection: Connection, name: str, code: str
     ) -> None:
         self.stream, self.connection = stream, connection
         self.name, self.code = name, code
+        self.cut = ("", "")  # what ended it before its time: a code, and the cause
         stream.owner = connection.owner = self
         self.timer = Timer(connection.loop, self, self.look)
         connection.loop.dirty.add(connection)
@@ -1514,6 +1521,7 @@ class Pipe:
         """With both directions broken there is nobody left to serve."""
         connection = self.connection
         if connection.send_error and connection.eof:
+            self.cut = self.code, ""
             self.stream.reset(self.code)
             connection.close()
         else:
@@ -1531,7 +1539,8 @@ class Pipe:
         if code == "done":
             self.connection.close_when_drained(Ending.CLOSE)
             return
-        log.info("%s: cut: %s %s", self, code, cause)
+        log.debug("%s: cut: %s %s", self, code, cause)
+        self.cut = code, cause
         if code in ("left", "overload"):
             self.connection.abort()
         else:
@@ -1542,6 +1551,7 @@ class Pipe:
         cause = "%s reset the connection" % self
         if not isinstance(error, ConnectionError):
             cause = "%s: %s" % (self, error)
+        self.cut = self.code, cause
         self.stream.reset(self.code, cause)
         self.connection.abort()
 
@@ -2150,7 +2160,29 @@ class Bridge:
 # Tunnel: one link, from the server's first word to its end.
 # -----------------------------------------------------------------------------------
 WELCOME_TIME = 10.0  # seconds from the 101 to the end of the login
+NOTES_LIMIT = 1000  # outcomes that are read of one frame: honest ones are 100 bytes
 UNPROVEN = "the server cannot prove that it knows the token: has it --tokens?"
+
+
+def peer_number(value: Any) -> Any:
+    """A number that a peer says: anything else is 0."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if good and 0 <= value < 1 << 63 else 0
+
+
+def read_outcome(said: Any) -> "Outcome":
+    """What a NOTE says of one. What is not as it should be is left out."""
+    known: Dict[str, Any] = {}
+    for name, empty in Outcome()._asdict().items():
+        value = said.get(name) if isinstance(said, dict) else None
+        if isinstance(empty, tuple):
+            pair = isinstance(value, list) and len(value) == 2
+            known[name] = tuple(map(peer_number, value or ())) if pair else empty
+        elif isinstance(empty, str):
+            known[name] = peer_text(value)
+        elif empty is not None:
+            known[name] = peer_number(value)
+    return Outcome(**known)
 
 
 class Tunnel:
@@ -2174,7 +2206,7 @@ class Tunnel:
     def on_late(self) -> None:
         raise OSError("no welcome within %d s" % WELCOME_TIME)
 
-    def on_message(self, kind: int, message: Dict[str, Any]) -> None:
+    def on_message(self, kind: int, message: Any) -> None:
         if kind == Kind.CHALLENGE:
             known = message.get("options")
             self.known = known if isinstance(known, list) else ()
@@ -2184,6 +2216,8 @@ class Tunnel:
             self.on_welcome(message)
         elif kind == Kind.URLS:
             self.client.on_urls(message)
+        elif kind == Kind.NOTE:
+            self.on_note(message)
         elif kind == Kind.GOODBYE:
             code, reason = map(peer_text, (message.get("code"), message.get("reason")))
             self.uplink.on_goodbye(self, code, reason)
@@ -2192,8 +2226,10 @@ class Tunnel:
         client, self.token = self.client, self.client.token
         nonce, self.challenge = self.challenge or "", None
         self.nonces = nonce, make_nonce()
-        login = {"id": client.id, "session": client.session}
+        login: Dict[str, Any] = {"id": client.id, "session": client.session}
         login["nonce"] = self.nonces[1]
+        if client.observers:
+            login["notes"] = True
         if self.token:
             if not NONCE.fullmatch(nonce):
                 client.end(3, UNPROVEN)
@@ -2235,6 +2271,16 @@ class Tunnel:
             stream.reset("busy", "the client has no descriptors left")
         else:
             Bridge(self, stream, service, message)
+
+    def on_note(self, notes: List[Any]) -> None:
+        """How requests ended, as the server saw it."""
+        for said in notes[:NOTES_LIMIT]:
+            outcome = read_outcome(said)._replace(link=self.link)
+            for observer in self.client.observers:
+                self.link.loop.guard(self.client, observer, outcome)
+            dropped = peer_number(said.get("dropped")) if type(said) is dict else 0
+            if dropped:
+                log.info("%d more requests: the link was too slow to tell", dropped)
 
     def on_closed(self, cause: str) -> None:
         self.timer.clear()
@@ -2516,6 +2562,9 @@ class Client:
         self.session = os.urandom(16).hex()
         self.resolver = Resolver(self.loop)
         self.urls: Dict[str, str] = {}
+        self.observers: List[Callable[[Outcome], Any]] = []  # told how requests ended
+        if log.hears(INFO):
+            self.observers.append(Outcome.tell)
         self.stopping = False
         self.refusal: Optional[Refused] = None
         self.uplink = Uplink(self)
@@ -2592,15 +2641,18 @@ class Client:
         self.url_file.write(self.id, urls)
         if urls != self.urls:
             self.urls = urls
-            width = max(map(len, urls), default=0)
             for name in sorted(urls):
-                self.show("%-*s  %s" % (width, name, urls[name]))
+                self.show_url(name, urls[name], max(map(len, urls)))
 
-    def show(self, line: str) -> None:
-        """A line on stdout, with -v."""
+    def show_url(self, name: str, url: str, width: int) -> None:
+        """With -v a line on stdout: where a service is reached, and where it leads."""
+        fields = {"service": name, "url": url}
+        if name in self.services and not url.startswith("error: "):
+            fields["target"] = self.services[name].target.text
+            url += " -> " + fields["target"]
         if log.hears(INFO):
-            with contextlib.suppress(OSError, ValueError):
-                print(printable(line), flush=True)
+            text = "%-*s  %s" % (width, name, url)
+            log.write(sys.stdout, "info", text, fields=fields.items())
 
     # Stopping.
 
@@ -3045,10 +3097,16 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 # logger is "mdm_tunnel". `logging` is not imported here: it would be an eighth of the
 # time to start. (What else is large and rarely used is imported where it is used.)
 # -----------------------------------------------------------------------------------
+LEVELS = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
+
+
 class Log:
     """Writes to stderr from `level` on, and to `logging` where that is in use."""
 
     level = ERROR + 1
+    as_json = False  # a line is an object
+    coloured = False
+    width = 0  # of a column that grows: where requests went
     logger: Any = None
 
     def hears(self, level: int) -> bool:
@@ -3060,23 +3118,34 @@ class Log:
         told = self.logger is not None and self.logger.isEnabledFor(level)
         return bool(told) or level >= self.level
 
-    def tell(self, level: int, text: str, *args: Any, trace: Any = None) -> None:
-        """Log `text % args`, and the traceback of the error `trace`."""
+    def tell(self, level: int, text: str, *args: Any, **more: Any) -> None:
+        """Log `text % args`. `more` is for write()."""
         if self.hears(level) and self.logger is not None:
-            self.logger.log(level, text, *args, exc_info=trace)
+            self.logger.log(level, text, *args, exc_info=more.get("trace"))
         if level >= self.level:
-            self.write(text % args, trace)
+            self.write(sys.stderr, LEVELS[level], text % args, **more)
 
-    def write(self, text: str, trace: Any) -> None:
-        """One line; only a traceback has more. A full disk harms only the log."""
-        lines = [time.strftime("%H:%M:%S ") + text]
-        if trace:
-            import traceback
-
-            error = type(trace), trace, trace.__traceback__
-            lines += "".join(traceback.format_exception(*error)).split("\n")
+    def write(
+        self,
+        file: Any,
+        level: str,
+        text: str,
+        trace: Any = None,
+        colour: str = "%s",
+        fields: Any = (),
+    ) -> None:
+        """One line; only a traceback, of the error `trace`, has more. In JSON `fields`
+        say what the text says. A full disk harms only the log."""
+        lines = [] if trace is None else format_error(trace)
+        if self.as_json:
+            known = [("time", utc_time()), ("level", level), ("text", text), *fields]
+            known += [("trace", "\n".join(lines))] if lines else []
+            lines = [encoder.encode(dict(known))]
+        else:
+            clock = time.strftime("%H:%M:%S ") if file is sys.stderr else ""
+            lines = [clock + (colour % printable(text)), *map(printable, lines)]
         with contextlib.suppress(OSError, ValueError):
-            print("\n".join(map(printable, lines)), file=sys.stderr, flush=True)
+            print("\n".join(lines), file=file, flush=True)
 
     debug = functools.partialmethod(tell, DEBUG)
     info = functools.partialmethod(tell, INFO)
@@ -3087,10 +3156,34 @@ class Log:
 log = Log()
 
 
-def set_up_log(verbose: int) -> None:
-    """-v tells events, -vv frames too, on stderr."""
-    if verbose:
-        log.level = INFO if verbose == 1 else DEBUG
+def set_up_log(verbose: int, as_json: bool) -> None:
+    """-v tells events, -vv frames too, on stderr. --log-json tells at least events."""
+    log.as_json = as_json
+    if verbose or as_json:
+        log.level = DEBUG if verbose > 1 else INFO
+        log.coloured = not as_json and shows_colours(sys.stderr)
+
+
+def shows_colours(file: Any) -> bool:
+    """A terminal does, unless its user says NO_COLOR (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or os.name == "nt" and "WT_SESSION" not in os.environ:
+        return False  # nor does an old console of Windows
+    return bool(file and file.isatty())
+
+
+def format_error(error: Exception) -> List[str]:
+    import traceback
+
+    found = traceback.format_exception(type(error), error, error.__traceback__)
+    return "".join(found).split("\n")
+
+
+def utc_time() -> str:
+    """As RFC 3339 has it, with milliseconds."""
+    now = time.time()
+    clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+    return "%s.%03dZ" % (clock, now % 1 * 1000)
 
 
 def printable(text: str) -> str:
@@ -3098,6 +3191,112 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
+
+
+# -----------------------------------------------------------------------------------
+# Outcome: how a request ended. -v tells it on both sides in the same words: the server
+# knows it, and a NOTE brings it to the client. And a frame in words, for -vv.
+# -----------------------------------------------------------------------------------
+COLOURS = {1: "36", 2: "32", 3: "36", 4: "33", 5: "31"}  # of a status, by its class
+WIDEST = 40  # characters of an id and a service that still widen their column
+FRAME_TEXT = 200  # characters of a frame's payload in words
+FRAME_DATA = 40  # bytes of DATA that are shown
+SECRETS = ("session", "nonce", "proof")  # who knows the session may take the link over
+Range = Tuple[int, int]  # the first byte, and the one behind the last
+
+
+class Outcome(NamedTuple):
+    """How one request ended, or a connection that was passed on as it is: its status is
+    0, and its method CONNECT, TCP, TLS, or that of the upgrade. For observers."""
+
+    visitor: str = ""  # its address
+    id: str = ""  # "" where no service was reached
+    service: str = ""
+    method: str = ""  # "" where there was no request
+    target: str = ""
+    status: int = 0
+    code: str = ""  # what went wrong, as a word; "" for nothing
+    cause: str = ""  # the same for people
+    sent: int = 0  # bytes of the bodies, to the visitor and from it
+    received: int = 0
+    seconds: float = 0.0
+    stream: int = 0  # that carried it, last; 0: none
+    request: Range = (0, 0)  # which of the stream's bytes it was, and the answer
+    answer: Range = (0, 0)
+    link: Any = None  # of the stream
+
+    def to_json(self) -> Dict[str, Any]:
+        """What a NOTE says of it, and --log-json; without empty texts."""
+        found = self._replace(
+            target=self.target[:TOLD_LIMIT],
+            cause=self.cause[:TOLD_LIMIT],
+            seconds=round(self.seconds, 4),
+            link=None,
+        )
+        empty = ("", (0, 0), None)
+        return {x: y for x, y in found._asdict().items() if y not in empty}
+
+    def tell(self) -> None:
+        """Log it: 203.0.113.9 tim web "GET /x" 200 5.1kB 12ms, and what cut it. The
+        columns stand below each other, where that is possible."""
+        where = ("%s %s" % (self.id, self.service)).strip()
+        log.width = max(log.width, min(len(where), WIDEST))
+        what = '"%s"' % ("%s %s" % (self.method, self.target[:TOLD_LIMIT])).strip()
+        status = "%3d" % self.status if self.status else "end"
+        end = status, short_size(self.sent), short_time(self.seconds)
+        row = self.visitor, log.width, where, what, *end
+        line = "%-15s %-*s %-32s %s %7s %6s" % row
+        why = ": ".join(filter(None, (self.code, self.cause[:TOLD_LIMIT])))
+        line += " " + why if why else ""
+        colour = "%s"
+        if log.coloured:
+            colour = "\x1b[%sm%%s\x1b[0m" % COLOURS.get(self.status // 100, "2")
+        log.info("%s", line, colour=colour, fields=self.to_json().items())
+
+
+def short_size(count: int) -> str:
+    """5.1kB"""
+    size = float(count)
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and units[1:]:
+        size /= 1000
+        del units[0]
+    digits = "%.1f" if size < 9.95 and count > 999 else "%.0f"
+    return digits % size + units[0]
+
+
+def short_time(seconds: float) -> str:
+    """12ms, 3.4s, 5m or 7h"""
+    if seconds < 0.9995:
+        return "%dms" % round(seconds * 1000)
+    if seconds < 99.95:
+        return "%.1fs" % seconds
+    return "%dm" % (seconds / 60) if seconds < 5970 else "%dh" % (seconds / 3600)
+
+
+def describe(kind: int, number: int, payload: Any) -> str:
+    """A frame in words: `OPEN 3, service "web", visitor "203.0.113.9"`."""
+    size, name = len(payload), Kind(kind).name
+    words = ["%s %d" % (name, number) if number else name]
+    if kind == DATA:
+        more = " ..." if size > FRAME_DATA else ""
+        start = bytes(payload[:FRAME_DATA]).decode("latin-1")
+        words.append("%d bytes: %s%s" % (size, json.dumps(start), more))
+    elif kind == Kind.CREDIT:
+        words.append("%d more bytes may come" % NUMBER.unpack(payload)[0])
+    elif kind == Kind.RESET:
+        words.append(bytes(payload).decode("utf-8", "replace"))
+    elif kind == Kind.NOTE:
+        words.append("%d bytes" % size)
+    elif size and kind not in (Kind.PING, Kind.PONG):
+        with contextlib.suppress(ProtocolError):
+            for key, value in unpack_json(payload).items():
+                if isinstance(value, dict) and "auth" in value:
+                    value = dict(value, auth="...")
+                value = "..." if key in SECRETS else encoder.encode(value)
+                words.append("%s %s" % (key, value))
+    text = ", ".join(words)
+    return text if len(text) <= FRAME_TEXT else text[:FRAME_TEXT] + " ..."
 
 
 # -----------------------------------------------------------------------------------
@@ -3232,6 +3431,9 @@ def die(status: int, cause: Any) -> NoReturn:
     """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
     attempts used up."""
     name = os.path.basename(sys.argv[0] or "-")
+    if log.as_json:
+        log.error("%s", cause)
+        sys.exit(status)
     text = printable(str(cause))
     with contextlib.suppress(OSError, ValueError):  # a full disk, or no stderr
         print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
@@ -3555,6 +3757,7 @@ def make_parser() -> FileParser:
         help="as long as it runs this holds id, URLs and pid, as JSON")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
         help="print the URLs, say what happens; -vv: every frame")  # fmt: skip
+    add("--log-json", action="store_true", help="the same, each line a JSON object")
     add("-V", "--version", action="version", version=VERSION)
     add("--help", action="help", help="this text; also -h alone")
     return parser
@@ -3691,7 +3894,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     refused) or 4 (attempts used up)."""
     survive_hangup()
     options = parse_arguments(argv)
-    set_up_log(options.verbose)
+    set_up_log(options.verbose, options.log_json)
     config = load_config(options)
     try:
         try:

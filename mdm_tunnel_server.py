@@ -29,7 +29,7 @@ Ports, TCP ports, Prefaces, Fronts, Gates, Overload, Privileges, Command line. N
 here needs more than the standard library of Python 3.6.
 """
 
-from typing import FrozenSet, NamedTuple, Pattern
+from typing import FrozenSet, Pattern
 
 # ###################################################################################
 # PART ONE: THE TUNNEL. What carries a request, from end to end.
@@ -57,8 +57,8 @@ import stat
 import struct
 import sys
 import time
-from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional
-from typing import Set, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, NoReturn
+from typing import Optional, Set, Tuple
 
 VERSION = "1.1.0"
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -90,7 +90,9 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 #
 # A visitor with two requests is OPEN, then DATA (a request) and DATA (its answer)
 # twice, then RESET `done`: a web request needs neither END nor CREDIT. Only an OPEN
-# that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it.
+# that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it. A client
+# that says `notes` in its LOGIN gets NOTE: how requests ended, a list that is collected
+# while the link cannot send.
 #
 # Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
 # the server opens streams; ids rise by one from 1 and are never used twice. A frame for
@@ -116,7 +118,7 @@ LOGIN_LIMIT = 4 << 10  # bytes: nobody is known yet, so nobody may cost much
 Kind = enum.IntEnum(  # numbered from 1
     "Kind",
     "CHALLENGE LOGIN WELCOME SERVICES URLS OPEN DATA CREDIT END RESET "
-    "PING PONG GOODBYE CONNECTED",
+    "PING PONG GOODBYE CONNECTED NOTE",
 )
 # kind: who sends it, is it about a stream, bytes at least, bytes at most
 RULES: Dict[int, Tuple[str, bool, int, int]] = {
@@ -134,6 +136,7 @@ RULES: Dict[int, Tuple[str, bool, int, int]] = {
     Kind.PONG: ("both", False, PING_CLOCK.size, PING_CLOCK.size),  # what the PING held
     Kind.GOODBYE: ("both", False, 2, TEXT_LIMIT),  # JSON: code, reason
     Kind.CONNECTED: ("client", True, 0, 0),  # the target is, if OPEN said `confirm`
+    Kind.NOTE: ("server", False, 2, TEXT_LIMIT),  # JSON: [{service, status, ...}, ...]
 }
 LOGIN_ORDER = (Kind.CHALLENGE, Kind.LOGIN, Kind.WELCOME, Kind.SERVICES)  # in this order
 DATA, OPEN = int(Kind.DATA), int(Kind.OPEN)  # looked at for every frame
@@ -228,14 +231,15 @@ def pack_json(message: Dict[str, Any]) -> bytes:
     return encoder.encode(message).encode()
 
 
-def unpack_json(payload: Any) -> Dict[str, Any]:
-    """The object in a payload. Raises ProtocolError when there is none."""
+def unpack_json(payload: Any, kind: Any = dict) -> Any:
+    """The object, or the list, in a payload. Raises ProtocolError when it is none."""
     try:
         message = json.loads(bytes(payload).decode())
     except (ValueError, RecursionError):
         message = None
-    if not isinstance(message, dict):
-        raise ProtocolError("a payload is not a JSON object")
+    if not isinstance(message, kind):
+        name = "object" if kind is dict else "list"
+        raise ProtocolError("a payload is not a JSON %s" % name)
     return message
 
 
@@ -550,7 +554,7 @@ class Connection:
 
     __slots__ = (
         "loop sock transport owner backlog readable unread eof send_error "
-        "ending_write progress_at events timer phase ending"
+        "ending_write progress_at events timer phase ending on_closed"
     ).split()
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Any) -> None:
@@ -567,6 +571,7 @@ class Connection:
         self.progress_at = 0.0  # when the backlog began, or last became shorter
         self.events = 0  # what the selector was told
         self.timer: Optional[Timer] = None  # for the phases that have an end
+        self.on_closed: Optional[Call] = None  # told once it is closed
         sock.setblocking(False)
         loop.connections.add(self)
         loop.dirty.add(self)
@@ -840,6 +845,8 @@ class Connection:
             self.tell_selector(0)
         self.transport = Plain(self.sock)
         self.sock.close()
+        if self.on_closed:
+            self.loop.guard(self, self.on_closed)
 
 
 # -----------------------------------------------------------------------------------
@@ -896,7 +903,8 @@ class Stream:
 
     __slots__ = (
         "link id owner credit window granted widened unread uncredited sent last_turn "
-        "since queued wants_turn owing open ended_out ended_in first_frame reset_frame"
+        "since queued wants_turn owing open ended_out ended_in first_frame reset_frame "
+        "bytes_in bytes_out"
     ).split()
 
     def __init__(self, link: "Link", number: int, owner: Any) -> None:
@@ -906,7 +914,8 @@ class Stream:
         self.granted = self.widened = link.loop.clock()  # last CREDIT, last growth
         self.unread = 0  # bytes received that no local socket has taken
         self.uncredited = 0  # bytes taken for which the peer has no credit yet
-        self.sent, self.since = 0, 0.0  # bytes sent, and from when on
+        self.bytes_in = self.bytes_out = 0  # of DATA, from the first on
+        self.sent, self.since = 0, 0.0  # bytes sent of late, and from when on
         self.last_turn = 0  # bytes sent in the last turn
         self.queued = False  # stands in a queue of the link, or has its turn
         self.wants_turn = False  # was woken since its turn began
@@ -983,6 +992,7 @@ class Stream:
             self.since, self.sent = now, 0
         self.credit -= count
         self.sent += count
+        self.bytes_out += count
         self.last_turn = count
 
     def owe(self) -> None:
@@ -1068,7 +1078,7 @@ class Link:
         self.quiet: Deque[Stream] = collections.deque()
         self.busy: Deque[Stream] = collections.deque()
         self.debtors: Deque[Stream] = collections.deque()  # streams that owe control
-        self.own_frames: Dict[int, bytes] = {}  # that the link owes, one of a kind
+        self.own_frames: Dict[int, Any] = {}  # that the link owes, one of a kind
         self.heard = loop.clock()  # when the last byte came
         self.pinged = 0.0  # when the last PING went out
         # Both are 0 again as soon as any byte comes:
@@ -1117,7 +1127,7 @@ class Link:
                 break
             kind, number, payload = frame
             if self.tracing:
-                self.trace("<", kind, number, payload)
+                log.debug("from %s: %s", self.who(), describe(kind, number, payload))
             stream = self.streams.get(number)
             if stream and kind in STREAM_FRAMES and self.step == len(LOGIN_ORDER):
                 STREAM_FRAMES[kind](self, stream, payload)
@@ -1163,7 +1173,7 @@ class Link:
                 self.round_trip = self.loop.clock() - self.pinged
                 self.ping_payload = b""
         else:
-            message = unpack_json(payload)
+            message = unpack_json(payload, list if kind == Kind.NOTE else dict)
             if kind == Kind.GOODBYE:
                 if self.goodbye_received:
                     return  # once is enough
@@ -1188,6 +1198,7 @@ class Link:
         if used > stream.window or stream.ended_in:
             raise ProtocolError("DATA over the credit or after END")
         stream.unread += size
+        stream.bytes_in += size
         self.unread += size
         self.loop.unread += size
         try:
@@ -1256,7 +1267,7 @@ class Link:
     def send(self, kind: int, message: Dict[str, Any]) -> None:
         self.post(kind, pack_json(message))
 
-    def post(self, kind: int, payload: bytes) -> None:
+    def post(self, kind: int, payload: Any) -> None:
         """Owe a frame of the link's own; a newer one of its kind takes its place."""
         if self.step < len(LOGIN_ORDER) or kind in LOGIN_ORDER:
             self.check_order(kind)
@@ -1356,7 +1367,7 @@ class Link:
         if kind != DATA:
             self.loop.frames[start:end] = payload
         if self.tracing:
-            self.trace(">", kind, number, payload)
+            log.debug("to %s: %s", self.who(), describe(kind, number, payload))
         return end
 
     # How it ends.
@@ -1436,12 +1447,9 @@ class Link:
             else:
                 self.connection.close_when_drained(Ending.LINGER)
 
-    def trace(self, way: str, kind: int, number: int, payload: Any) -> None:
-        """The line that -vv gives for each frame."""
-        name, start = Kind(kind).name, bytes(payload[:24])
-        if kind == Kind.LOGIN:
-            start = b""  # who knows the session may take the link over
-        log.debug("%s %s %d %s %d %r", self, way, number, name, len(payload), start)
+    def who(self) -> str:
+        """The other side, for -vv."""
+        return "the server" if self.reader.peer == "server" else str(self.owner)
 
 
 STREAM_FRAMES: Dict[int, Call] = {
@@ -1464,13 +1472,14 @@ class Pipe:
     """Owns both. When the connection breaks the peer is told `code`: "left" for a
     visitor, "reset" for a service."""
 
-    __slots__ = ("stream", "connection", "name", "code", "timer")
+    __slots__ = ("stream", "connection", "name", "code", "cut", "timer")
 
     def __init__(
         self, stream: Stream, connection: Connection, name: str, code: str
     ) -> None:
         self.stream, self.connection = stream, connection
         self.name, self.code = name, code
+        self.cut = ("", "")  # what ended it before its time: a code, and the cause
         stream.owner = connection.owner = self
         self.timer = Timer(connection.loop, self, self.look)
         connection.loop.dirty.add(connection)
@@ -1518,6 +1527,7 @@ class Pipe:
         """With both directions broken there is nobody left to serve."""
         connection = self.connection
         if connection.send_error and connection.eof:
+            self.cut = self.code, ""
             self.stream.reset(self.code)
             connection.close()
         else:
@@ -1535,7 +1545,8 @@ class Pipe:
         if code == "done":
             self.connection.close_when_drained(Ending.CLOSE)
             return
-        log.info("%s: cut: %s %s", self, code, cause)
+        log.debug("%s: cut: %s %s", self, code, cause)
+        self.cut = code, cause
         if code in ("left", "overload"):
             self.connection.abort()
         else:
@@ -1546,6 +1557,7 @@ class Pipe:
         cause = "%s reset the connection" % self
         if not isinstance(error, ConnectionError):
             cause = "%s: %s" % (self, error)
+        self.cut = self.code, cause
         self.stream.reset(self.code, cause)
         self.connection.abort()
 
@@ -2151,6 +2163,7 @@ class Service:
 
     def begin(self, http: "HTTPConnection", request: Request) -> None:
         """As a destination: the request goes to the service, if it may."""
+        http.service = self
         for gate in self.gates:
             gate.admit(request)
         if request.method == "CONNECT":
@@ -2169,13 +2182,16 @@ class Service:
         """A visitor's connection that is for this service alone, if it may: from here
         on bytes flow both ways."""
         log.info("%s: a connection from %s", self, ends.address)
+        visitors = self.pool.tunnel.registry.visitors
+        known = Outcome(ends.address, self.pool.id, self.name, scheme.upper())
         try:
             for gate in self.gates:
                 gate.admit_address(ends.address)
             stream = self.pool.open(self, None, ends, scheme)
-            Pipe(stream, connection, "%s %s" % (self, ends.address), "left")
+            pipe = Pipe(stream, connection, "%s %s" % (self, ends.address), "left")
+            visitors.observe_pipe(pipe, known)
         except HTTPError as error:
-            log.info("%s: %s", self, error)
+            visitors.tell(known._replace(code=error.code, cause=error.cause))
             connection.abort()
 
 
@@ -2219,7 +2235,9 @@ class Registry:
         self, names: Names, tokens: Optional["Watched"], tcp: "TCPPorts"
     ) -> None:
         self.loop, self.names, self.tokens, self.tcp = tcp.loop, names, tokens, tcp
+        self.visitors = tcp.visitors
         self.pools: Dict[str, Pool] = {}
+        self.noted: Set["Tunnel"] = set()  # whose clients want NOTE
         self.unauthenticated = Unauthenticated()
         self.note_ids()
 
@@ -2265,6 +2283,21 @@ class Registry:
             self.drop_unused(pool)
             if not (self.tokens and tunnel.id in self.tokens.value):
                 self.names.ids.discard(tunnel.id)
+
+    def want_notes(self, tunnel: "Tunnel", wanted: bool) -> None:
+        """Tell this client how requests end, or no longer. Where none asks nothing is
+        observed."""
+        observers = self.visitors.observers
+        (self.noted.add if wanted else self.noted.discard)(tunnel)
+        if bool(self.noted) != (self.note in observers):
+            (observers.append if wanted else observers.remove)(self.note)
+
+    def note(self, outcome: "Outcome") -> None:
+        """An observer: tells the client that a request was for, if it asked."""
+        pool = self.pools.get(outcome.id)
+        tunnel = outcome.link.owner if outcome.link else pool and pool.tunnel
+        if tunnel in self.noted:
+            tunnel.note(outcome)
 
     def publish(self, tunnel: "Tunnel", listed: Dict[str, Any]) -> Dict[str, str]:
         """Take over a client's list of services; return name -> URL or error."""
@@ -2362,6 +2395,7 @@ class Tunnel:
         self.asked_at = 0.0  # when it last had to show that it lives
         self.life_timer = Timer(registry.loop, self.link, self.on_no_life)
         self.listed: Optional[Dict[str, Any]] = None  # the newest, not yet looked at
+        self.dropped = 0  # outcomes that did not fit into a NOTE
         self.list_timer = Timer(registry.loop, self.link, self.on_services)
         message = {"version": VERSION, "nonce": self.nonce, "options": OPTIONS}
         self.link.send(Kind.CHALLENGE, message)
@@ -2418,6 +2452,8 @@ class Tunnel:
             return self.refuse("taken", "the id %s is taken" % self.id)
         self.timer.set(LOGIN_TIME)  # for its services
         self.link.send(Kind.WELCOME, welcome)
+        if message.get("notes") is True:
+            self.registry.want_notes(self, True)
         log.info("%s logged in from %s", self.id, self.peer)
 
     def refuse(self, code: str, cause: str) -> None:
@@ -2466,6 +2502,26 @@ class Tunnel:
             urls = {"*": "error: too many services to tell where each is"}
         self.link.send(Kind.URLS, urls)
 
+    def note(self, outcome: "Outcome") -> None:
+        """Tell the client how a request ended. While a NOTE waits for the link, the
+        next outcomes join it, as many as fit."""
+        link = self.link
+        if link.closed or link.step < len(LOGIN_ORDER):
+            return
+        said = outcome._replace(id="").to_json()
+        waiting = link.own_frames.get(Kind.NOTE)
+        if self.dropped:
+            said["dropped"] = self.dropped
+        item = encoder.encode(said).encode()
+        if waiting is None:
+            link.post(Kind.NOTE, bytearray(b"[%s]" % item))
+        elif len(waiting) + len(item) < TEXT_LIMIT:
+            waiting[-1:] = b",%s]" % item
+        else:
+            self.dropped += 1
+            return
+        self.dropped = 0
+
     def drop_kept(self) -> None:
         """Streams between two requests would hold up the end of the link."""
         for stream in list(self.link.streams.values()):
@@ -2486,6 +2542,7 @@ class Tunnel:
             timer.clear()
         counts = self.link.last_id, self.link.resets
         log.info("%s: link closed: %s (%d streams, %d reset)", self, cause, *counts)
+        self.registry.want_notes(self, False)
         self.registry.release(self)
 
 
@@ -2500,6 +2557,7 @@ IDLE_TIME = 60.0  # seconds that a connection is kept after an answer
 KEPT_TIME = 1.0  # seconds a kept stream is good for a request that may not go twice
 KEPT_TO_DROP = 8  # kept streams that go when a client has no descriptors left
 RETRY_AFTER = "5"  # seconds: until then a client that can be back is back, mostly
+NOTHING: Dict[str, Any] = {}
 
 
 class Page(NamedTuple):
@@ -2561,6 +2619,7 @@ class HTTPConnection(Visitor):
         self.request: Optional[Request] = None  # the one that is being answered
         self.service: Optional[Service] = None  # that answers it
         self.since = 0.0  # when its head was whole
+        self.carried = NOTHING  # by which bytes of which stream: for an Outcome
         self.recent = Recent()
         self.kept: Optional[Kept] = None  # the stream of the last request
 
@@ -2608,6 +2667,7 @@ class HTTPConnection(Visitor):
             head = bytes(self.unparsed[:end])
             del self.unparsed[:end]
             self.searched, self.service, self.since = 0, None, self.loop.clock()
+            self.carried = NOTHING
             self.timer.clear()
             hop = self.ends.address, self.site.scheme, self.recent, self.front
             self.request = Request(head, *hop)
@@ -2650,8 +2710,16 @@ class HTTPConnection(Visitor):
             body = b""
         self.connection.write(head.encode("latin-1", "replace") + body)
         if self.visitors.observers:
-            self.visitors.observe(self, page.status, page.code, len(body), 0)
+            cause = page.lines[0] if page.code else ""
+            self.visitors.observe(self, page.status, page.code, cause, len(body))
         self.go_on(keep)
+
+    def outcome(self) -> "Outcome":
+        """What is known of the request, to begin with."""
+        request, service = self.request, self.service
+        where = (service.pool.id, service.name) if service else ("", "")
+        what = (request.method, request.target) if request else ("", "")
+        return Outcome(request.address if request else self.ends.address, *where, *what)
 
     def fail(self, error: Exception) -> None:
         """What goes wrong between two requests is answered, unless the visitor cannot
@@ -2781,7 +2849,8 @@ class Exchange:
 
     __slots__ = (
         "http request service connection loop stream head inbox searched answer body "
-        "keep reused retried later interim failure code sent received quiet_since timer"
+        "keep reused retried later interim failure code sent received began "
+        "quiet_since timer"
     ).split()
 
     def __init__(
@@ -2801,6 +2870,7 @@ class Exchange:
         self.failure: Optional[Exception] = None  # why it cannot go on
         self.code = ""  # the same as a word
         self.sent = self.received = 0  # bytes of the bodies, to and from the visitor
+        self.began = (0, 0)  # bytes that the stream had carried before, out and in
         self.quiet_since = 0.0  # since when it was not written to; 0: it just was
         self.timer: Optional[Timer] = None  # looks at a visitor who may have left
 
@@ -2817,6 +2887,7 @@ class Exchange:
         if kept and kept.serves(self.service, self.request):
             self.stream, self.reused = kept.stream, True
             self.stream.owner = self
+            self.began = self.stream.bytes_out, self.stream.bytes_in
         else:
             if kept:
                 kept.give_up()
@@ -2824,7 +2895,6 @@ class Exchange:
         self.connection.owner = self
         http.visitors.idle.pop(http, None)
         self.loop.dirty.add(self.connection)
-        http.service = self.service
         self.stream.wake()
 
     def open_stream(self) -> Stream:
@@ -2846,7 +2916,8 @@ class Exchange:
         service = self.http.site.service(pool.id, self.service.name)
         if service is None or service is not self.service and service.gates:
             return False  # this visitor has not passed its gates
-        self.service, self.retried = service, True
+        self.service, self.retried, self.began = service, True, (0, 0)
+        self.http.service = service
         self.stream = self.open_stream()
         self.head = self.request.to_service(service.host)
         self.failure, self.code = None, ""
@@ -3026,7 +3097,8 @@ class Exchange:
         self.end(101)
         http.detach()
         self.connection.unread = bytes(http.unparsed)
-        Pipe(self.stream, self.connection, str(self), "left")
+        pipe = Pipe(self.stream, self.connection, str(self), "left")
+        http.visitors.observe_pipe(pipe, http.outcome(), len(self.inbox))
 
     def begin_answer(self, answer: Answer) -> None:
         """The head of the answer is whole. It goes out together with the beginning of
@@ -3100,9 +3172,9 @@ class Exchange:
     def truncate(self) -> None:
         """What the visitor has got is all there is, and it must not look whole. What
         waits for it still goes out, unless just that is too much."""
-        log.info("%s: cut: %s", self, self.failure or "the service closed too early")
+        cause = str(self.failure or "the service closed too early")
         self.stream.reset("left")
-        self.end(self.answer.status if self.answer else 0, self.code or "cut")
+        self.end(self.answer.status if self.answer else 0, self.code or "cut", cause)
         self.http.close(Ending.ABORT)
         if self.code == "overload":
             self.connection.abort()
@@ -3127,14 +3199,22 @@ class Exchange:
         self.http.detach()
         self.connection.close()
 
-    def end(self, status: int = 0, code: str = "") -> None:
+    def end(self, status: int = 0, code: str = "", cause: str = "") -> None:
         """The connection goes back. Without a status a page says the rest."""
-        self.connection.owner = self.http
+        http, visitors = self.http, self.http.visitors
+        self.connection.owner = http
         if self.timer:
             self.timer.clear()
-        visitors = self.http.visitors
-        if visitors.observers and status:
-            visitors.observe(self.http, status, code, self.sent, self.received)
+        if visitors.observers:
+            stream, (asked, answered) = self.stream, self.began
+            http.carried = {
+                "stream": stream.id,
+                "request": (asked, stream.bytes_out),
+                "answer": (answered, stream.bytes_in - len(self.inbox)),
+                "link": stream.link,
+            }
+            if status:
+                visitors.observe(http, status, code, cause, self.sent, self.received)
 
 
 # -----------------------------------------------------------------------------------
@@ -3160,7 +3240,7 @@ class Connect:
             raise malformed("a body in a request to CONNECT")
         ends, open_stream = http.ends.of(request.address), service.pool.open
         self.stream = open_stream(service, self, ends, "tcp", confirm=True)
-        http.service, self.connection.owner = service, self
+        self.connection.owner = self
         http.visitors.idle.pop(http, None)
         http.loop.dirty.add(self.connection)
         self.timer = Timer(http.loop, self, self.on_late)
@@ -3189,10 +3269,11 @@ class Connect:
         self.timer.clear()
         connection.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
         if http.visitors.observers:
-            http.visitors.observe(http, 200, "", 0, 0)
+            http.visitors.observe(http, 200)
         http.detach()
         connection.unread = bytes(http.unparsed)
-        Pipe(self.stream, connection, str(self), "left")
+        pipe = Pipe(self.stream, connection, str(self), "left")
+        http.visitors.observe_pipe(pipe, http.outcome())
 
     def pull(self, view: memoryview) -> None:
         pass
@@ -3244,29 +3325,6 @@ class Router:
         """None lets the request pass; (status, fields) answers it, for example
         (401, {"WWW-Authenticate": 'Basic realm="tunnel"'})."""
         return None
-
-
-class Outcome(NamedTuple):
-    """How one exchange ended, for observers: a log, numbers."""
-
-    visitor: str  # its address
-    id: str  # "" where no service was reached
-    service: str
-    method: str  # "" where there was no request
-    target: str
-    status: int
-    code: str  # what went wrong, as a word; "" for nothing
-    sent: int  # bytes of the bodies, to the visitor and from it
-    received: int
-    seconds: float
-
-
-def log_outcome(outcome: Outcome) -> None:
-    """The line that -v gives for each answer."""
-    where = ("%s %s %s" % (outcome.visitor, outcome.id, outcome.service)).rstrip()
-    what = ("%s %s" % (outcome.method, outcome.target)).strip() or "-"
-    end = ("%d %s" % (outcome.status, outcome.code)).strip()
-    log.info("%s: %s %s", where, what, end)
 
 
 class Site:
@@ -3465,7 +3523,7 @@ class Server:
         self.tcp = TCPPorts(self.visitors, config.bind, config.tcp_ports)
         self.registry = Registry(names, self.tokens, self.tcp)
         if log.hears(INFO):
-            self.visitors.observers.append(log_outcome)
+            self.visitors.observers.append(Outcome.tell)
         self.router = router or Router()
         self.router.names = names
         self.manager = Manager(self.loop, self.status)
@@ -4024,10 +4082,16 @@ def file_limit(selector: selectors.BaseSelector) -> int:
 # logger is "mdm_tunnel". `logging` is not imported here: it would be an eighth of the
 # time to start. (What else is large and rarely used is imported where it is used.)
 # -----------------------------------------------------------------------------------
+LEVELS = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
+
+
 class Log:
     """Writes to stderr from `level` on, and to `logging` where that is in use."""
 
     level = ERROR + 1
+    as_json = False  # a line is an object
+    coloured = False
+    width = 0  # of a column that grows: where requests went
     logger: Any = None
 
     def hears(self, level: int) -> bool:
@@ -4039,23 +4103,34 @@ class Log:
         told = self.logger is not None and self.logger.isEnabledFor(level)
         return bool(told) or level >= self.level
 
-    def tell(self, level: int, text: str, *args: Any, trace: Any = None) -> None:
-        """Log `text % args`, and the traceback of the error `trace`."""
+    def tell(self, level: int, text: str, *args: Any, **more: Any) -> None:
+        """Log `text % args`. `more` is for write()."""
         if self.hears(level) and self.logger is not None:
-            self.logger.log(level, text, *args, exc_info=trace)
+            self.logger.log(level, text, *args, exc_info=more.get("trace"))
         if level >= self.level:
-            self.write(text % args, trace)
+            self.write(sys.stderr, LEVELS[level], text % args, **more)
 
-    def write(self, text: str, trace: Any) -> None:
-        """One line; only a traceback has more. A full disk harms only the log."""
-        lines = [time.strftime("%H:%M:%S ") + text]
-        if trace:
-            import traceback
-
-            error = type(trace), trace, trace.__traceback__
-            lines += "".join(traceback.format_exception(*error)).split("\n")
+    def write(
+        self,
+        file: Any,
+        level: str,
+        text: str,
+        trace: Any = None,
+        colour: str = "%s",
+        fields: Any = (),
+    ) -> None:
+        """One line; only a traceback, of the error `trace`, has more. In JSON `fields`
+        say what the text says. A full disk harms only the log."""
+        lines = [] if trace is None else format_error(trace)
+        if self.as_json:
+            known = [("time", utc_time()), ("level", level), ("text", text), *fields]
+            known += [("trace", "\n".join(lines))] if lines else []
+            lines = [encoder.encode(dict(known))]
+        else:
+            clock = time.strftime("%H:%M:%S ") if file is sys.stderr else ""
+            lines = [clock + (colour % printable(text)), *map(printable, lines)]
         with contextlib.suppress(OSError, ValueError):
-            print("\n".join(map(printable, lines)), file=sys.stderr, flush=True)
+            print("\n".join(lines), file=file, flush=True)
 
     debug = functools.partialmethod(tell, DEBUG)
     info = functools.partialmethod(tell, INFO)
@@ -4066,10 +4141,34 @@ class Log:
 log = Log()
 
 
-def set_up_log(verbose: int) -> None:
-    """-v tells events, -vv frames too, on stderr."""
-    if verbose:
-        log.level = INFO if verbose == 1 else DEBUG
+def set_up_log(verbose: int, as_json: bool) -> None:
+    """-v tells events, -vv frames too, on stderr. --log-json tells at least events."""
+    log.as_json = as_json
+    if verbose or as_json:
+        log.level = DEBUG if verbose > 1 else INFO
+        log.coloured = not as_json and shows_colours(sys.stderr)
+
+
+def shows_colours(file: Any) -> bool:
+    """A terminal does, unless its user says NO_COLOR (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or os.name == "nt" and "WT_SESSION" not in os.environ:
+        return False  # nor does an old console of Windows
+    return bool(file and file.isatty())
+
+
+def format_error(error: Exception) -> List[str]:
+    import traceback
+
+    found = traceback.format_exception(type(error), error, error.__traceback__)
+    return "".join(found).split("\n")
+
+
+def utc_time() -> str:
+    """As RFC 3339 has it, with milliseconds."""
+    now = time.time()
+    clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+    return "%s.%03dZ" % (clock, now % 1 * 1000)
 
 
 def printable(text: str) -> str:
@@ -4077,6 +4176,112 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
+
+
+# -----------------------------------------------------------------------------------
+# Outcome: how a request ended. -v tells it on both sides in the same words: the server
+# knows it, and a NOTE brings it to the client. And a frame in words, for -vv.
+# -----------------------------------------------------------------------------------
+COLOURS = {1: "36", 2: "32", 3: "36", 4: "33", 5: "31"}  # of a status, by its class
+WIDEST = 40  # characters of an id and a service that still widen their column
+FRAME_TEXT = 200  # characters of a frame's payload in words
+FRAME_DATA = 40  # bytes of DATA that are shown
+SECRETS = ("session", "nonce", "proof")  # who knows the session may take the link over
+Range = Tuple[int, int]  # the first byte, and the one behind the last
+
+
+class Outcome(NamedTuple):
+    """How one request ended, or a connection that was passed on as it is: its status is
+    0, and its method CONNECT, TCP, TLS, or that of the upgrade. For observers."""
+
+    visitor: str = ""  # its address
+    id: str = ""  # "" where no service was reached
+    service: str = ""
+    method: str = ""  # "" where there was no request
+    target: str = ""
+    status: int = 0
+    code: str = ""  # what went wrong, as a word; "" for nothing
+    cause: str = ""  # the same for people
+    sent: int = 0  # bytes of the bodies, to the visitor and from it
+    received: int = 0
+    seconds: float = 0.0
+    stream: int = 0  # that carried it, last; 0: none
+    request: Range = (0, 0)  # which of the stream's bytes it was, and the answer
+    answer: Range = (0, 0)
+    link: Any = None  # of the stream
+
+    def to_json(self) -> Dict[str, Any]:
+        """What a NOTE says of it, and --log-json; without empty texts."""
+        found = self._replace(
+            target=self.target[:TOLD_LIMIT],
+            cause=self.cause[:TOLD_LIMIT],
+            seconds=round(self.seconds, 4),
+            link=None,
+        )
+        empty = ("", (0, 0), None)
+        return {x: y for x, y in found._asdict().items() if y not in empty}
+
+    def tell(self) -> None:
+        """Log it: 203.0.113.9 tim web "GET /x" 200 5.1kB 12ms, and what cut it. The
+        columns stand below each other, where that is possible."""
+        where = ("%s %s" % (self.id, self.service)).strip()
+        log.width = max(log.width, min(len(where), WIDEST))
+        what = '"%s"' % ("%s %s" % (self.method, self.target[:TOLD_LIMIT])).strip()
+        status = "%3d" % self.status if self.status else "end"
+        end = status, short_size(self.sent), short_time(self.seconds)
+        row = self.visitor, log.width, where, what, *end
+        line = "%-15s %-*s %-32s %s %7s %6s" % row
+        why = ": ".join(filter(None, (self.code, self.cause[:TOLD_LIMIT])))
+        line += " " + why if why else ""
+        colour = "%s"
+        if log.coloured:
+            colour = "\x1b[%sm%%s\x1b[0m" % COLOURS.get(self.status // 100, "2")
+        log.info("%s", line, colour=colour, fields=self.to_json().items())
+
+
+def short_size(count: int) -> str:
+    """5.1kB"""
+    size = float(count)
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and units[1:]:
+        size /= 1000
+        del units[0]
+    digits = "%.1f" if size < 9.95 and count > 999 else "%.0f"
+    return digits % size + units[0]
+
+
+def short_time(seconds: float) -> str:
+    """12ms, 3.4s, 5m or 7h"""
+    if seconds < 0.9995:
+        return "%dms" % round(seconds * 1000)
+    if seconds < 99.95:
+        return "%.1fs" % seconds
+    return "%dm" % (seconds / 60) if seconds < 5970 else "%dh" % (seconds / 3600)
+
+
+def describe(kind: int, number: int, payload: Any) -> str:
+    """A frame in words: `OPEN 3, service "web", visitor "203.0.113.9"`."""
+    size, name = len(payload), Kind(kind).name
+    words = ["%s %d" % (name, number) if number else name]
+    if kind == DATA:
+        more = " ..." if size > FRAME_DATA else ""
+        start = bytes(payload[:FRAME_DATA]).decode("latin-1")
+        words.append("%d bytes: %s%s" % (size, json.dumps(start), more))
+    elif kind == Kind.CREDIT:
+        words.append("%d more bytes may come" % NUMBER.unpack(payload)[0])
+    elif kind == Kind.RESET:
+        words.append(bytes(payload).decode("utf-8", "replace"))
+    elif kind == Kind.NOTE:
+        words.append("%d bytes" % size)
+    elif size and kind not in (Kind.PING, Kind.PONG):
+        with contextlib.suppress(ProtocolError):
+            for key, value in unpack_json(payload).items():
+                if isinstance(value, dict) and "auth" in value:
+                    value = dict(value, auth="...")
+                value = "..." if key in SECRETS else encoder.encode(value)
+                words.append("%s %s" % (key, value))
+    text = ", ".join(words)
+    return text if len(text) <= FRAME_TEXT else text[:FRAME_TEXT] + " ..."
 
 
 # -----------------------------------------------------------------------------------
@@ -4211,6 +4416,9 @@ def die(status: int, cause: Any) -> NoReturn:
     """End with one line. 1: anything, 2: usage or configuration, 3: login refused, 4:
     attempts used up."""
     name = os.path.basename(sys.argv[0] or "-")
+    if log.as_json:
+        log.error("%s", cause)
+        sys.exit(status)
     text = printable(str(cause))
     with contextlib.suppress(OSError, ValueError):  # a full disk, or no stderr
         print("%s: %s" % ("mdm-tunnel" if name == "-" else name, text), file=sys.stderr)
@@ -5300,7 +5508,7 @@ class Visitors:
         self.all: Set[Visitor] = set()
         self.idle: Any = collections.OrderedDict()  # may go; idle longest: first
         self.stopping = False  # each request is the last of its connection
-        self.observers: List[Callable[[Outcome], None]] = []
+        self.observers: List[Callable[[Outcome], Any]] = []
 
     def add(self, visitor: Visitor) -> None:
         self.all.add(visitor)
@@ -5327,15 +5535,50 @@ class Visitors:
         return False
 
     def observe(
-        self, http: HTTPConnection, status: int, code: str, sent: int, received: int
+        self,
+        http: HTTPConnection,
+        status: int,
+        code: str = "",
+        cause: str = "",
+        sent: int = 0,
+        received: int = 0,
     ) -> None:
         """Tell the observers how a request ended."""
-        request, service = http.request, http.service
-        where = (service.pool.id, service.name) if service else ("", "")
-        what = (request.method, request.target) if request else ("", "")
-        end = status, code, sent, received, self.loop.clock() - http.since
-        address = request.address if request else http.ends.address
-        outcome = Outcome(address, *(where + what + end))
+        known, seconds = http.outcome(), self.loop.clock() - http.since
+        self.tell(
+            Outcome(
+                known.visitor, known.id, known.service, known.method, known.target,
+                status, code, cause, sent, received, seconds, **http.carried,
+            )
+        )  # fmt: skip
+
+    def observe_pipe(self, pipe: Pipe, known: Outcome, before: int = 0) -> None:
+        """Tell them how a pipe ends, once its connection closes: what is `known` of it,
+        and what it carried. It began `before` bytes before it was made."""
+        if self.observers:
+            stream, since = pipe.stream, self.loop.clock()
+            began = stream.bytes_out, stream.bytes_in - before
+            over = functools.partial(self.on_pipe_closed, pipe, known, began, since)
+            pipe.connection.on_closed = over
+
+    def on_pipe_closed(
+        self, pipe: Pipe, known: Outcome, began: Range, since: float
+    ) -> None:
+        stream, (code, cause), (asked, answered) = pipe.stream, pipe.cut, began
+        outcome = known._replace(
+            code=code,
+            cause=cause,
+            sent=stream.bytes_in - answered,
+            received=stream.bytes_out - asked,
+            seconds=self.loop.clock() - since,
+            stream=stream.id,
+            request=(asked, stream.bytes_out),
+            answer=(answered, stream.bytes_in),
+            link=stream.link,
+        )
+        self.tell(outcome)
+
+    def tell(self, outcome: Outcome) -> None:
         for observer in self.observers:
             self.loop.guard(self, observer, outcome)
 
@@ -5672,6 +5915,7 @@ class Config(NamedTuple):
     proxy_protocol: bool = False
     user: Optional[str] = None
     verbose: int = 0
+    log_json: bool = False
     landing: bool = True
     drain: float = DRAIN
 
@@ -5749,6 +5993,7 @@ def make_parser() -> Parser:
         help="after SIGTERM let what runs go on for so long (%(default)g)")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
         help="say what happens, on stderr; -vv: every frame")  # fmt: skip
+    add("--log-json", action="store_true", help="the same, each line a JSON object")
     add("-V", "--version", action="version", version=VERSION)
     return parser
 
@@ -5767,7 +6012,7 @@ def main(argv: Optional[List[str]] = None, router: Optional[Router] = None) -> N
     """Serve until a signal. Exit status: 0, 1 (a port is taken) or 2 (usage)."""
     survive_hangup()
     config = parse_arguments(argv)
-    set_up_log(config.verbose)
+    set_up_log(config.verbose, config.log_json)
     try:
         user = None if config.user is None else find_user(config.user)
         server = Server(config, router)

@@ -42,6 +42,7 @@ import threading
 import time
 import unittest
 import zlib
+from unittest import mock
 
 import mdm_tunnel_client as client_module
 import mdm_tunnel_server as server_module
@@ -143,7 +144,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 2125, "server": 3675, "client": 1595}
+    BUDGETS = {"shared": 2290, "server": 3756, "client": 1640}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
@@ -4348,7 +4349,7 @@ def make_client(services, loop=None, token="", **options):
 
 
 class QuietClient(client_module.Client):
-    def show(self, line):
+    def show_url(self, name, url, width):
         """The log is on in these tests, but stdout is theirs."""
 
 
@@ -6074,7 +6075,7 @@ class Overload(TunnelCase):
         lines = ["Connection: upgrade", "Upgrade: x"]
         conn.sendall(self.ask("web.tim.x", *lines, close=False))
         loop = self.server.loop
-        self.server.until(lambda: any("cut" in x for x in self.log.lines))
+        self.server.until(lambda: any(" overload: " in x for x in self.log.lines))
         self.server.until(lambda: not any(c.backlog for c in loop.connections))
         self.assertEqual(self.tunnels["tim"].link.unread, 0)
 
@@ -6876,6 +6877,328 @@ class Connects(TunnelCase):
         self.assertIn(b"nobody asked", payload)
 
 
+class Notes(TunnelCase):
+    """How requests end is told to the client that asked, in the server's words."""
+
+    def start(self, **services):
+        self.start_server()
+        self.client = self.start_client(services or {"web": self.echo()})
+        self.notes = self.listen_to(self.client, self.server)
+
+    def listen_to(self, client, server):
+        """Both sides' outcomes from here on, as the client's list of pairs."""
+        told, seen = [], []
+        self.seen = seen
+        client.program.observers.append(told.append)
+        server.program.visitors.observers.append(seen.append)
+        return told
+
+    def wait(self, count):
+        """The client's outcomes, when there are so many."""
+        self.client.until(lambda: len(self.notes) >= count)
+        self.assertEqual(len(self.notes), count, self.notes)
+        return self.notes
+
+    def test_client_is_told_what_the_server_logs(self):
+        self.start(web=self.echo(), no=self.closed_port())
+        conn = self.keep()
+        self.get("web.tim.x", "/one?a=b", conn=conn)
+        self.get("web.tim.x", "/two", "POST", b"12345", conn=conn)
+        self.get("no.tim.x", "/three")
+        self.get("no-such.tim.x", "/four")
+        one, two, three = self.wait(3)  # what was for no service is not the client's
+        for outcome, said in zip(self.seen, self.notes):
+            said = said._replace(id="tim", seconds=outcome.seconds, link=outcome.link)
+            self.assertEqual(said, outcome._replace(seconds=said.seconds))
+        self.assertEqual(one[:6], ("127.0.0.1", "", "web", "GET", "/one?a=b", 200))
+        self.assertEqual((two.method, two.received), ("POST", 5))
+        self.assertEqual((three.status, three.code), (502, "refused"))
+        self.assertIn("refused the connection", three.cause)
+
+    def closed_port(self):
+        with contextlib.closing(socket.socket()) as sock:
+            sock.bind(("127.0.0.1", 0))
+            return sock.getsockname()[1]
+
+    def test_ranges_cut_the_bytes_of_a_stream_into_its_requests(self):
+        carried = {}
+
+        def tap(stream, way, data):
+            carried[stream.id, way] = carried.get((stream.id, way), b"") + bytes(data)
+
+        answers = b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n"
+        answers += b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", b""
+
+        def handler(conn):
+            while read_head(conn)[0]:
+                conn.sendall(b"".join(answers))
+
+        self.start(web=self.service(handler))
+        frames = {Kind.DATA: self.tapping(tap)}
+        with mock.patch.dict(client_module.STREAM_FRAMES, frames):
+            with mock.patch.object(client_module.Pipe, "pull", self.pulling(tap)):
+                conn = self.visit()
+                for path in (b"/a", b"/bb"):
+                    conn.sendall(b"GET %s HTTP/1.1\r\nHost: web.tim.x\r\n\r\n" % path)
+                    self.read_chunks(conn)
+                notes = self.wait(2)
+        self.assertEqual(notes[0].stream, notes[1].stream)
+        for note, path in zip(notes, (b"/a", b"/bb")):
+            request = carried[note.stream, "in"][slice(*note.request)]
+            self.assertTrue(request.startswith(b"GET %s HTTP/1.1" % path), request)
+            self.assertTrue(request.endswith(b"\r\n\r\n"), request)
+            answer = carried[note.stream, "out"][slice(*note.answer)]
+            self.assertEqual(answer, b"".join(answers))
+
+    def tapping(self, tap):
+        real = client_module.Link.on_data
+
+        def on_data(link, stream, payload):
+            tap(stream, "in", payload)
+            return real(link, stream, payload)
+
+        return on_data
+
+    def pulling(self, tap):
+        real = client_module.Pipe.pull
+
+        def pull(pipe, view):
+            count = real(pipe, view)
+            tap(pipe.stream, "out", view[: count or 0])
+            return count
+
+        return pull
+
+    def read_chunks(self, conn):
+        said = b""
+        while not said.endswith(b"0\r\n\r\n"):
+            said += conn.recv(65536)
+
+    def test_pipes_are_told_when_they_end(self):
+        def shout(conn):
+            for data in iter(lambda: conn.recv(100), b""):
+                conn.sendall(data.upper())
+
+        def upgrade(conn):
+            rest = read_head(conn)[1]
+            conn.sendall(b"HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: y\r\n\r\n")
+            conn.sendall(b"!!" + rest)
+            shout(conn)
+
+        number = free_port()
+        self.start_server(tcp_ports=range(number, number + 1))
+        services = {"chat": self.service(upgrade)}
+        services["ssh"] = {"target": self.service(shout), "tcp": number}
+        self.client = self.start_client(services)
+        self.notes = self.listen_to(self.client, self.server)
+        conn = self.visit()
+        lines = "Connection: upgrade", "Upgrade: y"
+        first = "GET /c HTTP/1.1"
+        conn.sendall(self.ask("chat.tim.x", *lines, first=first, close=False))
+        found, rest = read_head(conn)
+        self.wait(1)
+        conn.sendall(b"hello")
+        while len(rest) < 7:
+            rest += conn.recv(100)
+        conn.close()
+        begun, ended = self.wait(2)
+        self.assertEqual((begun.status, begun.target, begun.stream), (101, "/c", 1))
+        self.assertEqual(ended[3:6], ("GET", "/c", 0))
+        self.assertEqual((ended.sent, ended.received), (7, 5))
+        self.assertEqual(ended.request[0], begun.request[1])
+        self.assertEqual(ended.answer[0], begun.answer[1])
+        with socket.create_connection(("127.0.0.1", number)) as conn:
+            conn.sendall(b"abc")
+            self.assertEqual(conn.recv(3), b"ABC")
+        ended = self.wait(3)[2]
+        self.assertEqual(ended[2:6], ("ssh", "TCP", "", 0))
+        self.assertEqual((ended.sent, ended.received, ended.request), (3, 3, (0, 3)))
+
+    def test_who_is_not_let_in_is_told_too(self):
+        number = free_port()
+        self.start_server(tcp_ports=range(number, number + 1))
+        nets = ["192.0.2.0/24"]
+        services = {"web": {"target": self.echo(), "auth": "a:b"}}
+        services["ssh"] = {"target": 1, "tcp": number, "visitors": nets}
+        self.client = self.start_client(services)
+        self.notes = self.listen_to(self.client, self.server)
+        self.get("web.tim.x")
+        with socket.create_connection(("127.0.0.1", number)) as conn:
+            with contextlib.suppress(OSError):
+                self.assertEqual(conn.recv(1), b"")
+        web, ssh = self.wait(2)
+        self.assertEqual((web.service, web.status, web.stream), ("web", 401, 0))
+        self.assertEqual((ssh.service, ssh.status, ssh.code), ("ssh", 0, "denied"))
+
+    def test_nothing_is_told_or_made_where_nobody_asks(self):
+        with mock.patch.object(client_module.log, "hears", lambda level: False):
+            with mock.patch.object(server_module.log, "hears", lambda level: False):
+                self.start_server()
+                client = self.start_client({"web": self.echo()})
+        made = mock.patch.object(server_module, "Outcome", side_effect=AssertionError)
+        self.assertEqual(client.program.observers, [])
+        self.assertEqual(self.server.program.visitors.observers, [])
+        with made:
+            self.echoed("web.tim.x")
+            self.get("nobody.x")
+        client.end()
+        self.assertEqual(self.server.program.registry.noted, set())
+
+    def test_observer_goes_with_the_last_client_that_asked(self):
+        self.start()
+        registry = self.server.program.registry
+        other = self.start_client({"web": 9}, id="eva")
+        self.assertEqual(len(registry.noted), 2)
+        observers = registry.visitors.observers
+        for client in (self.client, other):
+            self.assertIn(registry.note, observers)
+            client.end()
+            gone = client.program.id
+            self.server.until(lambda gone=gone: gone not in registry.pools)
+        self.assertNotIn(registry.note, observers)
+
+    def test_what_does_not_fit_is_counted(self):
+        self.start()
+        tunnel, link = self.tunnels["tim"], self.tunnels["tim"].link
+        outcome = server_module.Outcome("192.0.2.1", "tim", "web", "GET", "/" * 400)
+
+        def flood():
+            for _ in range(1000):
+                tunnel.note(outcome)
+            waiting = bytes(link.own_frames[Kind.NOTE])
+            self.assertLessEqual(len(waiting), server_module.TEXT_LIMIT)
+            return len(json.loads(waiting.decode())), tunnel.dropped
+
+        told, dropped = self.server.do(flood)
+        self.assertEqual(told + dropped, 1000)
+        self.wait(told)
+        self.server.do(lambda: tunnel.note(outcome))
+        self.wait(told + 1)
+        line = "%d more requests: the link was too slow to tell" % dropped
+        self.assertIn(line, self.log.lines)
+
+
+class LogLines(unittest.TestCase):
+    """What -v, -vv and --log-json print, for both scripts."""
+
+    def lines(self, *outcomes, module=server_module, **options):
+        log, file = module.Log(), io.StringIO()
+        log.level = module.INFO
+        for name, value in options.items():
+            setattr(log, name, value)
+        with mock.patch.object(module, "log", log):
+            with mock.patch.object(sys, "stderr", file):
+                for outcome in outcomes:
+                    outcome.tell()
+        return file.getvalue().splitlines()
+
+    def outcome(self, **values):
+        known = dict(visitor="203.0.113.9", id="tim", service="web", method="GET")
+        known.update(target="/x", status=200, sent=5120, seconds=0.0123)
+        return server_module.Outcome(**dict(known, **values))
+
+    def test_line_of_a_request(self):
+        (line,) = self.lines(self.outcome())
+        found = line.split(" ", 1)[1].split()
+        want = ["203.0.113.9", "tim", "web", '"GET', '/x"', "200", "5.1kB", "12ms"]
+        self.assertEqual(found, want)
+        cut = self.outcome(status=502, code="refused", cause="9000 is closed")
+        self.assertTrue(self.lines(cut)[0].endswith(" refused: 9000 is closed"))
+        end = self.outcome(status=0, method="TCP", target="")
+        self.assertIn('"TCP" ', self.lines(end)[0])
+        self.assertIn(" end ", self.lines(end)[0])
+
+    def test_columns_stand_below_each_other(self):
+        other = self.outcome(visitor="::1", target="/long/er", sent=7, seconds=70)
+        places = {line.index(" 200 ") for line in self.lines(self.outcome(), other)}
+        self.assertEqual(len(places), 1)
+
+    def test_sizes_and_times(self):
+        sizes = [0, 999, 1000, 5120, 9949, 9950, 999499, 999500, 10**9, 10**13]
+        want = "0B 999B 1.0kB 5.1kB 9.9kB 10kB 999kB 1.0MB 1.0GB 10TB".split()
+        self.assertEqual([server_module.short_size(x) for x in sizes], want)
+        times = [0, 0.0004, 0.9994, 0.9995, 99.94, 99.96, 5969, 5970, 90000]
+        want = "0ms 0ms 999ms 1.0s 99.9s 1m 99m 1h 25h".split()
+        self.assertEqual([server_module.short_time(x) for x in times], want)
+
+    def test_colour_says_the_class_of_the_status(self):
+        codes = [(200, "32"), (304, "36"), (404, "33"), (502, "31"), (0, "2")]
+        for status, colour in codes:
+            (line,) = self.lines(self.outcome(status=status), coloured=True)
+            self.assertIn("\x1b[%sm203." % colour, line)
+            self.assertTrue(line.endswith("\x1b[0m"), line)
+
+    def test_nothing_from_outside_moves_the_cursor(self):
+        bad = self.outcome(target="/\x1b[2J\n", code="\x1b", cause="\r")
+        for coloured in (False, True):
+            (line,) = self.lines(bad, coloured=coloured)
+            self.assertNotIn("\x1b", re.sub("\x1b\\[(32|0)m", "", line))
+
+    def test_colours_are_for_terminals_whose_users_want_them(self):
+        terminal, file = mock.Mock(), io.StringIO()
+        terminal.isatty = lambda: True
+        for module in (server_module, client_module):
+            for environ, shown in (
+                ({}, True),
+                ({"NO_COLOR": ""}, True),
+                ({"NO_COLOR": "1"}, False),
+                ({"TERM": "dumb"}, False),
+            ):
+                with mock.patch.object(os, "environ", environ):
+                    if os.name != "nt":
+                        self.assertEqual(module.shows_colours(terminal), shown)
+                    self.assertFalse(module.shows_colours(file))
+                    self.assertFalse(module.shows_colours(None))
+
+    def test_json_has_the_fields_and_the_text(self):
+        (line,) = self.lines(self.outcome(code="cut"), as_json=True)
+        found = json.loads(line)
+        self.assertRegex(found.pop("time"), r"^\d{4}(-\d\d){2}T[\d:]{8}\.\d{3}Z$")
+        self.assertIn('"GET /x"', found.pop("text"))
+        want = dict(level="info", visitor="203.0.113.9", id="tim", service="web")
+        want.update(method="GET", target="/x", status=200, code="cut")
+        want.update(sent=5120, received=0, seconds=0.0123, stream=0)
+        self.assertEqual(found, want)
+
+    def test_json_has_a_traceback_in_its_line(self):
+        log, file = client_module.Log(), io.StringIO()
+        log.level, log.as_json = client_module.INFO, True
+        with mock.patch.object(sys, "stderr", file):
+            try:
+                raise ValueError("a\nb")
+            except ValueError as error:
+                log.error("it is %s", "broken", trace=error)
+        (line,) = file.getvalue().splitlines()
+        found = json.loads(line)
+        self.assertEqual((found["level"], found["text"]), ("error", "it is broken"))
+        self.assertIn("Traceback", found["trace"])
+
+    def test_every_frame_has_words_without_secrets(self):
+        opening = b'{"service":"web","visitor":"192.0.2.1"}'
+        listed = b'{"web":{"target":"9","auth":["abc:def"]}}'
+        login = b'{"id":"tim","session":"abc","nonce":"abc","proof":"abc"}'
+        hidden = ", session ..., nonce ..., proof ..."
+        for kind, number, payload, words in (
+            (Kind.OPEN, 3, opening, 'OPEN 3, service "web", visitor "192.0.2.1"'),
+            (Kind.DATA, 3, b"GET /\r\n", 'DATA 3, 7 bytes: "GET /\\r\\n"'),
+            (Kind.DATA, 3, b"x" * 99, 'DATA 3, 99 bytes: "%s" ...' % ("x" * 40)),
+            (Kind.CREDIT, 3, b"\0\1\0\0", "CREDIT 3, 65536 more bytes may come"),
+            (Kind.END, 3, b"", "END 3"),
+            (Kind.RESET, 3, b"done ", "RESET 3, done "),
+            (Kind.PING, 0, bytes(8), "PING"),
+            (Kind.NOTE, 0, b"[{}]", "NOTE, 4 bytes"),
+            (Kind.WELCOME, 0, b"[", "WELCOME"),
+            (Kind.CONNECTED, 3, b"", "CONNECTED 3"),
+            (Kind.LOGIN, 0, login, 'LOGIN, id "tim"' + hidden),
+            (Kind.SERVICES, 0, listed, 'SERVICES, web {"target":"9","auth":"..."}'),
+        ):
+            for module in (server_module, client_module):
+                found = module.describe(kind, number, memoryview(payload))
+                self.assertEqual(found, words)
+        long = module.describe(Kind.RESET, 3, b"x" * 9999)
+        self.assertLessEqual(len(long), client_module.FRAME_TEXT + 4)
+
+
 class Tokens(TunnelCase):
     """Who may have an id, when the server has a list of tokens."""
 
@@ -7590,6 +7913,32 @@ class HandMadeServer(TunnelCase):
         conn.sendall(frame(Kind.DATA, 1, b"x"))
         (payload,) = self.expect(conn, Kind.GOODBYE)
         self.assertIn(b"protocol", payload)
+
+
+class HostileNotes(HandMadeServer):
+    def test_junk_in_a_note_costs_nothing(self):
+        conn = self.greet(web=1)
+        junk = [1, None, [], {}, {"status": "x", "request": [1], "answer": [None, -1]}]
+        junk += [{"visitor": 7, "stream": 1e400, "seconds": True, "dropped": "\x1b"}]
+        junk += [{"cause": "\x1b[2J" * 9, "request": [[], {}], "target": "/\n/"}]
+        conn.sendall(frame(Kind.NOTE, 0, json.dumps(junk).encode()))
+        conn.sendall(frame(Kind.PING, 0, b"12345678"))
+        self.expect(conn, Kind.PONG)
+
+    def test_note_that_is_no_list_ends_the_link(self):
+        conn = self.greet(web=1)
+        conn.sendall(frame(Kind.NOTE, 0, b"{}"))
+        (payload,) = self.expect(conn, Kind.GOODBYE)
+        self.assertIn(b"not a JSON list", payload)
+
+    def test_at_most_a_thousand_are_read(self):
+        outcomes = []
+        with mock.patch.object(client_module.Outcome, "tell", outcomes.append):
+            conn = self.greet(web=1)
+            conn.sendall(frame(Kind.NOTE, 0, b"[%s0]" % (b"0," * 5000)))
+            conn.sendall(frame(Kind.PING, 0, b"12345678"))
+            self.expect(conn, Kind.PONG)
+        self.assertEqual(len(outcomes), client_module.NOTES_LIMIT)
 
 
 class Reconnects(TunnelCase):
@@ -10466,8 +10815,61 @@ assert signal.set_wakeup_fd(-1) == -1
         client.stdout.readline()
         client.send_signal(signal.SIGTERM)
         out, err = client.communicate(timeout=PATIENCE)
-        for word in ("< 0 CHALLENGE", "> 0 LOGIN", "< 0 WELCOME", "> 0 GOODBYE"):
-            self.assertIn(word, err)
+        for line in (
+            'from the server: CHALLENGE, version "%s"' % client_module.VERSION,
+            'to the server: LOGIN, id "tim", session ..., nonce ..., notes true',
+            "from the server: WELCOME\n",
+            'to the server: SERVICES, web {"target":"127.0.0.1:9"}',
+            'to the server: GOODBYE, code "stopping", reason "the client is stopping"',
+        ):
+            self.assertIn(line, err)
+
+    def test_both_sides_say_the_same_of_a_request(self):
+        server, client, port = self.launch_both()
+        self.assertEqual(self.fetch(port, "/some/where").status, 200)
+        lines = []
+        for process in (server, client):
+            found = iter(process.stderr.readline, "")
+            line = next(line for line in found if '"GET /some/where" ' in line)
+            lines.append(re.sub(r"^\S+ |tim |\s+\d+ms| +", "", line))
+        self.assertEqual(*lines)
+
+    def test_log_json_is_an_object_a_line_on_both_streams(self):
+        server, port, client_port = self.launch_server()
+        words = ["--log-json", "-h", "127.0.0.1", "-p", client_port, "-i", "tim"]
+        target = "127.0.0.1:%d" % self.echo()
+        client = self.launch(SCRIPTS[1], *words, "web=" + target)
+        url = json.loads(client.stdout.readline())
+        self.assertEqual((url["service"], url["target"]), ("web", target))
+        self.assertEqual(url["url"], "http://web.tim.localhost:%d/" % port)
+        self.assertEqual(self.fetch(port, "/x").status, 200)
+        for line in iter(client.stderr.readline, ""):
+            if json.loads(line).get("target") == "/x":
+                break
+        second = self.launch(SCRIPTS[1], *words, "--max-attempts", "1", "no-service")
+        out, err = second.communicate(timeout=PATIENCE)
+        self.assertEqual(second.returncode, 2)
+        server.kill()
+        for line in iter(client.stderr.readline, ""):
+            if "dialling again" in json.loads(line)["text"]:
+                break
+
+    def test_what_ends_it_is_an_object_too(self):
+        words = ["--log-json", "-p", str(free_port()), "--max-attempts", "1", "web=9"]
+        client = self.launch(SCRIPTS[1], *words)
+        out, err = client.communicate(timeout=PATIENCE)
+        self.assertEqual(client.returncode, 4)
+        self.assertIn("gave up", json.loads(err.splitlines()[-1])["text"])
+
+    def test_urls_say_where_they_lead(self):
+        server, port, client_port = self.launch_server()
+        words = ["-v", "-h", "127.0.0.1", "-p", client_port, "-i", "tim"]
+        client = self.launch(SCRIPTS[1], *words, "web=9", "long-name=unix:/no/where")
+        lines = [client.stdout.readline() for _ in range(2)]
+        url = "http://%%s.tim.localhost:%d/" % port
+        want = ["long-name  %s -> unix:/no/where\n" % (url % "long-name")]
+        want += ["web        %s -> 127.0.0.1:9\n" % (url % "web")]
+        self.assertEqual(lines, want)
 
     def test_killed_server_and_client_come_back(self):
         ports = free_port(), free_port()
