@@ -129,7 +129,8 @@ NUMBERS = [
 ]  # fmt: skip
 
 KINDS = (
-    "CHALLENGE LOGIN WELCOME SERVICES URLS OPEN DATA CREDIT END RESET PING PONG GOODBYE"
+    "CHALLENGE LOGIN WELCOME SERVICES URLS OPEN DATA CREDIT END RESET PING PONG "
+    "GOODBYE CONNECTED NOTE"
 ).split()
 
 
@@ -150,7 +151,8 @@ def frame(kind: str, stream: int = 0, payload: Any = b"") -> Frame:
 
 
 STAMP, CREDIT = b"01234567", struct.pack("!I", 70000)
-LOGIN = frame("LOGIN", 0, {"id": "guest", "session": "x", "nonce": "0" * 64})
+WHO = {"id": "guest", "session": "x", "nonce": "0" * 64, "notes": True}
+LOGIN = frame("LOGIN", 0, WHO)
 SERVICES = frame("SERVICES", 0, {"web": {"target": "9000"}, "A_1": {}})
 GOODBYE = frame("GOODBYE", 0, {"code": "stopping", "reason": "that is all"})
 PING, PONG = frame("PING", 0, STAMP), frame("PONG", 0, STAMP)
@@ -174,8 +176,12 @@ CHALLENGE = frame("CHALLENGE", 0, {"version": "1.0.0", "nonce": "0" * 64})
 WELCOME = frame("WELCOME", 0, {})
 URLS = frame("URLS", 0, {"web": "http://web.fuzz.localhost:1/", "x": "error: no"})
 OPENED = frame("OPEN", 1, {"service": "web", "visitor": "127.0.0.1", "scheme": "http"})
+TOLD = {"service": "web", "method": "GET", "target": "/", "status": 200, "sent": 5}
+TOLD.update(request=[0, 99], answer=[0, 70], stream=1, seconds=0.1, dropped=2)
+NOTE = frame("NOTE", 0, [TOLD, {"code": "left", "cause": "", "visitor": "::1"}])
 FROM_SERVER = [  # after CHALLENGE and WELCOME
     [URLS, PING, PONG, URLS],
+    [NOTE, OPENED, NOTE],
     [OPENED, frame("DATA", 1, PLAIN), CREDITED, ENDED],
     [OPENED, frame("DATA", 1, REQUESTS[1]), LEFT],
     [OPENED, CREDITED, frame("DATA", 1, REQUESTS[6]), ENDED],
