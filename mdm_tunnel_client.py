@@ -3285,7 +3285,7 @@ def describe(kind: int, number: int, payload: Any) -> str:
     elif kind == Kind.CREDIT:
         words.append("%d more bytes may come" % NUMBER.unpack(payload)[0])
     elif kind == Kind.RESET:
-        words.append(bytes(payload).decode("utf-8", "replace"))
+        words.append(bytes(payload).decode("utf-8", "replace").rstrip())
     elif kind == Kind.NOTE:
         words.append("%d bytes" % size)
     elif size and kind not in (Kind.PING, Kind.PONG):

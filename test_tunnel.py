@@ -7184,7 +7184,7 @@ class LogLines(unittest.TestCase):
             (Kind.DATA, 3, b"x" * 99, 'DATA 3, 99 bytes: "%s" ...' % ("x" * 40)),
             (Kind.CREDIT, 3, b"\0\1\0\0", "CREDIT 3, 65536 more bytes may come"),
             (Kind.END, 3, b"", "END 3"),
-            (Kind.RESET, 3, b"done ", "RESET 3, done "),
+            (Kind.RESET, 3, b"done ", "RESET 3, done"),
             (Kind.PING, 0, bytes(8), "PING"),
             (Kind.NOTE, 0, b"[{}]", "NOTE, 4 bytes"),
             (Kind.WELCOME, 0, b"[", "WELCOME"),
