@@ -5544,13 +5544,16 @@ class Visitors:
         received: int = 0,
     ) -> None:
         """Tell the observers how a request ended."""
-        known, seconds = http.outcome(), self.loop.clock() - http.since
-        self.tell(
-            Outcome(
-                known.visitor, known.id, known.service, known.method, known.target,
-                status, code, cause, sent, received, seconds, **http.carried,
-            )
-        )  # fmt: skip
+        outcome = http.outcome()._replace(
+            status=status,
+            code=code,
+            cause=cause,
+            sent=sent,
+            received=received,
+            seconds=self.loop.clock() - http.since,
+            **http.carried
+        )
+        self.tell(outcome)
 
     def observe_pipe(self, pipe: Pipe, known: Outcome, before: int = 0) -> None:
         """Tell them how a pipe ends, once its connection closes: what is `known` of it,
