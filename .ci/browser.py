@@ -19,6 +19,32 @@ return document.readyState === "complete" && page.responseStatus === 200
     && location.href === arguments[0];
 """
 
+SIDEWAYS = "const x = document.documentElement; return x.scrollWidth - x.clientWidth;"
+CONTRAST = """
+function light(text) {
+  const parts = text.match(/[\\d.]+/g).map(Number);
+  const [r, g, b] = parts.map(x => x / 255).map(
+    x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  return { value: 0.2126 * r + 0.7152 * g + 0.0722 * b, shown: (parts[3] ?? 1) > 0.5 };
+}
+function ground(node) {
+  for (let at = node; at; at = at.parentElement) {
+    const found = light(getComputedStyle(at).backgroundColor);
+    if (found.shown) return found.value;
+  }
+  return matchMedia("(prefers-color-scheme: dark)").matches ? 0.006 : 1;
+}
+const found = [];
+for (const node of document.querySelectorAll("body, body *")) {
+  const own = [...node.childNodes].some(x => x.nodeType === 3 && x.data.trim());
+  if (!own || !node.getClientRects().length || node.closest("script, style")) continue;
+  const [one, two] = [light(getComputedStyle(node).color).value, ground(node)];
+  const ratio = (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+  if (ratio < 4.5) found.push(node.tagName + " " + ratio.toFixed(1) + " "
+                              + node.textContent.trim().slice(0, 40));
+}
+return found;
+"""
 
 # Seconds for a browser to start, the first and the second time: on a busy machine that
 # has just installed it the first start takes most of a minute.
@@ -78,8 +104,12 @@ class Browser:
         asked = {"script": script, "args": arguments}
         return self.call("POST", "/execute/sync", asked)
 
-    def open(self, url: str) -> None:
+    def go(self, url: str) -> None:
+        """Whatever status it has."""
         self.call("POST", "/url", {"url": url})
+
+    def open(self, url: str) -> None:
+        self.go(url)
         self.wait_until_at(url)
 
     def click(self, selector: str) -> None:
@@ -90,6 +120,24 @@ class Browser:
     def wait_until_at(self, url: str) -> None:
         """The page is there, whole, with status 200."""
         wait_for(url, lambda: self.run(LOADED, url), 20)
+
+    def look(self, scheme: str, width: int) -> None:
+        """From here on as one who likes "dark" or "light", in so many pixels."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        for command, values in (
+            ("Emulation.setEmulatedMedia", {"features": [feature]}),
+            ("Emulation.setDeviceMetricsOverride", size),
+        ):
+            asked = {"cmd": command, "params": values}
+            self.call("POST", "/goog/cdp/execute", asked)
+
+    def check_look(self) -> None:
+        """Nothing needs to be scrolled sideways, and text can be told from its ground
+        (WCAG 1.4.3: a contrast of 4.5)."""
+        wide, unlike = self.run(SIDEWAYS), self.run(CONTRAST)
+        assert wide <= 0, "%d pixels too wide" % wide
+        assert not unlike, "too little contrast: %s" % unlike[:5]
 
     def links(self) -> List[str]:
         found: List[str] = self.run("return [...document.links].map(a => a.href)")

@@ -160,9 +160,28 @@ def holds(browser: Browser, line: str) -> bool:
     return pasted(browser) == line
 
 
+def pages_suit_day_and_night(world: World) -> str:
+    """The landing page, an index, an error, a visitor's and the service's fault."""
+    server, seen = Server(), 0
+    words = "-v -h 127.0.0.1 -i tim web=9 -p %d" % server.client_port
+    client = Process("pages", sys.executable, str(CLIENT), *words.split())
+    wait_until_told(client, "http://web.tim.localhost:%d/" % server.port)
+    with Browser() as browser:
+        for name in ("localhost", "tim.localhost", "web.tim.localhost", "no.localhost"):
+            for scheme in ("light", "dark"):
+                for width in (400, 1400):
+                    browser.look(scheme, width)
+                    browser.go("http://%s:%d/" % (name, server.port))
+                    browser.check_look()
+                    seen += 1
+    stop(client, server)
+    return "%d looks" % seen
+
+
 CHECKS: List[Callable[[World], str]] = [
     pasted_line_works_from_an_empty_folder,
     client_from_the_server_is_the_file,
     pasted_line_works_by_tls_with_a_token,
     copy_button_has_the_line,
+    pages_suit_day_and_night,
 ]
