@@ -4091,7 +4091,7 @@ class Log:
     level = ERROR + 1
     as_json = False  # a line is an object
     coloured = False
-    width = 0  # of a column that grows: where requests went
+    width = 12  # of a column that grows: where requests went
     logger: Any = None
 
     def hears(self, level: int) -> bool:

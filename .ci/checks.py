@@ -20,6 +20,7 @@ from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple
 from typing import Union
 
 import by_name
+import deploying
 import first_minute
 import leaving
 import moving
@@ -836,6 +837,7 @@ CHECKS: List[Callable[[World], str]] = [
     *first_minute.CHECKS,
     *by_name.CHECKS,
     *publishing.CHECKS,
+    *deploying.CHECKS,
     *skew.CHECKS,
     *leaving.CHECKS,
     network_that_swallows_everything,

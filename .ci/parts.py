@@ -332,9 +332,9 @@ def start_nginx(name: str, servers: str, *ports: int) -> None:
     process.wait_until_listening(*ports)
 
 
-def start_haproxy(name: str, fronts: str, *ports: int) -> None:
+def start_haproxy(name: str, fronts: str, *ports: int, whole: bool = False) -> None:
     config = TMP / (name + ".cfg")
-    config.write_text(HAPROXY + fronts)
+    config.write_text(fronts if whole else HAPROXY + fronts)
     haproxy = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
     process = Process(name, haproxy or "haproxy", "-db", "-f", str(config))
     process.wait_until_listening(*ports)

@@ -1,26 +1,20 @@
 """Ways to publish, with the programs that people use: a database by a port of its own,
-squid as the only way out, one port behind a front with TLS, and a dev server that
-checks Host."""
+squid as the only way out, and a dev server that checks Host."""
 
 import base64
 import functools
-import hashlib
 import json
 import os
 import shutil
-import socket
-import ssl
 import subprocess
 import sys
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
 from browser import Browser
-from parts import REPOSITORY, TMP, Process, Server, World, curl, free_ports, get
-from parts import listening, own_address, run, sha256, start_haproxy, start_nginx
-from parts import wait_for
-from skew import NOISE, SUM, Secrets, end, services
-from websockets.sync.client import connect
+from parts import REPOSITORY, TMP, Process, Server, World, free_ports, get, listening
+from parts import own_address, run, sha256, wait_for
+from skew import Secrets, end
 
 SCRIPT = str(REPOSITORY / "mdm_tunnel_client.py")
 NOBODY = "nobody"  # who runs what refuses to run as root
@@ -242,136 +236,6 @@ def out_by_squid(world: World) -> str:
 
 
 # -----------------------------------------------------------------------------------
-# Fronts with TLS: one port of theirs, for visitors and clients, before one of ours
-# -----------------------------------------------------------------------------------
-NGINX_BY_TLS = """
-  server {
-    listen 127.0.0.1:%(front)d ssl http2;
-    ssl_certificate %(certificate)s;
-    ssl_certificate_key %(key)s;
-    location / {
-      proxy_pass http://127.0.0.1:%(port)d;
-      %(lines)s
-    }
-  }
-"""
-HAPROXY_BY_TLS = """
-listen by-tls
-  bind 127.0.0.1:%(front)d ssl crt %(both)s alpn h2,http/1.1
-  server tunnel 127.0.0.1:%(port)d
-"""
-CADDY_BY_TLS = """
-{
-  admin off
-  auto_https off
-}
-:%(front)d {
-  bind 127.0.0.1
-  tls %(certificate)s %(key)s
-  reverse_proxy 127.0.0.1:%(port)d
-}
-"""
-
-
-class OnePort(Server):
-    """A server that has one port for visitors and clients, behind a front with TLS."""
-
-    def __init__(self, name: str) -> None:
-        self.front, self.port = free_ports(2)
-        self.client_port, self.scripts = self.port, REPOSITORY
-        self.options = ("--domain", "https://example.com:%d" % self.front)
-        self.start()
-        names = "localhost", "*.tim.example.com"
-        folder = TMP / ("front-%s" % name)
-        self.certificate, self.key = make_certificate(folder, *names)
-        self.both = folder / "both.pem"  # in one file, as HAProxy has them
-        files = (self.certificate, self.key)
-        self.both.write_text("".join(Path(file).read_text() for file in files))
-        der = ssl.PEM_cert_to_DER_cert(Path(self.certificate).read_text())
-        self.fingerprint = hashlib.sha256(der).hexdigest()
-
-    def fill(self, text: str, **more: str) -> str:
-        return text % dict(vars(self), **more)
-
-
-def lines_for_nginx() -> str:
-    """Those of the README."""
-    text = (REPOSITORY / "README.md").read_text().partition("In nginx say")[2]
-    lines = text.partition("```\n")[2].partition("```")[0]
-    assert "Upgrade" in lines, "README says nothing of nginx"
-    return lines.replace("proxy_pass http://127.0.0.1:8000;", "")
-
-
-def web_by_tls(server: OnePort) -> None:
-    """curl, which speaks HTTP/2 with the front: a page, and 20 MiB."""
-    into, base = TMP / "by-tls", ".tim.example.com:%d" % server.front
-    words = ["--cacert", server.certificate, "-o", str(into), "-w", "%{http_version}"]
-    for name in ("web", "noise"):
-        words += ["--resolve", name + base + ":127.0.0.1"]
-    assert curl(*words, "https://web%s/" % base) == "2"
-    assert "this is web" in into.read_text()
-    assert curl(*words, "https://noise%s/" % base) == "2"
-    assert sha256(into) == SUM, into.stat()
-
-
-def sockets_by_tls(server: OnePort) -> None:
-    uri = "wss://sockets.tim.example.com:%d/" % server.front
-    sock = socket.create_connection(("127.0.0.1", server.front), 30)
-    context = ssl.create_default_context(cafile=server.certificate)
-    with connect(uri, sock=sock, ssl=context, max_size=None, proxy=None) as visitor:
-        for message in ("\u00fc\u20ac", b"", NOISE[: 3 << 20]):
-            visitor.send(message)
-            came = visitor.recv(30)
-            assert came == message, "%r came back" % came[:100]
-
-
-def behind_tls(world: World, server: OnePort, *trust: str) -> str:
-    """The client dials by the front, and so do its visitors."""
-    where = ["-h", "https://localhost:%d" % server.front, "-i", "tim"]
-    stranger = [sys.executable, SCRIPT, *where, "--fingerprint", "0" * 64, "web=9"]
-    done = subprocess.run(stranger, capture_output=True, timeout=20)
-    assert done.returncode == 1 and b"fingerprint" in done.stderr, done
-    with services() as ports:
-        listed = {"web": world.web, "noise": ports["web"], "sockets": ports["sockets"]}
-        words = ["%s=%d" % pair for pair in listed.items()]
-        client = talking("-v", *where, *trust, *words)
-        for name in listed:
-            url = "https://%s.tim.example.com:%d/\n" % (name, server.front)
-            wait_for(url, functools.partial(says, client, url))
-        web_by_tls(server)
-        sockets_by_tls(server)
-        end(client)
-    server.process.stop()
-    return ""
-
-
-def behind_nginx_by_tls(world: World) -> str:
-    """With the lines of the README, and `--tls-ca`."""
-    server = OnePort("nginx")
-    text = server.fill(NGINX_BY_TLS, lines=lines_for_nginx())
-    start_nginx("nginx-by-tls", text, server.front)
-    return behind_tls(world, server, "--tls-ca", server.certificate)
-
-
-def behind_haproxy_by_tls(world: World) -> str:
-    """With `--fingerprint`."""
-    server = OnePort("haproxy")
-    start_haproxy("haproxy-by-tls", server.fill(HAPROXY_BY_TLS), server.front)
-    return behind_tls(world, server, "--fingerprint", server.fingerprint)
-
-
-def behind_caddy_by_tls(world: World) -> str:
-    """With both."""
-    server, file = OnePort("caddy"), TMP / "Caddyfile"
-    file.write_text(server.fill(CADDY_BY_TLS))
-    words = ["caddy", "run", "--adapter", "caddyfile", "--config", str(file)]
-    caddy = Process("caddy", *words, HOME=str(TMP))
-    caddy.wait_until_listening(server.front)
-    trust = ["--tls-ca", server.certificate, "--fingerprint", server.fingerprint]
-    return behind_tls(world, server, *trust)
-
-
-# -----------------------------------------------------------------------------------
 # A dev server
 # -----------------------------------------------------------------------------------
 VITE = REPOSITORY / ".ci" / "node" / "node_modules" / "vite" / "bin" / "vite.js"
@@ -435,8 +299,5 @@ def vite_with_hot_reload(_: World) -> str:
 CHECKS: List[Callable[[World], str]] = [
     postgres_by_a_port_of_its_own,
     out_by_squid,
-    behind_nginx_by_tls,
-    behind_haproxy_by_tls,
-    behind_caddy_by_tls,
     vite_with_hot_reload,
 ]
