@@ -85,8 +85,8 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 # A visitor with two requests is OPEN, then DATA (a request) and DATA (its answer)
 # twice, then RESET `done`: a web request needs neither END nor CREDIT. Only an OPEN
 # that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it. A client
-# that says `notes` in its LOGIN gets NOTE: how requests ended, a list that is collected
-# while the link cannot send.
+# that says `notes` in its LOGIN, as the server did before, gets NOTE: how requests
+# ended, a list that is collected while the link cannot send.
 #
 # Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
 # the server opens streams; ids rise by one from 1 and are never used twice. A frame for
@@ -2127,17 +2127,22 @@ class Bridge:
     def on_dialled(self, connection: Connection) -> None:
         if self.confirm:
             self.stream.begin(Kind.CONNECTED)
-        pipe = Pipe(self.stream, connection, self.target.text, "reset")
+        pipe = self.join(connection)
         if self.pending:
-            pipe.receive(memoryview(self.pending))
+            connection.write(memoryview(self.pending))
+            pipe.on_writable()
         if self.stream.ended_in:
             pipe.on_end()
+
+    def join(self, connection: Connection) -> Pipe:
+        return Pipe(self.stream, connection, self.target.text, "reset")
 
     def on_undialled(self, error: Exception) -> None:
         if not isinstance(error, Unreachable):  # it was reached, and TLS failed
             error = Unreachable(self.target, error, "error")
         self.stream.reset(error.code, str(error))
-        log.info("%s: %s", self, error)
+        tell = log.debug if self.tunnel.notes else log.info  # a NOTE says the same
+        tell("%s: %s", self, error)
 
     def pull(self, view: memoryview) -> None:
         pass
@@ -2192,6 +2197,7 @@ class Tunnel:
         self.challenge: Optional[str] = None  # the server's nonce, until we log in
         self.nonces = "", ""  # the server's and ours
         self.known: Any = ()  # the options that the server keeps
+        self.notes = False  # it tells how requests end
         self.logged_in = False
         self.since = 0.0  # when it logged in
         self.place: Any = None  # from where: Whereabouts
@@ -2211,6 +2217,7 @@ class Tunnel:
             known = message.get("options")
             self.known = known if isinstance(known, list) else ()
             self.challenge = str(message.get("nonce"))
+            self.notes = message.get("notes") is True
             self.uplink.decide()
         elif kind == Kind.WELCOME:
             self.on_welcome(message)
@@ -2228,7 +2235,7 @@ class Tunnel:
         self.nonces = nonce, make_nonce()
         login: Dict[str, Any] = {"id": client.id, "session": client.session}
         login["nonce"] = self.nonces[1]
-        if client.observers:
+        if self.notes and client.observers:
             login["notes"] = True
         if self.token:
             if not NONCE.fullmatch(nonce):
@@ -2270,7 +2277,8 @@ class Tunnel:
         elif self.link.loop.full():
             stream.reset("busy", "the client has no descriptors left")
         else:
-            Bridge(self, stream, service, message)
+            bridge = TappedBridge if self.client.inspector else Bridge
+            bridge(self, stream, service, message)
 
     def on_note(self, notes: List[Any]) -> None:
         """How requests ended, as the server saw it."""
@@ -2429,6 +2437,8 @@ class Uplink:
         if not self.ever:
             self.wait = FIRST_WAIT  # not what it was while the id was taken
         self.ever, self.failures = True, 0
+        if self.client.inspector and self.coming:
+            self.client.inspector.deaf = not self.coming.notes
         old, self.tunnel = self.tunnel, self.coming
         self.coming = self.doubted = None
         self.client.manager.ready()
@@ -2571,6 +2581,14 @@ class Client:
         self.manager = Manager(self.loop, self.status)
         self.timer = Timer(self.loop, self, self.drain)
         self.look_timer = Timer(self.loop, self, self.look)
+        self.inspector: Optional[Inspector] = None
+        if config.inspect is not None:
+            try:
+                self.inspector = Inspector(self, config.inspect)
+            except OSError as error:
+                where = "127.0.0.1:%d (--inspect)" % config.inspect
+                cause = "cannot listen on %s: %s" % (where, error.strerror or error)
+                raise Refused(1, cause) from None
 
     def __str__(self) -> str:
         return self.id
@@ -2582,6 +2600,8 @@ class Client:
 
     def run(self) -> None:
         """Serve until stop(). Raises Refused."""
+        if self.inspector:
+            self.inspector.run()
         self.uplink.timer.set(0)
         self.look_timer.set(LOOK_TIME)
         try:
@@ -2589,6 +2609,8 @@ class Client:
         finally:
             self.url_file.remove()
             self.manager.close()
+            if self.inspector:
+                self.inspector.close()
         self.stopping = True
         for link in [link for link in self.loop.links if link.owner.logged_in]:
             link.close("the client is stopping")
@@ -2651,8 +2673,10 @@ class Client:
             fields["target"] = self.services[name].target.text
             url += " -> " + fields["target"]
         if log.hears(INFO):
-            text = "%-*s  %s" % (width, name, url)
-            log.write(sys.stdout, "info", text, fields=fields.items())
+            self.show("%-*s  %s" % (width, name, url), fields)
+
+    def show(self, line: str, fields: Dict[str, str]) -> None:
+        log.write(sys.stdout, "info", line, fields=fields.items())
 
     # Stopping.
 
@@ -3672,6 +3696,703 @@ class URLFile:
 
 
 # -----------------------------------------------------------------------------------
+# Inspector: the requests of late, in a browser on this machine. Taps keep the bytes
+# that pass on each stream, and a NOTE says which of them a request was. Threads serve
+# the page and send a request again; they see entries under a lock, and never a stream.
+# -----------------------------------------------------------------------------------
+INSPECT_PORT = "4040"
+ENTRIES = 200  # requests that the page lists
+KEPT = 256 << 10  # bytes of a request, and of an answer, that are kept
+ALL_KEPT = 64 << 20  # bytes over all: then the oldest go
+SWEEP = 5.0  # seconds between looks at streams that ended, and were not told of
+NEWS_TIME = 25.0  # seconds that the page waits for news
+REPLAY_TIME = 30.0  # seconds: an event stream may have no end
+REPLAY_LIMIT = 1 << 20  # bytes of a request that was edited
+BYTES = "application/octet-stream"  # which no form of another page can post
+
+
+class Strip:
+    """What passes one way on a stream: its first bytes since the last request."""
+
+    def __init__(self) -> None:
+        self.start = self.total = 0  # where `data` begins, and where the stream is
+        self.data = bytearray()
+
+    def add(self, data: Any, room: int) -> int:
+        """How many bytes of it were kept: none behind a gap."""
+        gap = self.start + len(self.data) < self.total
+        kept = 0 if gap else max(0, min(len(data), room, KEPT - len(self.data)))
+        self.data += data[:kept]
+        self.total += len(data)
+        return kept
+
+    def cut(self, first: int, last: int) -> bytes:
+        """Take out these bytes of the stream, and forget what was before them. What
+        was not kept is missing at the end; without its beginning it is nothing."""
+        at, behind = first - self.start, last - self.start
+        found = bytes(self.data[at:behind]) if 0 <= at <= behind else b""
+        if behind > len(self.data):
+            self.start, self.data = max(last, self.total), bytearray()
+        elif behind > 0:
+            self.start = last
+            del self.data[:behind]
+        return found
+
+
+class Tape:
+    """Both ways of a stream, and the OPEN that began it."""
+
+    def __init__(self, stream: Stream, message: Dict[str, Any]) -> None:
+        self.stream, self.message = stream, message
+        self.came, self.went = Strip(), Strip()
+        self.ended = False  # at the last sweep
+
+
+class TappedPipe(Pipe):
+    __slots__ = ("inspector", "tape")
+    inspector: "Inspector"
+    tape: Tape
+
+    def receive(self, data: memoryview) -> None:
+        self.inspector.keep(self.tape.came, data)
+        super().receive(data)
+
+    def pull(self, view: memoryview) -> Optional[int]:
+        count = super().pull(view)
+        self.inspector.keep(self.tape.went, view[: count or 0])
+        return count
+
+
+class TappedBridge(Bridge):
+    inspector: Any
+    tape: Tape
+
+    def __init__(self, tunnel: Tunnel, stream: Stream, *more: Any) -> None:
+        self.inspector = tunnel.client.inspector
+        self.tape = self.inspector.begin(stream, more[-1])
+        super().__init__(tunnel, stream, *more)
+
+    def join(self, connection: Connection) -> Pipe:
+        pipe = TappedPipe(self.stream, connection, self.target.text, "reset")
+        pipe.inspector, pipe.tape = self.inspector, self.tape
+        return pipe
+
+    def receive(self, data: memoryview) -> None:
+        self.inspector.keep(self.tape.came, data)
+        super().receive(data)
+
+
+class Entry(NamedTuple):
+    """One request of the list. `shown` is what the page's list gets."""
+
+    shown: Dict[str, Any]
+    message: Dict[str, Any]  # the OPEN, or nothing
+    request: bytes
+    answer: bytes
+
+
+class Inspector:
+    """Listens on `port` of 127.0.0.1, 0 for any. Raises OSError."""
+
+    def __init__(self, client: "Client", port: int) -> None:
+        import threading
+
+        self.client, self.token = client, os.urandom(16).hex()
+        self.tapes: Dict[Tuple[Link, int], Tape] = {}
+        self.taped = self.kept = 0  # bytes on tapes, and in entries
+        self.entries: Deque[Entry] = collections.deque()
+        self.count = 0  # of entries, so far
+        self.deaf = False  # the server is too old to tell of requests
+        self.news = threading.Condition()
+        self.server = make_page_server(self, port)
+        self.port = self.server.server_address[1]
+        self.url = "http://127.0.0.1:%d/%s/" % (self.port, self.token)
+        self.timer = Timer(client.loop, client, self.sweep)
+        client.observers.append(self.on_outcome)
+
+    def run(self) -> None:
+        import threading
+
+        self.timer.set(SWEEP)
+        work = functools.partial(self.server.serve_forever, 0.2)
+        threading.Thread(target=work, daemon=True).start()
+        self.client.show("inspect  " + self.url, {"inspect": self.url})
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    # On the loop: bytes pass, requests end.
+
+    def begin(self, stream: Stream, message: Dict[str, Any]) -> Tape:
+        tape = self.tapes[stream.link, stream.id] = Tape(stream, message)
+        return tape
+
+    def keep(self, strip: Strip, data: Any) -> None:
+        self.taped += strip.add(data, ALL_KEPT - self.taped)
+        if self.taped + self.kept > ALL_KEPT:
+            with self.news:
+                self.shed()
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """An observer: takes what the request was off its tape."""
+        tape = self.tapes.get((outcome.link, outcome.stream))
+        request = answer = b""
+        if tape:
+            before = len(tape.came.data) + len(tape.went.data)
+            request = tape.came.cut(*outcome.request)
+            answer = tape.went.cut(*outcome.answer)
+            self.taped -= before - len(tape.came.data) - len(tape.went.data)
+        self.add(outcome, tape.message if tape else {}, (request, answer))
+
+    def add(
+        self, outcome: Outcome, message: Any, kept: Tuple[bytes, bytes], again: int = 0
+    ) -> int:
+        """A new entry; its number. `again` is that of the one that was sent again."""
+        request, answer = kept
+        shown = outcome.to_json()
+        shown["request"] = outcome.request[1] - outcome.request[0]
+        shown["answer"] = outcome.answer[1] - outcome.answer[0]
+        shown["whole"] = 0 < len(request) == shown["request"]
+        shown["at"], shown["again"] = time.time() - outcome.seconds, again
+        shown["url"] = self.client.urls.get(outcome.service, "")
+        with self.news:
+            self.count += 1
+            shown["number"] = self.count
+            self.entries.append(Entry(shown, message, request, answer))
+            self.kept += len(request) + len(answer)
+            self.shed()
+            self.news.notify_all()
+            return self.count
+
+    def shed(self) -> None:
+        """The oldest go, when there are too many, or too many bytes."""
+        held = len(self.entries) > ENTRIES or self.taped + self.kept > ALL_KEPT
+        while held and self.entries:
+            old = self.entries.popleft()
+            self.kept -= len(old.request) + len(old.answer)
+            held = len(self.entries) > ENTRIES or self.taped + self.kept > ALL_KEPT
+
+    def sweep(self) -> None:
+        """Forget the streams that ended a while ago."""
+        self.timer.set(SWEEP)
+        for key, tape in list(self.tapes.items()):
+            if tape.ended:
+                self.taped -= len(tape.came.data) + len(tape.went.data)
+                del self.tapes[key]
+            tape.ended = not tape.stream.open
+
+    # In threads: what the page asks for.
+
+    def answer(self, method: str, path: str, fields: Any, body: bytes) -> Any:
+        """Status, type and body. Another page in the browser may not ask (its Origin
+        and Host tell), nor may another user of this machine (who has no token)."""
+        import hmac
+
+        hosts = ["%s:%d" % (name, self.port) for name in ("127.0.0.1", "localhost")]
+        origin = fields.get("Origin", "http://" + hosts[0]).partition("://")[2]
+        if fields.get("Host") not in hosts or origin not in hosts:
+            return 403, "text/plain", b"not from there\n"
+        _, token, what, *more = (path.partition("?")[0] + "//").split("/")
+        if not hmac.compare_digest(token.encode(), self.token.encode()):
+            return 404, "text/plain", b"the client prints the whole address\n"
+        number = int(more[0][:9]) if more[0].isdecimal() else 0
+        if method == "GET" and what == "":
+            return 200, "text/html", INSPECT_PAGE.encode()
+        if method == "GET" and what == "news":
+            return 200, "application/json", json.dumps(self.wait(number)).encode()
+        found = self.find(number)
+        if method == "GET" and found and what in ("request", "answer"):
+            return 200, BYTES, getattr(found, what)
+        if method == "POST" and fields.get("Content-Type") == BYTES:
+            if what == "clear":
+                self.clear()
+                return 200, "application/json", b"0"
+            if what == "replay" and found:
+                return 200, "application/json", b"%d" % self.replay(found, body)
+        return 404, "text/plain", b"no longer kept\n"
+
+    def wait(self, number: int) -> Dict[str, Any]:
+        """The entries behind this one, as soon as there is one."""
+        with self.news:
+            self.news.wait_for(lambda: self.count != number, NEWS_TIME)
+            first = self.entries[0].shown["number"] if self.entries else self.count + 1
+            new = [e.shown for e in self.entries if e.shown["number"] > number]
+            return {"first": first, "count": self.count, "new": new, "deaf": self.deaf}
+
+    def find(self, number: int) -> Optional[Entry]:
+        with self.news:
+            return next((e for e in self.entries if e.shown["number"] == number), None)
+
+    def clear(self) -> None:
+        with self.news:
+            self.entries.clear()
+            self.kept = 0
+            self.count += 1
+            self.news.notify_all()
+
+    def replay(self, entry: Entry, request: bytes) -> int:
+        """Send a request to the target of its service; the number of its entry."""
+        import http.client
+
+        old, start, exchange, why = entry.shown, time.monotonic(), None, ("", "")
+        where = old["visitor"], "", old.get("service", "")
+        what = request.split(b"\r\n", 1)[0].decode("latin-1").split(" ") + ["", ""]
+        try:
+            with connect_to(self.client.services[where[2]], entry.message) as sock:
+                exchange = Exchange(sock, request)
+                exchange.read(what[0])
+        except KeyError:
+            why = "replay", "there is no service %s any more" % where[2]
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            why = "replay", str(error) or type(error).__name__
+        status, size = (exchange.status, exchange.size) if exchange else (0, 0)
+        answer = bytes(exchange.kept) if exchange else b""
+        seconds = time.monotonic() - start
+        outcome = Outcome(
+            *where, what[0], what[1], status, *why, size, 0, seconds, 0,
+            (0, len(request)), (0, size),
+        )  # fmt: skip
+        return self.add(outcome, entry.message, (request, answer), old["number"])
+
+
+def connect_to(service: Service, message: Dict[str, Any]) -> Any:
+    """A blocking socket to a target, as a visitor's stream would have it. Raises
+    OSError."""
+    target, version = service.target, service.options.get("proxy_protocol")
+    if target.port:
+        sock: Any = socket.create_connection((target.host, target.port), DIAL_TIME)
+    else:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(target.host)
+    sock.settimeout(REPLAY_TIME)
+    if version:
+        sock.sendall(proxy_header(version, message))
+    if target.tls:
+        import hashlib
+
+        context, name, pin = target.tls
+        sock = context.wrap_socket(sock, server_hostname=name)
+        if pin and hashlib.sha256(sock.getpeercert(True)).digest() != pin:
+            raise OSError("%s has another fingerprint" % target.text)
+    return sock
+
+
+class Exchange:
+    """One request on a blocking socket; of the answer the first KEPT bytes."""
+
+    def __init__(self, sock: Any, request: bytes) -> None:
+        self.sock, self.kept, self.size, self.status = sock, bytearray(), 0, 0
+        self.until = time.monotonic() + REPLAY_TIME
+        sock.sendall(request)
+
+    def read(self, method: str) -> None:
+        """To the end of the answer. Raises OSError or HTTPException."""
+        import http.client
+
+        answer = http.client.HTTPResponse(self, method=method)  # type: ignore[arg-type]
+        answer.begin()
+        self.status = answer.status
+        while answer.read(1 << 16):
+            pass
+
+    def makefile(self, *_: Any) -> Any:
+        """What http.client reads, in place of the socket."""
+        import io
+
+        raw = type("Raw", (io.RawIOBase,), {})()
+        raw.readable = lambda: True
+        raw.readinto = self.read_into
+        return io.BufferedReader(raw)
+
+    def read_into(self, view: Any) -> int:
+        self.sock.settimeout(max(0.01, self.until - time.monotonic()))
+        count = int(self.sock.recv_into(view))
+        self.kept += view[: min(count, KEPT - len(self.kept))]
+        self.size += count
+        return count
+
+
+def make_page_server(inspector: Inspector, port: int) -> Any:
+    """Raises OSError."""
+    import http.server
+    import socketserver
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        timeout = 2 * NEWS_TIME
+
+        def do_GET(self) -> None:
+            size, nonce = self.headers.get("Content-Length", "0"), os.urandom(12).hex()
+            if not size.isdecimal() or int(size[:9]) > REPLAY_LIMIT:
+                return self.send_error(413)
+            body = self.rfile.read(int(size[:9]))
+            asked = self.command, self.path, self.headers, body
+            status, kind, said = inspector.answer(*asked)
+            policy = PAGE_POLICY.replace("NONCE", nonce)
+            if kind == "text/html":
+                said = said.replace(b"NONCE", nonce.encode())
+            self.send_response(status)
+            for name, value in (
+                ("Content-Type", kind + "; charset=utf-8"),
+                ("Content-Length", str(len(said))),
+                ("Content-Security-Policy", policy),
+                ("Cross-Origin-Resource-Policy", "same-origin"),
+                ("X-Content-Type-Options", "nosniff"),
+                ("Referrer-Policy", "no-referrer"),
+                ("Cache-Control", "no-store"),
+            ):
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(said)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class PageServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
+        daemon_threads = True
+        allow_reuse_address = os.name != "nt"  # where it would share the port
+
+        def server_bind(self) -> None:  # without asking the DNS for our name
+            socketserver.TCPServer.server_bind(self)
+            self.server_name, self.server_port = "localhost", self.server_address[1]
+
+        def handle_error(self, *_: Any) -> None:
+            pass  # the browser has left
+
+    return PageServer(("127.0.0.1", port), Handler)
+
+
+# -----------------------------------------------------------------------------------
+# The inspector's page. It cuts the bytes into heads and bodies, and undoes chunks and
+# codings; what comes from outside gets into it as text.
+# -----------------------------------------------------------------------------------
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src "
+    "blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+INSPECT_PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<title>Requests</title>
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<link rel="icon" href="data:,"><style nonce="NONCE">
+:root { color-scheme: light dark; --bg: #fff; --fg: #1b2230; --dim: #5b6577;
+  --line: #e1e5ec; --soft: #f4f6f9; --on: #e3ecfd; --accent: #1f4fd0;
+  --c2: #15693f; --c3: #0b6390; --c4: #8a5300; --c5: #bb2027; --c0: #5b6577 }
+@media (prefers-color-scheme: dark) { :root { --bg: #13161c; --fg: #e4e8ef;
+  --dim: #98a2b3; --line: #2a303b; --soft: #1a1e26; --on: #22304d; --accent: #8fb2ff;
+  --c2: #55c98f; --c3: #6bb8ee; --c4: #eeae4a; --c5: #ff8b8f; --c0: #98a2b3 } }
+* { box-sizing: border-box } [hidden] { display: none !important }
+body { margin: 0; height: 100vh; display: flex; flex-direction: column;
+  background: var(--bg); color: var(--fg); font: 14px/1.45 system-ui, sans-serif }
+header { display: flex; gap: 10px; align-items: center; padding: 10px 14px;
+  border-bottom: 1px solid var(--line) }
+h1 { font-size: 15px; margin: 0; white-space: nowrap } h1 small { color: var(--dim);
+  font-weight: 400; margin-left: 6px }
+input, textarea, button { font: inherit; color: inherit; background: var(--bg);
+  border: 1px solid var(--line); border-radius: 6px; padding: 5px 10px }
+input { flex: 1; min-width: 60px; max-width: 420px; margin-left: auto }
+button { cursor: pointer; white-space: nowrap } button:hover { background: var(--soft) }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--bg) }
+button:disabled { color: var(--dim); background: var(--soft); border-color: var(--line);
+  cursor: default }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+main { flex: 1; display: flex; min-height: 0 } #list { flex: 0 0 46%; overflow: auto;
+  margin: 0; padding: 0; list-style: none; border-right: 1px solid var(--line) }
+#list li { display: grid; grid-template-columns: 64px 40px 56px 1fr 64px 92px; gap: 8px;
+  padding: 6px 14px; cursor: pointer; border-bottom: 1px solid var(--line);
+  font: 12.5px/1.5 ui-monospace, monospace; align-items: center }
+#list li:hover { background: var(--soft) } #list li[aria-selected=true] {
+  background: var(--on) } li > * { overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap } .dim { color: var(--dim) } .num { text-align: right }
+.path b { font-weight: 600 } .bar { position: relative; text-align: right }
+.bar i { position: absolute; left: 0; bottom: 0; height: 3px; border-radius: 2px;
+  background: var(--accent); opacity: .6 }
+.s2 { color: var(--c2) } .s1, .s3 { color: var(--c3) } .s4 { color: var(--c4) }
+.s5 { color: var(--c5) } .s0 { color: var(--c0) }
+#detail { flex: 1; min-width: 0; overflow: auto; padding: 14px 18px }
+.tools { display: flex; flex-wrap: wrap; gap: 8px; margin: 10px 0 4px }
+h2 { font: 600 15px/1.4 ui-monospace, monospace; margin: 0; overflow-wrap: anywhere }
+h3 { font-size: 13px; margin: 20px 0 6px } h3 .dim { font-weight: 400 }
+table { border-collapse: collapse; width: 100%; table-layout: fixed }
+td { padding: 2px 8px 2px 0; vertical-align: top; overflow-wrap: anywhere;
+  font: 12.5px/1.5 ui-monospace, monospace; border-bottom: 1px solid var(--line) }
+td:first-child { color: var(--dim); width: 180px }
+.first { font: 12.5px/1.5 ui-monospace, monospace; overflow-wrap: anywhere;
+  padding-bottom: 4px; border-bottom: 1px solid var(--line) }
+pre, textarea { font: 12.5px/1.5 ui-monospace, monospace; background: var(--soft);
+  border-radius: 6px; padding: 10px 12px; margin: 8px 0 0; white-space: pre-wrap;
+  overflow-wrap: anywhere; max-height: 60vh; overflow: auto } img { max-width: 100%;
+  margin-top: 8px } textarea { width: 100%; height: 40vh; display: block }
+.none { color: var(--dim); padding: 40px 18px; text-align: center }
+#back { display: none } @media (max-width: 760px) { #list, #detail { flex: 1 0 100% }
+  #list { border: 0 } #list li { grid-template-columns: 34px 48px 1fr 60px }
+  #list li .wide { display: none } #detail, .open #list { display: none }
+  .open #detail { display: block } #back { display: block } td:first-child {
+  width: 120px } h1 small { display: none } }
+</style></head><body>
+<header><h1>Requests<small id="state" role="status"></small></h1>
+<input id="filter" type="search" placeholder="Filter: path, status, service ..."
+  aria-label="Filter"><button id="clear">Clear</button></header>
+<main id="main"><ol id="list" role="listbox" aria-label="Requests" tabindex="0"></ol>
+<section id="detail" aria-live="polite"><p class="none">Nothing has come yet. Requests
+stand here as they end.</p></section></main>
+<script nonce="NONCE">
+"use strict";
+const $ = id => document.getElementById(id), rows = new Map();
+let last = 0, chosen = 0, deaf = false;
+function el(tag, text = "", kind = "") {
+  const made = document.createElement(tag);
+  made.textContent = text; made.className = kind;
+  return made;
+}
+const size = n => n < 1000 ? n + " B" : n < 999500 ? (n / 1e3).toPrecision(3) + " kB"
+  : (n / 1e6).toPrecision(3) + " MB";
+const time = s => s < 1 ? Math.round(s * 1000) + " ms" : s.toFixed(1) + " s";
+const latin = bytes => Array.from(bytes, x => String.fromCharCode(x)).join("");
+const pause = ms => new Promise(f => setTimeout(f, ms));
+const octets = text => Uint8Array.from(text, x => x.charCodeAt(0));
+
+function row(e) {
+  const li = el("li"), path = el("span", "", "path"), bar = el("span", "", "bar dim");
+  li.id = "r" + e.number; li.setAttribute("role", "option");
+  const from = e.again ? "replay of " + e.again : e.service || "";
+  path.append(e.target || e.code || "", el("span", "  " + from, "dim"));
+  path.title = e.target || "";
+  bar.append(time(e.seconds), el("i"));
+  bar.lastChild.style.width = Math.min(100, 12 * Math.log2(1 + e.seconds * 1000)) + "%";
+  li.append(el("span", new Date(e.at * 1000).toLocaleTimeString("en-GB"), "dim wide"),
+    el("span", e.status || "end", "s" + Math.floor(e.status / 100)),
+    el("span", e.method || ""), path, el("span", size(e.sent), "num dim wide"), bar);
+  li.onclick = () => choose(e.number);
+  return li;
+}
+function fits(e) {
+  const said = [e.method, e.target, e.status, e.service, e.visitor, e.code].join(" ");
+  return said.toLowerCase().includes($("filter").value.trim().toLowerCase());
+}
+function state(text) { $("state").textContent = text; }
+function count() {
+  const shown = [...rows.values()].filter(x => !x.li.hidden).length;
+  state(deaf ? "The server is too old to tell of requests." : shown === rows.size
+    ? rows.size + " kept" : shown + " of " + rows.size);
+}
+async function news() {
+  for (;;) {
+    try {
+      const told = await (await fetch("news/" + last)).json();
+      last = told.count; deaf = told.deaf;
+      for (const [n, { li }] of rows)
+        if (n < told.first) { li.remove(); rows.delete(n); }
+      for (const e of told.new) {
+        if (rows.has(e.number)) continue;
+        const li = row(e);
+        rows.set(e.number, { e, li }); li.hidden = !fits(e); $("list").prepend(li);
+        if (!chosen && matchMedia("(min-width: 761px)").matches)
+          choose(e.number, true);
+      }
+      count();
+    } catch { state("the client is gone"); await pause(1000); }
+    await pause(200);
+  }
+}
+// A message: interim heads, the head, and the body without its chunks.
+function parse(bytes) {
+  let text = latin(bytes), head = "", end;
+  do {
+    end = text.indexOf("\r\n\r\n");
+    if (end < 0) return { first: text, fields: [], body: new Uint8Array() };
+    head = text.slice(0, end); text = text.slice(end + 4);
+  } while (/^HTTP\/1\.\d 1(?!01)/.test(head) && text);
+  const [first, ...lines] = head.split("\r\n");
+  const fields = lines.map(x => [x.split(":")[0], x.slice(x.indexOf(":") + 1).trim()]);
+  const found = { first, fields, raw: text, get: name => (fields.find(
+    x => x[0].toLowerCase() === name) || [, ""])[1].toLowerCase() };
+  if (found.get("transfer-encoding").includes("chunked")) text = joined(text);
+  return Object.assign(found, { body: octets(text) });
+}
+function joined(text) {
+  let body = "", at = 0;
+  for (;;) {
+    const end = text.indexOf("\r\n", at), size = parseInt(text.slice(at, end), 16);
+    if (end < 0 || !size) return body;
+    body += text.slice(end + 2, end + 2 + size); at = end + 4 + size;
+  }
+}
+const MOST = 2 << 20;
+async function unpack(message) {
+  const coding = message.get("content-encoding").replace("x-", "");
+  if (!message.body.length || !coding || coding === "identity") return message.body;
+  if (!["gzip", "deflate"].includes(coding)) return null;
+  const parts = [], stream = new Blob([message.body]).stream();
+  const reader = stream.pipeThrough(new DecompressionStream(coding)).getReader();
+  try {
+    for (let had = 0, part; had < MOST && !(part = await reader.read()).done;) {
+      parts.push(part.value); had += part.value.length;
+    }
+  } catch { /* what is cut, or broken, is shown as far as it goes */ }
+  reader.cancel().catch(() => 0);
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}
+function hex(bytes) {
+  const lines = [];
+  for (let at = 0; at < Math.min(bytes.length, 4096); at += 16) {
+    const part = bytes.slice(at, at + 16);
+    const two = Array.from(part, x => x.toString(16).padStart(2, "0")).join(" ");
+    lines.push(at.toString(16).padStart(6, "0") + "  " + two.padEnd(49)
+      + latin(part).replace(/[^ -~]/g, "."));
+  }
+  return lines.join("\n") + (bytes.length > 4096 ? "\n..." : "");
+}
+function plain(bytes) {
+  try {
+    const reader = new TextDecoder("utf-8", { fatal: true });
+    const text = reader.decode(bytes, { stream: true });
+    return /[\0-\x08\x0e-\x1f]/.test(text) ? null : text;
+  } catch { return null; }
+}
+async function body(message) {
+  const bytes = await unpack(message), kind = message.get("content-type");
+  if (bytes === null) return el("p", "This coding cannot be undone here.", "dim");
+  if (!bytes.length) return "";
+  if (/^image\/(png|jpe?g|gif|webp|avif|bmp|svg\+xml|x-icon)/.test(kind)) {
+    const image = el("img");
+    image.src = URL.createObjectURL(new Blob([bytes], { type: kind.split(";")[0] }));
+    image.alt = "the body, " + size(bytes.length);
+    return image;
+  }
+  let text = plain(bytes);
+  if (text !== null) try { text = JSON.stringify(JSON.parse(text), null, 2); } catch { }
+  return el("pre", text === null ? hex(bytes) : text);
+}
+async function bytes(e, way) {
+  const answer = await fetch(way + "/" + e.number);
+  return new Uint8Array(answer.ok ? await answer.arrayBuffer() : 0);
+}
+async function part(title, raw, full) {
+  const box = el("div"), h3 = el("h3", title + " "), table = el("table");
+  const short = raw.length < full ? ", of which " + size(raw.length) + " are kept" : "";
+  h3.append(el("span", full ? size(full) + short : "none", "dim"));
+  box.append(h3);
+  const message = parse(raw), http = /HTTP\/1\.\d/.test(message.first);
+  if (!raw.length) return box;
+  if (!http) { box.append(el("pre", plain(raw) ?? hex(raw))); return box; }
+  for (const [name, value] of message.fields)
+    table.insertRow().append(el("td", name), el("td", value));
+  box.append(el("div", message.first, "first"), table, await body(message));
+  return box;
+}
+const quote = text => "'" + text.replace(/'/g, "'\\''") + "'";
+function curl(e, message) {
+  const [method, target] = message.first.split(" ");
+  const drop = /^(host|connection|content-length|transfer-encoding|x-forwarded-.*)$/i;
+  const base = e.url.split(" ")[0] || "http://" + message.get("host");
+  const url = base.replace(/\/$/, "");
+  const words = ["curl", "-g", "--path-as-is"];
+  if (method === "HEAD") words.push("-I"); else words.push("-X", quote(method));
+  for (const [name, value] of message.fields) if (!drop.test(name))
+    words.push("-H", quote(value ? name + ": " + value : name + ";"));
+  words.push(quote(url + target));
+  if (!message.body.length) return words.join(" ");
+  const text = plain(message.body);
+  if (text !== null) return words.join(" ") + " --data-raw " + quote(text);
+  const escaped = Array.from(message.body, x => "\\" + x.toString(8).padStart(3, "0"));
+  return "printf '" + escaped.join("") + "' | " + words.join(" ") + " --data-binary @-";
+}
+async function replay(e, data) {
+  const type = { "Content-Type": "application/octet-stream" };
+  const said = await fetch("replay/" + e.number, { method: "POST", body: data,
+    headers: type });
+  if (!said.ok) { state("it is no longer kept"); return; }
+  const number = await said.json();
+  for (let n = 0; n < 50 && !rows.has(number); n++) await pause(100);
+  if (rows.has(number)) choose(number);
+}
+function editor(e, raw) {
+  const message = parse(raw), text = plain(message.body), area = el("textarea");
+  const drop = /^(content-length|transfer-encoding)$/i;
+  const send = el("button", "Send", "main");
+  const lines = message.fields.filter(x => !drop.test(x[0])).map(x => x.join(": "));
+  area.value = [message.first, ...lines, "", text ?? ""].join("\n");
+  area.setAttribute("aria-label", "The request");
+  area.spellcheck = false;
+  send.onclick = () => {
+    const [head, ...rest] = area.value.split("\n\n");
+    const content = text === null ? message.body
+      : new TextEncoder().encode(rest.join("\n\n"));
+    let fields = head.trim().split("\n");
+    if (content.length || !/^(GET|HEAD|OPTIONS|DELETE) /.test(head))
+      fields.push("Content-Length: " + content.length);
+    fields = fields.join("\r\n") + "\r\n\r\n";
+    const bytes = /[^\0-\xff]/.test(fields) ? new TextEncoder().encode(fields)
+      : octets(fields);
+    replay(e, new Blob([bytes, content]));
+  };
+  const tools = el("div", "", "tools");
+  tools.append(send);
+  if (text === null) tools.append(el("span", "The body stays as it is.", "dim"));
+  return [area, tools];
+}
+async function choose(number, quietly) {
+  const { e, li } = rows.get(number);
+  $("list").querySelector("[aria-selected]")?.removeAttribute("aria-selected");
+  li.setAttribute("aria-selected", "true"); li.scrollIntoView({ block: "nearest" });
+  $("list").setAttribute("aria-activedescendant", li.id);
+  if (!quietly) $("main").classList.add("open");
+  chosen = number;
+  const [request, answer] = [await bytes(e, "request"), await bytes(e, "answer")];
+  const why = [e.code, e.cause].filter(Boolean).join(": "), made = el("div");
+  const tools = el("div", "", "tools"), back = el("button", "Back"), edit = el("div");
+  const again = el("button", "Replay", "main"), change = el("button", "Edit");
+  const copy = el("button", "Copy as curl");
+  back.id = "back"; back.onclick = () => $("main").classList.remove("open");
+  again.id = "replay"; again.onclick = () => replay(e, request);
+  change.onclick = () => edit.hasChildNodes() ? edit.replaceChildren()
+    : edit.append(...editor(e, request));
+  copy.onclick = async () => {
+    await navigator.clipboard.writeText(curl(e, parse(request)));
+    copy.textContent = "Copied"; await pause(1500); copy.textContent = "Copy as curl";
+  };
+  const can = e.whole && request.length > 0 && /^\S+ \S+ HTTP/.test(latin(
+    request.slice(0, 9000)));
+  again.disabled = change.disabled = copy.disabled = !can;
+  if (!can) again.title = "the request was not kept whole";
+  tools.append(back, again, change, copy);
+  const when = new Date(e.at * 1000).toLocaleTimeString("en-GB");
+  const said = [e.status || "end", e.service, "from " + e.visitor, "at " + when,
+    time(e.seconds), e.again ? "replay of " + e.again : ""];
+  made.append(el("h2", [e.method, e.target].filter(Boolean).join(" ") || "-"),
+    el("div", said.filter(Boolean).join(", "), "dim"), el("div", why, "s5"),
+    tools, edit, await part("Request", request, e.request),
+    await part("Answer", answer, e.answer));
+  if (chosen === number) $("detail").replaceChildren(made);
+}
+function step(by) {
+  const shown = [...$("list").children].filter(x => !x.hidden);
+  const at = shown.findIndex(x => x.id === "r" + chosen);
+  const next = shown[Math.max(0, Math.min(shown.length - 1, at + by))];
+  if (next) choose(+next.id.slice(1));
+}
+document.onkeydown = event => {
+  if (/INPUT|TEXTAREA/.test(event.target.tagName) || event.ctrlKey || event.metaKey
+      || event.altKey) return;
+  const does = { ArrowDown: () => step(1), ArrowUp: () => step(-1), r: () =>
+    $("replay")?.click(), "/": () => $("filter").focus(), Escape: () =>
+    $("main").classList.remove("open") }[event.key];
+  if (does) { event.preventDefault(); does(); }
+};
+$("filter").oninput = () => { for (const { e, li } of rows.values())
+  li.hidden = !fits(e); count(); };
+$("clear").onclick = () => fetch("clear/0", { method: "POST", headers: {
+  "Content-Type": "application/octet-stream" } });
+news();
+</script></body></html>
+"""
+
+
+# -----------------------------------------------------------------------------------
 # Command line
 # -----------------------------------------------------------------------------------
 HELP = "\0"  # what -h has for a value when it stands alone
@@ -3697,6 +4418,7 @@ class Config(NamedTuple):
     proxy: Optional[Proxy] = None
     drain: float = DRAIN
     url_file: Optional[str] = None
+    inspect: Optional[int] = None  # a port for the inspector
 
 
 def make_context(ca: Optional[str], pinned: bool) -> Any:
@@ -3755,6 +4477,9 @@ def make_parser() -> FileParser:
         help="after SIGTERM let what runs go on for so long (%(default)g)")  # fmt: skip
     add("--url-file", metavar="PATH",
         help="as long as it runs this holds id, URLs and pid, as JSON")  # fmt: skip
+    add("--inspect", nargs="?", const=INSPECT_PORT, metavar="PORT",
+        help="show each request on a page at this machine's port PORT (%s), and "
+        "send it again from there; its address is printed" % INSPECT_PORT)  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
         help="print the URLs, say what happens; -vv: every frame")  # fmt: skip
     add("--log-json", action="store_true", help="the same, each line a JSON object")
@@ -3786,6 +4511,10 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         if options.host == HELP:
             parser.print_help()
             sys.exit(0)
+        if options.inspect and "=" in options.inspect:  # web=9000 stood behind it
+            rest.append(options.inspect)
+            options.inspect = INSPECT_PORT
+        options.inspect = inspect_port(options.inspect)
         for word in rest:
             if "=" not in word or word.startswith("-"):
                 raise ValueError("no option, and not like web=9000: %s" % word)
@@ -3804,6 +4533,15 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return options
+
+
+def inspect_port(text: Optional[str]) -> Optional[int]:
+    """Raises ValueError."""
+    if text is None:
+        return None
+    if not (text.isdecimal() and int(text[:9]) < 1 << 16):
+        raise ValueError("--inspect has a port: 0 to 65535, and not %r" % text)
+    return int(text)
 
 
 def parse_token(data: bytes) -> str:
@@ -3851,7 +4589,7 @@ def load_config(options: argparse.Namespace) -> Config:
         die(2, cause)
     return Config(file, options.given, token, options.host, options.port, options.id,
                   options.max_attempts, tls, pin, proxy, options.drain,
-                  options.url_file)  # fmt: skip
+                  options.url_file, options.inspect)  # fmt: skip
 
 
 def has_terminal() -> bool:

@@ -91,8 +91,8 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 # A visitor with two requests is OPEN, then DATA (a request) and DATA (its answer)
 # twice, then RESET `done`: a web request needs neither END nor CREDIT. Only an OPEN
 # that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it. A client
-# that says `notes` in its LOGIN gets NOTE: how requests ended, a list that is collected
-# while the link cannot send.
+# that says `notes` in its LOGIN, as the server did before, gets NOTE: how requests
+# ended, a list that is collected while the link cannot send.
 #
 # Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
 # the server opens streams; ids rise by one from 1 and are never used twice. A frame for
@@ -2398,7 +2398,7 @@ class Tunnel:
         self.dropped = 0  # outcomes that did not fit into a NOTE
         self.list_timer = Timer(registry.loop, self.link, self.on_services)
         message = {"version": VERSION, "nonce": self.nonce, "options": OPTIONS}
-        self.link.send(Kind.CHALLENGE, message)
+        self.link.send(Kind.CHALLENGE, {**message, "notes": True})
 
     def __str__(self) -> str:
         return self.id or self.peer
@@ -2729,10 +2729,12 @@ class HTTPConnection(Visitor):
             if error.plain:
                 self.connection.stop_tls()
                 error = HTTPError(400, "tls", "this port speaks TLS: https, or --tls")
-        if isinstance(error, OSError):
-            self.give_up()
-        else:
+        if not isinstance(error, OSError):
             self.respond(self.site.page(error, self.request))
+            return
+        if self.request and self.visitors.observers:
+            self.visitors.observe(self, LEFT_STATUS, "left")
+        self.give_up()
 
     def go_on(self, keep: bool) -> None:
         """An answer has been given: to the next request, or to the end. The next one
@@ -3173,8 +3175,9 @@ class Exchange:
         """What the visitor has got is all there is, and it must not look whole. What
         waits for it still goes out, unless just that is too much."""
         cause = str(self.failure or "the service closed too early")
+        code = self.code or ("left" if isinstance(self.failure, OSError) else "cut")
         self.stream.reset("left")
-        self.end(self.answer.status if self.answer else 0, self.code or "cut", cause)
+        self.end(self.answer.status if self.answer else 0, code, cause)
         self.http.close(Ending.ABORT)
         if self.code == "overload":
             self.connection.abort()

@@ -90,7 +90,8 @@ class Promises(unittest.TestCase):
             "argparse collections contextlib enum errno functools hashlib heapq hmac "
             "html http itertools json logging mmap os pwd queue random re resource "
             "selectors shlex signal socket ssl stat struct sys threading time "
-            "traceback typing difflib urllib base64 ipaddress getpass".split()
+            "traceback typing difflib urllib base64 ipaddress getpass socketserver "
+            "io".split()
         )
         for name in SCRIPTS:
             for node in ast.walk(ast.parse(read(name))):
@@ -128,6 +129,8 @@ class Promises(unittest.TestCase):
         own = read("mdm_tunnel_client.py")
         for block, _ in shared_blocks("mdm_tunnel_client.py"):
             own = own.replace(block, "")
+        before, _, behind = own.partition("\n# Inspector: ")  # which shows it to people
+        own = before + behind.partition("\n# Command line\n")[2]
         for word in ("Content-Length", "Transfer-Encoding", "chunked", "GET /"):
             self.assertNotIn(word, own)
 
@@ -144,7 +147,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 2290, "server": 3759, "client": 1640}
+    BUDGETS = {"shared": 2300, "server": 3780, "client": 2390}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
@@ -4349,7 +4352,7 @@ def make_client(services, loop=None, token="", **options):
 
 
 class QuietClient(client_module.Client):
-    def show_url(self, name, url, width):
+    def show(self, line, fields):
         """The log is on in these tests, but stdout is theirs."""
 
 
@@ -7030,6 +7033,28 @@ class Notes(TunnelCase):
         self.assertEqual((web.service, web.status, web.stream), ("web", 401, 0))
         self.assertEqual((ssh.service, ssh.status, ssh.code), ("ssh", 0, "denied"))
 
+    def test_visitor_who_breaks_off_is_told(self):
+        begun = threading.Event()
+        self.addCleanup(begun.set)
+
+        def handler(conn):
+            if b"/late" in read_head(conn)[0]:
+                conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx")
+            begun.wait(PATIENCE)
+
+        self.start(web=self.service(handler))
+        for number, path in enumerate(("/early", "/late")):
+            conn = self.visit()
+            conn.sendall(self.ask("web.tim.x", first="GET %s HTTP/1.1" % path))
+            self.wait_for_streams(1)
+            if number:
+                read_head(conn)
+            reset_on_close(conn)
+            conn.close()
+            self.wait(number + 1)
+        ends = [(outcome.status, outcome.code) for outcome in self.notes]
+        self.assertEqual(ends, [(499, "left"), (200, "left")])
+
     def test_nothing_is_told_or_made_where_nobody_asks(self):
         with mock.patch.object(client_module.log, "hears", lambda level: False):
             with mock.patch.object(server_module.log, "hears", lambda level: False):
@@ -7076,6 +7101,421 @@ class Notes(TunnelCase):
         self.wait(told + 1)
         line = "%d more requests: the link was too slow to tell" % dropped
         self.assertIn(line, self.log.lines)
+
+
+class Strips(unittest.TestCase):
+    """What the inspector keeps of one way of a stream."""
+
+    def test_requests_are_cut_out_however_their_bytes_came(self):
+        dice = random.Random(1)
+        for _ in range(200):
+            data = bytes(dice.randrange(256) for _ in range(dice.randrange(1, 200)))
+            ends = sorted(dice.randrange(len(data) + 1) for _ in range(4)) + [len(data)]
+            strip, came, first = client_module.Strip(), 0, 0
+            for last in ends:
+                while came < last:
+                    size = dice.randrange(1, 30)
+                    strip.add(data[came : came + size], 1 << 20)
+                    came += size
+                self.assertEqual(strip.cut(first, last), data[first:last])
+                first = last
+
+    def test_at_most_so_much_is_kept_and_the_next_one_is_whole(self):
+        change(self, client_module, KEPT=10)
+        strip = client_module.Strip()
+        self.assertEqual(strip.add(b"x" * 7, 100), 7)
+        self.assertEqual(strip.add(b"y" * 7, 100), 3)
+        self.assertEqual(strip.add(b"z" * 7, 100), 0)
+        self.assertEqual(strip.cut(0, 21), b"xxxxxxxyyy")
+        strip.add(b"next", 100)
+        self.assertEqual(strip.cut(21, 25), b"next")
+
+    def test_nothing_is_kept_behind_a_gap_or_without_room(self):
+        change(self, client_module, KEPT=10)
+        strip = client_module.Strip()
+        self.assertEqual(strip.add(b"x" * 20, 4), 4)
+        self.assertEqual(strip.add(b"y", 100), 0)
+        self.assertEqual(strip.cut(0, 20), b"xxxx")
+        self.assertEqual(strip.cut(20, 21), b"")  # it came before the cut
+        strip.add(b"z", 100)
+        self.assertEqual(strip.cut(21, 22), b"z")
+
+    def test_outcome_that_was_not_told_costs_one_request(self):
+        strip = client_module.Strip()
+        strip.add(b"aaabbb", 100)
+        self.assertEqual(strip.cut(3, 6), b"bbb")
+        strip.add(b"ccc", 100)
+        self.assertEqual(strip.cut(4, 6), b"")  # what is over is over
+        self.assertEqual(strip.cut(6, 9), b"ccc")
+        self.assertEqual(strip.cut(5, 3), b"")  # a server may say anything
+        self.assertEqual(strip.cut(1 << 62, 1 << 63), b"")
+
+
+class Inspections(TunnelCase):
+    def start(self, wait=True, **services):
+        self.start_server()
+        services = services or {"web": self.echo()}
+        self.client = self.start_client(services, inspect=0, wait=wait)
+        self.inspector = self.client.program.inspector
+
+    def entries(self, count):
+        """The entries, when there are so many."""
+        inspector = self.inspector
+        self.client.until(lambda: len(inspector.entries) >= count)
+        return list(inspector.entries)
+
+    def page(self, path="", method="GET", body=None, token=None, **fields):
+        """What the page's server answers: status and body."""
+        port = self.inspector.port
+        fields = {name.replace("_", "-"): value for name, value in fields.items()}
+        conn = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        self.addCleanup(conn.close)
+        token = self.inspector.token if token is None else token
+        conn.request(method, "/%s/%s" % (token, path), body, fields)
+        self.answer = conn.getresponse()
+        return self.answer.status, self.answer.read()
+
+    def replay(self, number, data):
+        """Send it again; the new entry."""
+        kind = {"Content_Type": client_module.BYTES}
+        said = self.page("replay/%d" % number, "POST", data, **kind)
+        self.assertEqual(said[0], 200, said)
+        return self.inspector.find(int(said[1].decode()))
+
+    def service_that_keeps(self):
+        """The port of a service, and the requests that come to it."""
+        heard = []
+
+        def handler(conn):
+            while True:
+                first, body = read_head(conn)
+                if not first:
+                    return
+                length = re.search(rb"Content-Length: (\d+)", first)
+                while len(body) < int(length.group(1) if length else 0):
+                    body += conn.recv(65536)
+                heard.append(first + b"\r\n\r\n" + body)
+                conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+        return self.service(handler), heard
+
+    def test_bytes_of_a_request_are_kept_as_the_service_saw_them(self):
+        port, heard = self.service_that_keeps()
+        self.start(web=port)
+        conn = self.keep()
+        for path in ("/one", "/two"):
+            self.get("web.tim.x", path, "POST", b"a body", conn=conn)
+        for entry, data in zip(self.entries(2), heard):
+            self.assertEqual(entry.request, data)
+            self.assertTrue(entry.answer.endswith(b"\r\n\r\nok"))
+            self.assertTrue(entry.shown["whole"])
+            way = "request/%d" % entry.shown["number"]
+            self.assertEqual(self.page(way), (200, data))
+            way = "answer/%d" % entry.shown["number"]
+            self.assertEqual(self.page(way), (200, entry.answer))
+        self.assertEqual(self.inspector.taped, 0)
+
+    def test_request_that_failed_is_sent_again(self):
+        with contextlib.closing(socket.socket()) as taken:
+            taken.bind(("127.0.0.1", 0))
+            number = taken.getsockname()[1]
+            self.start(web=number)
+            self.get("web.tim.x", "/hook?a=b", "POST", b"important")
+            (failed,) = self.entries(1)
+        self.assertEqual(failed.shown["code"], "refused")
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", number))
+        heard = []
+
+        def handler(conn):
+            heard.append(conn.recv(65536))
+            conn.sendall(b"HTTP/1.1 201 Made\r\nContent-Length: 0\r\n\r\n")
+
+        self.service(handler, listener)
+        entry = self.replay(1, failed.request)
+        self.assertEqual(heard, [failed.request])
+        self.assertTrue(failed.request.endswith(b"important"))
+        self.assertEqual(entry.shown["status"], 201)
+        self.assertEqual(entry.shown["again"], 1)
+        self.assertTrue(entry.answer.startswith(b"HTTP/1.1 201 Made"))
+
+    def test_what_is_edited_is_sent(self):
+        port, heard = self.service_that_keeps()
+        self.start(web=port)
+        self.get("web.tim.x")
+        self.entries(1)
+        data = b"PUT /other HTTP/1.1\r\nHost: y\r\nContent-Length: 1\r\n\r\n!"
+        entry = self.replay(1, data)
+        self.assertEqual(heard[-1], data)
+        self.assertEqual(entry.shown["method"], "PUT")
+        self.assertEqual(entry.shown["target"], "/other")
+        self.assertEqual(entry.request, data)
+
+    def test_replay_says_why_it_could_not_be(self):
+        self.start()
+        self.get("web.tim.x")
+        (entry,) = self.entries(1)
+        mute = self.service(lambda conn: conn.recv(9))
+        odd = self.answering(b"no HTTP at all\r\n\r\n")
+        closed = free_port()
+        for port in (mute, odd, closed):
+            self.client.program.services = client_module.parse_services([("web", port)])
+            entry = self.replay(1, entry.request)
+            self.assertEqual(entry.shown["code"], "replay")
+            self.assertTrue(entry.shown["cause"])
+        self.client.program.services = {}
+        entry = self.replay(1, entry.request)
+        self.assertIn("no service web any more", entry.shown["cause"])
+        self.replay(1, b"")
+
+    def test_answer_without_an_end_is_cut_in_time(self):
+        change(self, client_module, REPLAY_TIME=0.2)
+        done = threading.Event()
+        self.addCleanup(done.set)
+
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 200 OK\r\n\r\ndata: 1\n\n")
+            done.wait(PATIENCE)
+
+        self.start(web=self.service(handler))
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x", close=False))
+        read_head(conn)
+        conn.close()
+        (entry,) = self.entries(1)
+        entry = self.replay(1, entry.request)
+        self.assertEqual((entry.shown["status"], entry.shown["code"]), (200, "replay"))
+        self.assertTrue(entry.answer.endswith(b"data: 1\n\n"))
+
+    def test_long_bodies_are_kept_in_part(self):
+        change(self, client_module, KEPT=1000)
+        self.start(web=self.answering(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 5000))
+        self.get("web.tim.x", "/" + "y" * 3000)
+        (entry,) = self.entries(1)
+        self.assertEqual((len(entry.request), len(entry.answer)), (1000, 1000))
+        self.assertEqual(entry.shown["answer"], 5019)
+        self.assertFalse(entry.shown["whole"])
+
+    def test_the_oldest_go_where_there_are_too_many(self):
+        change(self, client_module, ENTRIES=3)
+        self.start()
+        conn = self.keep()
+        for _ in range(5):
+            self.get("web.tim.x", conn=conn)
+        self.client.until(lambda: self.inspector.count == 5)
+        self.assertEqual([e.shown["number"] for e in self.inspector.entries], [3, 4, 5])
+        self.assertEqual(self.page("request/2")[0], 404)
+        kept = sum(len(e.request) + len(e.answer) for e in self.inspector.entries)
+        self.assertEqual(self.inspector.kept, kept)
+
+    def test_the_oldest_go_where_there_are_too_many_bytes(self):
+        change(self, client_module, ALL_KEPT=3000)
+        self.start()
+        conn = self.keep()
+        for _ in range(20):
+            self.get("web.tim.x", conn=conn)
+            inspector = self.inspector
+            self.assertLessEqual(inspector.kept + inspector.taped, 3000)
+        self.client.until(lambda: inspector.count == 20)
+        self.assertLess(len(inspector.entries), 20)
+        self.assertEqual(inspector.entries[-1].shown["number"], 20)
+
+    def test_streams_that_nobody_tells_of_are_forgotten(self):
+        self.start()
+        with mock.patch.object(server_module.Tunnel, "note", lambda *_: None):
+            self.get("web.tim.x")
+        self.assertTrue(self.inspector.taped)
+        self.client.until(lambda: not self.client.program.uplink.tunnel.link.streams)
+        for _ in range(2):
+            self.client.do(self.inspector.sweep)
+        self.assertEqual((self.inspector.taped, self.inspector.tapes), (0, {}))
+
+    def test_what_a_websocket_carries_is_kept(self):
+        def handler(conn):
+            read_head(conn)
+            conn.sendall(b"HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: y\r\n\r\n")
+            conn.sendall(conn.recv(5).upper())
+
+        self.start(web=self.service(handler))
+        conn = self.visit()
+        lines = "Connection: upgrade", "Upgrade: y"
+        conn.sendall(self.ask("web.tim.x", *lines, close=False))
+        read_head(conn)
+        conn.sendall(b"hello")
+        self.assertEqual(conn.recv(5), b"HELLO")
+        conn.close()
+        begun, ended = self.entries(2)
+        self.assertEqual(begun.shown["status"], 101)
+        self.assertTrue(begun.answer.endswith(b"\r\n\r\n"))
+        self.assertEqual((ended.request, ended.answer), (b"hello", b"HELLO"))
+
+    def test_visitors_who_leave_while_the_target_is_dialled(self):
+        self.start(web=self.deaf_port())
+        conn = self.visit()
+        conn.sendall(self.ask("web.tim.x", first="GET /slow HTTP/1.1"))
+        self.server.until(self.exchanges)
+        self.client.until(lambda: self.inspector.tapes)
+        reset_on_close(conn)
+        conn.close()
+        (entry,) = self.entries(1)
+        self.assertEqual(entry.shown["code"], "left")
+        self.assertTrue(entry.request.startswith(b"GET /slow HTTP/1.1\r\n"))
+
+    def test_news_come_as_they_happen(self):
+        self.start()
+        told = []
+        asked = threading.Thread(target=lambda: told.append(self.page("news/0")))
+        asked.start()
+        self.get("web.tim.x", "/x")
+        asked.join(PATIENCE)
+        ((status, body),) = told
+        news = json.loads(body.decode())
+        self.assertEqual((status, news["count"], news["first"]), (200, 1, 1))
+        self.assertEqual(news["new"][0]["target"], "/x")
+        self.assertFalse(news["deaf"])
+
+    def test_clear_forgets_all(self):
+        self.start()
+        self.get("web.tim.x")
+        self.entries(1)
+        said = self.page("clear/0", "POST", b"", Content_Type=client_module.BYTES)
+        self.assertEqual(said[0], 200)
+        self.assertEqual((len(self.inspector.entries), self.inspector.kept), (0, 0))
+        news = json.loads(self.page("news/1")[1].decode())
+        self.assertEqual((news["new"], news["first"]), ([], 3))
+
+    def test_only_the_page_may_ask(self):
+        self.start()
+        self.get("web.tim.x")
+        self.entries(1)
+        kind = client_module.BYTES
+        own = "http://127.0.0.1:%d" % self.inspector.port
+        for status, method, path, fields in (
+            (200, "GET", "", {}),
+            (200, "GET", "", {"Origin": own}),
+            (200, "GET", "", {"Host": "localhost:%d" % self.inspector.port}),
+            (403, "GET", "", {"Host": "evil.example:%d" % self.inspector.port}),
+            (403, "GET", "", {"Host": "127.0.0.1"}),
+            (403, "GET", "news/0", {"Origin": "http://evil.example"}),
+            (403, "GET", "news/0", {"Origin": "null"}),
+            (403, "POST", "replay/1", {"Origin": own + "0", "Content_Type": kind}),
+            (404, "POST", "replay/1", {"Content_Type": "text/plain"}),
+            (404, "GET", "replay/1", {"Content_Type": kind}),
+            (404, "GET", "clear/0", {}),
+            (404, "GET", "request/2", {}),
+            (404, "GET", "request/" + "9" * 9999, {}),
+            (404, "GET", "nothing", {}),
+        ):
+            self.assertEqual(self.page(path, method, b"", **fields)[0], status, path)
+        for token in ("", "0" * 32, self.inspector.token[:-1]):
+            for path in ("", "news/0", "request/1"):
+                self.assertEqual(self.page(path, token=token)[0], 404)
+        fields = {"Host": "127.0.0.1:%d" % self.inspector.port}
+        for path in ("/%s/request/\xb2" % self.inspector.token, "/\xff/", "", "*"):
+            found = self.inspector.answer("GET", path, fields, b"")
+            self.assertEqual(found[0], 404, path)
+        self.assertEqual(self.inspector.count, 1)
+
+    def test_request_that_is_too_large_is_refused(self):
+        self.start()
+        for size in ("1048577", "9" * 30, "x", "\xb2"):
+            self.assertEqual(self.page("clear/0", "POST", Content_Length=size)[0], 413)
+
+    def test_page_is_alone_and_runs_nothing_from_outside(self):
+        self.start()
+        status, body = self.page()
+        text = body.decode()
+        policy = self.answer.getheader("Content-Security-Policy")
+        (nonce,) = set(re.findall("nonce-(\\w+)'", policy))
+        self.assertEqual(text.count('nonce="%s"' % nonce), 2)
+        self.assertNotIn("NONCE", text)
+        self.assertTrue(policy.startswith("default-src 'none'"))
+        for word in "innerHTML outerHTML insertAdjacent document.write eval(".split():
+            self.assertNotIn(word, text)
+        found = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", text)
+        self.assertEqual(found, ["data:,"])
+
+    def test_targets_of_every_kind_are_sent_to(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        listener = socket.socket(socket.AF_UNIX)
+        path = os.path.join(folder, "s")
+        listener.bind(path)
+        heard = []
+
+        def handler(conn):
+            heard.append(conn.recv(65536))
+            conn.sendall(b"HTTP/1.1 204 x\r\n\r\n")
+
+        self.service(handler, listener)
+        unix, plain = "unix:" + path, self.service(handler)
+        told = {"target": plain, "proxy_protocol": 1}
+        self.start(unix=unix, told=told)
+        self.get("unix.tim.x")
+        self.get("told.tim.x")
+        for entry in self.entries(2):
+            number = entry.shown["number"]
+            again = self.replay(number, entry.request)
+            self.assertEqual(again.shown["status"], 204, again.shown)
+        self.assertEqual(heard[2], heard[0])
+        self.assertRegex(heard[1], rb"^PROXY TCP4 127\.0\.0\.1 127\.0\.0\.1 ")
+        self.assertEqual(heard[3], heard[1])
+
+    def test_server_that_is_too_old_to_tell(self):
+        real = server_module.Link.send
+
+        def old(link, kind, message):
+            message = {k: v for k, v in message.items() if k != "notes"}
+            real(link, kind, message)
+
+        with mock.patch.object(server_module.Link, "send", old):
+            self.start()
+        self.assertTrue(self.inspector.deaf)
+
+    def test_without_it_streams_are_as_they_were(self):
+        self.start_server()
+        self.client = self.start_client({"web": self.echo()})
+        kinds = []
+        real = client_module.Bridge.join
+
+        def join(bridge, connection):
+            pipe = real(bridge, connection)
+            kinds.append((type(bridge), type(pipe)))
+            return pipe
+
+        with mock.patch.object(client_module.Bridge, "join", join):
+            self.echoed("web.tim.x")
+        self.assertEqual(kinds, [(client_module.Bridge, client_module.Pipe)])
+        self.assertIsNone(self.client.program.inspector)
+
+    def test_port_that_is_taken_ends_the_client(self):
+        with contextlib.closing(socket.socket()) as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            number = taken.getsockname()[1]
+            done = run_script(SCRIPTS[1], "--inspect", str(number), "web=9")
+        self.assertEqual(done.status, 1)
+        self.assertIn("127.0.0.1:%d (--inspect)" % number, done.stderr)
+        self.assertEqual(len(done.stderr.splitlines()), 1)
+
+    def test_forms_of_the_option(self):
+        for words, port, names in (
+            (["web=9"], None, ["web"]),
+            (["--inspect", "web=9"], 4040, ["web"]),
+            (["--inspect", "5000", "web=9"], 5000, ["web"]),
+            (["web=9", "--inspect"], 4040, ["web"]),
+            (["--inspect=0", "web=9", "x=1"], 0, ["web", "x"]),
+            (["--inspect", "-v", "web=9"], 4040, ["web"]),
+        ):
+            options = client_module.parse_arguments(words)
+            self.assertEqual(options.inspect, port, words)
+            self.assertEqual(sorted(options.given), names)
+        for word in ("65536", "-1", "x", "\xb2"):
+            done = run_script(SCRIPTS[1], "--inspect=" + word, "web=9")
+            self.assertEqual((done.status, done.stdout), (2, ""))
+            self.assertIn("--inspect", done.stderr)
 
 
 class LogLines(unittest.TestCase):
@@ -10892,6 +11332,23 @@ assert signal.set_wakeup_fd(-1) == -1
         out, err = client.communicate(timeout=PATIENCE)
         self.assertEqual(client.returncode, 4)
         self.assertIn("gave up", json.loads(err.splitlines()[-1])["text"])
+
+    def test_address_of_the_inspector_is_told_also_without_v(self):
+        words = ["-p", str(free_port()), "--inspect", "0", "web=9"]
+        for more in ([], ["--log-json"]):
+            client = self.launch(SCRIPTS[1], *words, *more)
+            line = client.stdout.readline()
+            url = json.loads(line)["inspect"] if more else line.split()[1]
+            self.assertRegex(url, r"^http://127\.0\.0\.1:\d+/[0-9a-f]{32}/$")
+            port = int(url.split(":")[2].split("/")[0])
+            conn = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            self.addCleanup(conn.close)
+            conn.request("GET", "/" + url.split("/", 3)[3])
+            self.assertEqual(conn.getresponse().status, 200)
+            client.send_signal(signal.SIGTERM)
+            self.assertEqual(client.wait(PATIENCE), 0)
+            if not more:
+                self.assertEqual(client.stderr.read(), "")
 
     def test_urls_say_where_they_lead(self):
         server, port, client_port = self.launch_server()
