@@ -22,6 +22,7 @@ from typing import Union
 import by_name
 import deploying
 import first_minute
+import inspecting
 import leaving
 import moving
 import publishing
@@ -838,6 +839,7 @@ CHECKS: List[Callable[[World], str]] = [
     *by_name.CHECKS,
     *publishing.CHECKS,
     *deploying.CHECKS,
+    *inspecting.CHECKS,
     *skew.CHECKS,
     *leaving.CHECKS,
     network_that_swallows_everything,
