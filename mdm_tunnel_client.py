@@ -86,7 +86,8 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 # twice, then RESET `done`: a web request needs neither END nor CREDIT. Only an OPEN
 # that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it. A client
 # that says `notes` in its LOGIN, as the server did before, gets NOTE: how requests
-# ended, a list that is collected while the link cannot send.
+# ended, a list that is collected while the link cannot send. One that says `check` puts
+# no other client off.
 #
 # Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
 # the server opens streams; ids rise by one from 1 and are never used twice. A frame for
@@ -1842,6 +1843,8 @@ class Answered(OSError):
 
     def __init__(self, status: int, head: bytes, who: str = "") -> None:
         cause, where = "%sanswered %d" % (who, status), LOCATION.search(head)
+        if status == 404 and not who and b"\nx-tunnel-error:" not in head.lower():
+            cause += ", as no mdm-tunnel server does"
         if where:
             cause += ", which leads to " + peer_text(where.group(1).decode("latin-1"))
         super().__init__(cause)
@@ -2066,9 +2069,12 @@ class Ask:
         dial.connection.unread = bytes(self.answer[end:])
         match = STATUS.match(head)
         status = int(match.group(1)) if match else 0
+        self.check(status, head)
+        return True
+
+    def check(self, status: int, head: bytes) -> None:
         if status != self.want:
             raise Answered(status, head, self.who and self.who + " ")
-        return True
 
 
 # -----------------------------------------------------------------------------------
@@ -2197,7 +2203,7 @@ class Tunnel:
         self.challenge: Optional[str] = None  # the server's nonce, until we log in
         self.nonces = "", ""  # the server's and ours
         self.known: Any = ()  # the options that the server keeps
-        self.notes = False  # it tells how requests end
+        self.notes = self.checks = False  # it tells how requests end; knows `check`
         self.logged_in = False
         self.since = 0.0  # when it logged in
         self.place: Any = None  # from where: Whereabouts
@@ -2218,6 +2224,7 @@ class Tunnel:
             self.known = known if isinstance(known, list) else ()
             self.challenge = str(message.get("nonce"))
             self.notes = message.get("notes") is True
+            self.checks = message.get("check") is True
             self.uplink.decide()
         elif kind == Kind.WELCOME:
             self.on_welcome(message)
@@ -2237,6 +2244,8 @@ class Tunnel:
         login["nonce"] = self.nonces[1]
         if self.notes and client.observers:
             login["notes"] = True
+        if client.checking:
+            login["check"] = True
         if self.token:
             if not NONCE.fullmatch(nonce):
                 client.end(3, UNPROVEN)
@@ -2368,6 +2377,7 @@ ADVICE = (  # what an error, which begins so, probably means
     ("proxy .*answered", "it is no proxy for CONNECT; --no-proxy goes without it"),
     ("answered (200|3..,)", "is this a network that wants a login in the browser?"),
     ("answered 400", "does this port want --tls?"),
+    ("answered 404,", "are address (-h) and port (-p) those of the server?"),
     ("answered 404", "is this the visitors' port? dial the --client-port with -p"),
     ("answered 407", "a proxy in between wants a password"),
     ("answered 426", "another version of mdm-tunnel, or a proxy that drops Upgrade"),
@@ -2377,6 +2387,10 @@ ADVICE = (  # what an error, which begins so, probably means
     (".*signed certificate", "trust it with --tls-ca, or name it with --fingerprint"),
     (".*local issuer", "trust its authority with --tls-ca, or use --fingerprint"),
     (".*speaks no TLS", "has the server --tls-cert, and is this its client port?"),
+    (".*has expired", "renew it; or is the clock of this machine wrong?"),
+    (".*not yet valid", "is the clock of this machine wrong?"),
+    (".*(mismatch|not valid for)", "it is for other names: dial one, or --fingerprint"),
+    (".*fingerprint", "compare --fingerprint with what the server's -v prints"),
 )
 
 
@@ -2558,6 +2572,8 @@ class Refused(Exception):
 class Client:
     """Dials the server and serves. run() ends after stop(), or raises Refused: by the
     server, or after `max_attempts` failures in a row."""
+
+    checking = False  # it must put nobody off
 
     def __init__(self, config: "Config", loop: Optional[Loop] = None) -> None:
         if config.pin and config.tls is None:
@@ -3696,6 +3712,336 @@ class URLFile:
 
 
 # -----------------------------------------------------------------------------------
+# Check: goes the way of a visitor step by step, says how each step went, and what to do
+# where one failed. It uses what the client uses, and waits for one thing at a time.
+# -----------------------------------------------------------------------------------
+LOOK_UP_TIME = 10.0  # seconds for the resolver
+LOGIN_TIME = 15.0  # seconds from the Upgrade to the URLs of the services
+FETCH_TIME = 10.0  # seconds for a visitor's request
+SOON = 21  # days that a certificate should still have: renewals are due at 30
+MARKS = {"ok": "32", "FAILED": "31", "skipped": "33"}  # and their colours
+URL = re.compile(r"(https?|tcp)://(\[[^]]+\]|[^:/ ]+)(?::(\d+))?")
+VALIDITY = re.compile(rb"\x17\x0d(\d{12})Z\x17\x0d(\d{12})Z")  # in DER, until 2049
+TROUBLE = (  # what a fault that a visitor was told of, or a dial's, probably means
+    ("refused", "start the service, or change its port in the list"),
+    ("timeout", "is the host right, and does a firewall drop what comes to it?"),
+    ("denied", "this is for its visitors: `auth` or `visitors` keep us out"),
+    (".*TLS", "speaks the target TLS at all? then write http://, not https://"),
+    ("broken|reset|error", "is what listens there a web server?"),
+    ("no-name|no-service", "does the name lead to another server?"),
+    ("offline|leaving", "another client with this id has come: choose one with -i"),
+)
+
+
+def advice_for(text: str, table: Any = ADVICE) -> str:
+    return next((help for start, help in table if re.match(start, text)), "")
+
+
+class Fetch(Ask):
+    """A visitor's request for the page at /. Every answer is welcome."""
+
+    def __init__(self, host: str) -> None:
+        lines = "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
+        super().__init__((lines % ("/", host)).encode(), 0)
+        self.status, self.code = 0, ""
+
+    def check(self, status: int, head: bytes) -> None:
+        found = re.search(rb"(?i)\r\nx-tunnel-error: ([a-z-]+)", head)
+        self.status, self.code = status, found.group(1).decode() if found else ""
+
+
+class Staged:
+    """A step of a dial that tells how it went."""
+
+    def __init__(self, check: "Check", name: str, step: Any, tell: Call) -> None:
+        self.check, self.name, self.step, self.tell = check, name, step, tell
+
+    def go_on(self, dial: Dial) -> bool:
+        self.check.stage = self.name
+        done: bool = self.step is None or self.step.go_on(dial)
+        if done:
+            self.check.say("ok", self.name, self.tell(dial))
+        return done
+
+
+class LookUp:
+    """Asks the resolver as a dial does."""
+
+    def __init__(self, resolver: Any, target: Target) -> None:
+        self.target, self.cause = target, ""
+        self.found: List[str] = []
+        resolver.ask(self)
+
+    def on_addresses(self, found: List[Address]) -> None:
+        self.found = sorted({str(address[0]) for _, address in found})
+
+    def fail(self, error: Exception) -> None:
+        self.cause = str(error)
+
+
+class Check(Client):
+    """A client that makes its way once; it is the uplink of its only tunnel."""
+
+    checking = True
+
+    def __init__(self, config: "Config") -> None:
+        super().__init__(config._replace(inspect=None, url_file=None))
+        self.client, self.stage, self.since = self, "", time.monotonic()
+        self.failed = self.skipped = 0
+        self.bad_targets: Set[str] = set()
+        self.connection: Any = None  # that a dial has made
+        self.error: Optional[Exception] = None  # or why it made none
+        self.told: Optional[Dict[str, str]] = None  # the URLs
+        self.over = ""  # why the link ended
+
+    def say(self, mark: str, what: str, text: str, advice: str = "") -> None:
+        """A line, and where it failed one with what to do."""
+        now = time.monotonic()
+        took, self.since = now - self.since, now
+        self.failed += mark == "FAILED"
+        self.skipped += mark == "skipped"
+        shown = "%-8s" % mark
+        if shows_colours(sys.stdout):
+            shown = "\x1b[%sm%s\x1b[0m" % (MARKS[mark], shown)
+        line = "%s %-9s %s" % (shown, what, printable(text))
+        timed = mark != "skipped" and what != "url"
+        print(line + ("  (%s)" % short_time(took) if timed else ""))
+        if advice:
+            print("%-19s-> %s" % ("", printable(advice)))
+        sys.stdout.flush()
+
+    def check(self) -> bool:
+        """Go all the way; whether all went well."""
+        if self.find() and self.reach() and self.log_in():
+            self.say_urls()
+        for name in sorted(self.services):
+            self.try_target(name, self.services[name].target)
+        for name in sorted(self.services):
+            self.try_urls(name, (self.told or {}).get(name, ""))
+        if not self.services:
+            self.say("FAILED", "services", "there is none", "publish one: web=9000")
+        for link in list(self.loop.links):
+            link.close("the check is over")
+        said = "%d failed, %d skipped." % (self.failed, self.skipped)
+        print(said if self.failed or self.skipped else "All is well.")
+        return not self.failed
+
+    def wait(self, done: Call, seconds: float) -> None:
+        """Let the loop turn until this is so, or for so long."""
+        over: List[bool] = []
+        timer = Timer(self.loop, self, functools.partial(over.append, True))
+        timer.set(seconds)
+        while not (done() or over):
+            self.loop.turn()
+        timer.clear()
+
+    def dial(self, target: Target, steps: List[Any], seconds: float) -> bool:
+        """Whether it was connected, and all steps taken: `connection` or `error`."""
+        self.connection = self.error = None
+        dial = Dial(self.resolver, target, steps, seconds, self)
+        self.loop.guard(dial, dial.advance)
+        self.wait(lambda: self.connection or self.error, 2 * seconds)
+        return self.connection is not None
+
+    def on_dialled(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def on_undialled(self, error: Exception) -> None:
+        self.error = error
+
+    def why(self) -> str:
+        return str(getattr(self.error, "strerror", None) or self.error or "no answer")
+
+    # To the server.
+
+    def find(self) -> bool:
+        """The addresses of the first host on the way."""
+        target, _ = Uplink.way(self)  # type: ignore[arg-type]
+        name = LookUp(self.resolver, target)
+        self.wait(lambda: name.found or name.cause, LOOK_UP_TIME)
+        if name.found:
+            self.say("ok", "name", "%s: %s" % (target.host, ", ".join(name.found)))
+            return True
+        advice = "is the name right (-h), and has this machine a network?"
+        text = "%s: %s" % (target.host, name.cause or "no answer")
+        self.say("FAILED", "name", text, advice)
+        return False
+
+    def reach(self) -> bool:
+        """Connect, by the proxy if there is one; TLS; the Upgrade."""
+        target, steps = Uplink.way(self)  # type: ignore[arg-type]
+        own = 2 if self.config.tls else 1
+        stages = [Staged(self, "connect", None, self.tell_address)]
+        for step in steps[:-own]:
+            stages.append(Staged(self, "proxy", step, lambda dial: "lets us through"))
+        if self.config.tls:
+            stages.append(Staged(self, "TLS", steps[-2], self.tell_tls))
+        speaks = "the server speaks %s" % PROTOCOL
+        stages.append(Staged(self, "protocol", steps[-1], lambda dial: speaks))
+        self.stage = "connect"
+        if self.dial(target, stages, SERVER_TIME):
+            return True
+        advice = advice_for(self.why())
+        if self.stage == "connect":
+            advice = "does the server run, is %d its client port, and is that open?"
+            advice %= self.config.port
+        self.say("FAILED", self.stage, self.why(), advice)
+        return False
+
+    def tell_address(self, dial: Dial) -> str:
+        proxy = self.config.proxy
+        by = ", the %s" % proxy.name if proxy else ""
+        return "%s:%d%s" % (*dial.connection.sock.getpeername()[:2], by)
+
+    def tell_tls(self, dial: Dial) -> str:
+        """Its version, whose certificate, and how long that is good."""
+        tls = dial.connection.transport.object
+        text = "%s, the certificate is the right one" % tls.version()
+        found = VALIDITY.search(tls.getpeercert(True) or b"")
+        if found:
+            import calendar
+
+            until = time.strptime(found.group(2).decode(), "%y%m%d%H%M%S")
+            days = (calendar.timegm(until) - time.time()) / 86400
+            text += ", for %d days" % days
+            if days < SOON:
+                text += ": RENEW IT SOON"
+        return text
+
+    # Login.
+
+    def log_in(self) -> bool:
+        """As the client does; but where another one runs as this id it stays."""
+        self.tunnel = Tunnel(self, self.connection)  # type: ignore[arg-type]
+        ended = functools.partial(getattr, self, "ended")
+        self.wait(ended, LOGIN_TIME)
+        if self.told is not None:
+            return True
+        cause = str(self.refusal or self.over or "no answer")
+        advice = ""
+        if cause == WANTS_TOKEN:
+            advice = "give it by --token-file, or in $%s" % TOKEN_VARIABLE
+        elif cause == "no such id, or a wrong token":
+            advice = "compare it with the server's --tokens file, where it stands as %s"
+            advice %= self.id
+        elif "is taken" in cause:
+            text = "a client runs as %s, and was left alone" % self.id
+            advice = "" if self.token else "if it is not yours, choose an id with -i"
+            self.say("ok", "login", text, advice)
+            return False
+        self.say("FAILED", "login", cause, advice)
+        return False
+
+    @property
+    def ended(self) -> Any:
+        """The login: by URLs, or for a reason."""
+        return self.told is not None or self.over or self.refusal
+
+    def decide(self) -> None:
+        """The server has said who it is."""
+        if self.token and not self.tunnel.checks:
+            self.over = "this old server would put off who runs as %s" % self.id
+        else:
+            self.tunnel.log_in()
+
+    def on_login(self) -> None:
+        self.say("ok", "login", "as %s" % self.id)
+
+    def on_goodbye(self, tunnel: Tunnel, code: str, reason: str) -> None:
+        self.over = self.over or reason or code
+
+    def on_lost(self, tunnel: Tunnel, cause: str) -> None:
+        self.over = self.over or cause
+
+    def on_urls(self, message: Dict[str, Any]) -> None:
+        self.told = {name: peer_text(message[name]) for name in message}
+
+    # The services.
+
+    def say_urls(self) -> None:
+        """Where each service is, or why it is nowhere."""
+        for name, url in sorted((self.told or {}).items()):
+            if url.startswith("error: "):
+                self.say("FAILED", "url", "%s: %s" % (name, url[len("error: ") :]))
+            else:
+                self.say("ok", "url", "%s  %s" % (name, url))
+
+    def try_target(self, name: str, target: Target) -> None:
+        steps = [StartTLS(*target.tls)] if target.tls else []
+        if self.dial(target, steps, DIAL_TIME):
+            self.connection.close()
+            self.say("ok", "target", "%s  %s" % (name, target.text))
+            return
+        self.bad_targets.add(name)
+        code = getattr(self.error, "code", "") or self.why()
+        text = "%s  %s" % (name, self.why())
+        if target.text not in text:
+            text = "%s  %s: %s" % (name, target.text, self.why())
+        self.say("FAILED", "target", text, advice_for(code, TROUBLE))
+
+    def try_urls(self, name: str, told: str) -> None:
+        """Ask as a visitor would, from here."""
+        if not self.told or name not in self.told:
+            self.say("skipped", "visit", "%s: it was not published" % name)
+        elif name in self.bad_targets:
+            self.say("skipped", "visit", "%s: its target failed" % name)
+            return
+        for scheme, host, port in URL.findall(told):
+            number = int(port or {"http": 80, "https": 443}.get(scheme, 0))
+            if number:
+                self.visit(name, scheme, host.strip("[]"), number)
+
+    def visit(self, name: str, scheme: str, host: str, port: int) -> None:
+        """One URL; and where its name is not known, by the server's own address."""
+        service, passes = self.services[name], "tls" in self.services[name].options
+        url = "%s://%s:%d" % (scheme, host, port)
+        where = self.config.host if host.endswith(".localhost") else host
+        fetch = Fetch(host if port in (80, 443) else "%s:%d" % (host, port))
+        steps: List[Any] = [] if scheme == "tcp" or passes else [fetch]
+        if scheme == "https":
+            context = None if passes else self.config.tls
+            context = context or make_context(None, passes)
+            steps.insert(0, StartTLS(context, host, b""))
+        good = self.dial(Target(host, where, port), steps, FETCH_TIME)
+        if not good and "cannot find its address" in self.why():
+            advice = "its name is not in the DNS: make a record for *.%s"
+            self.say("FAILED", "visit", url, advice % host.partition(".")[2])
+            good = self.dial(Target(host, self.config.host, port), steps, FETCH_TIME)
+            url += " by %s" % self.config.host
+        self.tell_visit(service, url, fetch, good)
+
+    def tell_visit(self, service: Service, url: str, fetch: Fetch, good: bool) -> None:
+        if good:
+            self.connection.close()
+        if not good:
+            advice = advice_for(self.why()) or "is this port open to visitors?"
+            self.say("FAILED", "visit", "%s: %s" % (url, self.why()), advice)
+        elif not fetch.status:
+            self.say("ok", "visit", "%s: connected" % url)
+        elif fetch.code and fetch.code != "denied":
+            text = "%s: the server said %d %s" % (url, fetch.status, fetch.code)
+            self.say("FAILED", "visit", text, self.advice_to_visit(service, fetch.code))
+        elif fetch.status == 400 and self.speaks_tls(service.target):
+            text = "%s: the service said 400" % url
+            self.say("FAILED", "visit", text, self.advice_to_visit(service, "broken"))
+        else:
+            self.say("ok", "visit", "%s: %d" % (url, fetch.status))
+
+    def advice_to_visit(self, service: Service, code: str) -> str:
+        if code in ("broken", "reset") and self.speaks_tls(service.target):
+            return 'the target speaks TLS: write "https://%s"' % service.target.text
+        return advice_for(code, TROUBLE)
+
+    def speaks_tls(self, target: Target) -> bool:
+        """Whether a target that is listed without TLS has it."""
+        steps = [StartTLS(make_context(None, True), "localhost", b"")]
+        found = not target.tls and self.dial(target, steps, DIAL_TIME)
+        if found:
+            self.connection.close()
+        return found
+
+
+# -----------------------------------------------------------------------------------
 # Inspector: the requests of late, in a browser on this machine. Taps keep the bytes
 # that pass on each stream, and a NOTE says which of them a request was. Threads serve
 # the page and send a request again; they see entries under a lock, and never a stream.
@@ -4419,6 +4765,7 @@ class Config(NamedTuple):
     drain: float = DRAIN
     url_file: Optional[str] = None
     inspect: Optional[int] = None  # a port for the inspector
+    check: bool = False
 
 
 def make_context(ca: Optional[str], pinned: bool) -> Any:
@@ -4480,6 +4827,9 @@ def make_parser() -> FileParser:
     add("--inspect", nargs="?", const=INSPECT_PORT, metavar="PORT",
         help="show each request on a page at this machine's port PORT (%s), and "
         "send it again from there; its address is printed" % INSPECT_PORT)  # fmt: skip
+    add("--check", action="store_true",
+        help="go the way of a visitor, say how each step went and what to do where one "
+        "failed, and end; puts no other client off")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
         help="print the URLs, say what happens; -vv: every frame")  # fmt: skip
     add("--log-json", action="store_true", help="the same, each line a JSON object")
@@ -4589,7 +4939,7 @@ def load_config(options: argparse.Namespace) -> Config:
         die(2, cause)
     return Config(file, options.given, token, options.host, options.port, options.id,
                   options.max_attempts, tls, pin, proxy, options.drain,
-                  options.url_file, options.inspect)  # fmt: skip
+                  options.url_file, options.inspect, options.check)  # fmt: skip
 
 
 def has_terminal() -> bool:
@@ -4620,6 +4970,11 @@ def ask_token(id: str) -> str:
 
 def serve(config: Config) -> None:
     """Serve until a signal. Raises ValueError or Refused."""
+    if config.check:
+        try:
+            sys.exit(0 if Check(config).check() else 1)
+        except KeyboardInterrupt:
+            die(1, "stopped")
     client = Client(config)
     client.manager.connect(os.environ)
     ignore_signals()

@@ -92,7 +92,8 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 # twice, then RESET `done`: a web request needs neither END nor CREDIT. Only an OPEN
 # that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it. A client
 # that says `notes` in its LOGIN, as the server did before, gets NOTE: how requests
-# ended, a list that is collected while the link cannot send.
+# ended, a list that is collected while the link cannot send. One that says `check` puts
+# no other client off.
 #
 # Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
 # the server opens streams; ids rise by one from 1 and are never used twice. A frame for
@@ -2263,7 +2264,7 @@ class Registry:
         pool = self.pools.get(tunnel.id)
         if pool and pool.tunnel.session == tunnel.session:
             pool.tunnel.link.close("the same client dialled again")
-        elif pool and (tunnel.token or pool.tunnel.link.draining):
+        elif pool and (tunnel.token and not tunnel.checks or pool.tunnel.link.draining):
             cause = "another client logged in as %s" % tunnel.id
             pool.tunnel.evict("replaced", cause)
         elif pool:
@@ -2387,6 +2388,7 @@ class Tunnel:
         self.registry, self.host = registry, host
         self.id = self.session = ""
         self.token, self.grant = "", None  # of our id, once it is proven
+        self.checks = False  # the client looks whether all is well, and puts nobody off
         self.nonce = make_nonce()
         self.peer = "client %s" % address
         self.link = Link(registry.loop, connection, self, "server")
@@ -2398,7 +2400,7 @@ class Tunnel:
         self.dropped = 0  # outcomes that did not fit into a NOTE
         self.list_timer = Timer(registry.loop, self.link, self.on_services)
         message = {"version": VERSION, "nonce": self.nonce, "options": OPTIONS}
-        self.link.send(Kind.CHALLENGE, {**message, "notes": True})
+        self.link.send(Kind.CHALLENGE, {**message, "notes": True, "check": True})
 
     def __str__(self) -> str:
         return self.id or self.peer
@@ -2448,6 +2450,7 @@ class Tunnel:
                 return self.refuse("refused", "no such id, or a wrong token")
             self.token, self.grant = token, grant
             welcome["proof"] = prove(token, "server", nonces, self.id)
+        self.checks = message.get("check") is True
         if not self.registry.claim(self):
             return self.refuse("taken", "the id %s is taken" % self.id)
         self.timer.set(LOGIN_TIME)  # for its services
