@@ -25,8 +25,8 @@ How to read it. Part one carries a request:
     Server           what each port serves, and how it stops
 
 Part two keeps it up: Secrets, TLS, Files, Limits, Log, Service manager, Fields, Pages,
-Ports, TCP ports, Prefaces, Fronts, Gates, Overload, Privileges, Command line. Nothing
-here needs more than the standard library of Python 3.6.
+Ports, TCP ports, Prefaces, Fronts, Gates, Overload, Numbers, Admin, Privileges, Command
+line. Nothing here needs more than the standard library of Python 3.6.
 """
 
 from typing import FrozenSet, Pattern
@@ -2240,6 +2240,7 @@ class Registry:
         self.pools: Dict[str, Pool] = {}
         self.noted: Set["Tunnel"] = set()  # whose clients want NOTE
         self.unauthenticated = Unauthenticated()
+        self.refused: Dict[str, int] = {"refused": 0, "taken": 0}  # logins, by code
         self.note_ids()
 
     def note_ids(self) -> None:
@@ -2390,6 +2391,7 @@ class Tunnel:
         self.token, self.grant = "", None  # of our id, once it is proven
         self.checks = False  # the client looks whether all is well, and puts nobody off
         self.nonce = make_nonce()
+        self.address, self.since = address, registry.loop.clock()
         self.peer = "client %s" % address
         self.link = Link(registry.loop, connection, self, "server")
         self.timer = Timer(registry.loop, self.link, self.on_late)
@@ -2462,6 +2464,7 @@ class Tunnel:
     def refuse(self, code: str, cause: str) -> None:
         self.timer.clear()
         wanted, self.id = self.id, ""  # which it never was
+        self.registry.refused[code] += 1
         log.info("%s as %s refused: %s", self.peer, wanted or "nobody", cause)
         self.link.goodbye(code, cause)
 
@@ -2560,7 +2563,6 @@ IDLE_TIME = 60.0  # seconds that a connection is kept after an answer
 KEPT_TIME = 1.0  # seconds a kept stream is good for a request that may not go twice
 KEPT_TO_DROP = 8  # kept streams that go when a client has no descriptors left
 RETRY_AFTER = "5"  # seconds: until then a client that can be back is back, mostly
-NOTHING: Dict[str, Any] = {}
 
 
 class Page(NamedTuple):
@@ -2571,7 +2573,8 @@ class Page(NamedTuple):
     title: str
     lines: List[str]
     fields: Any = ()
-    file: bytes = b""  # a text that is sent as it is, in place of the lines
+    file: bytes = b""  # what is sent as it is, in place of the lines
+    kind: str = ""  # of the file; "": a text
 
     def begin(self, http: "HTTPConnection", request: Request) -> "Page":
         return self
@@ -2622,7 +2625,7 @@ class HTTPConnection(Visitor):
         self.request: Optional[Request] = None  # the one that is being answered
         self.service: Optional[Service] = None  # that answers it
         self.since = 0.0  # when its head was whole
-        self.carried = NOTHING  # by which bytes of which stream: for an Outcome
+        self.carried: Any = ()  # by which bytes of which stream: the end of an Outcome
         self.recent = Recent()
         self.kept: Optional[Kept] = None  # the stream of the last request
 
@@ -2670,7 +2673,7 @@ class HTTPConnection(Visitor):
             head = bytes(self.unparsed[:end])
             del self.unparsed[:end]
             self.searched, self.service, self.since = 0, None, self.loop.clock()
-            self.carried = NOTHING
+            self.carried = ()
             self.timer.clear()
             hop = self.ends.address, self.site.scheme, self.recent, self.front
             self.request = Request(head, *hop)
@@ -2697,7 +2700,7 @@ class HTTPConnection(Visitor):
         if request and request.method == "CONNECT":
             keep = False  # what follows is for the target, and no request
         html = request is not None and request.wants_html()
-        kind, body = TEXT_KIND, page.file
+        kind, body = page.kind or TEXT_KIND, page.file
         if not body:
             kind, body = make_page(page.title, page.lines, html)
         fields = [("Content-Type", kind), ("Content-Length", len(body))]
@@ -2717,12 +2720,13 @@ class HTTPConnection(Visitor):
             self.visitors.observe(self, page.status, page.code, cause, len(body))
         self.go_on(keep)
 
-    def outcome(self) -> "Outcome":
-        """What is known of the request, to begin with."""
+    def known(self) -> Tuple[str, str, str, str, str]:
+        """What is known of the request: the beginning of an Outcome."""
         request, service = self.request, self.service
-        where = (service.pool.id, service.name) if service else ("", "")
-        what = (request.method, request.target) if request else ("", "")
-        return Outcome(request.address if request else self.ends.address, *where, *what)
+        id, name = (service.pool.id, service.name) if service else ("", "")
+        if request is None:
+            return self.ends.address, id, name, "", ""
+        return request.address, id, name, request.method, request.target
 
     def fail(self, error: Exception) -> None:
         """What goes wrong between two requests is answered, unless the visitor cannot
@@ -3103,7 +3107,7 @@ class Exchange:
         http.detach()
         self.connection.unread = bytes(http.unparsed)
         pipe = Pipe(self.stream, self.connection, str(self), "left")
-        http.visitors.observe_pipe(pipe, http.outcome(), len(self.inbox))
+        http.visitors.observe_pipe(pipe, Outcome(*http.known()), len(self.inbox))
 
     def begin_answer(self, answer: Answer) -> None:
         """The head of the answer is whole. It goes out together with the beginning of
@@ -3213,12 +3217,9 @@ class Exchange:
             self.timer.clear()
         if visitors.observers:
             stream, (asked, answered) = self.stream, self.began
-            http.carried = {
-                "stream": stream.id,
-                "request": (asked, stream.bytes_out),
-                "answer": (answered, stream.bytes_in - len(self.inbox)),
-                "link": stream.link,
-            }
+            request = asked, stream.bytes_out
+            answer = answered, stream.bytes_in - len(self.inbox)
+            http.carried = stream.id, request, answer, stream.link
             if status:
                 visitors.observe(http, status, code, cause, self.sent, self.received)
 
@@ -3279,7 +3280,7 @@ class Connect:
         http.detach()
         connection.unread = bytes(http.unparsed)
         pipe = Pipe(self.stream, connection, str(self), "left")
-        http.visitors.observe_pipe(pipe, http.outcome())
+        http.visitors.observe_pipe(pipe, Outcome(*http.known()))
 
     def pull(self, view: memoryview) -> None:
         pass
@@ -3299,6 +3300,7 @@ class Connect:
         self.timer.clear()
         self.stream.reset("left")
         self.connection.owner = self.http
+        self.http.carried = self.stream.id, (0, 0), (0, 0), self.stream.link
         self.http.fail(error)
 
     def give_up(self) -> None:
@@ -3523,7 +3525,8 @@ class Server:
         self.tls = open_tls(config.tls_cert, config.tls_key)
         self.certificates = Certificates(self.tls, config.tls_dir)
         self.landing = Landing(config.landing, tokens is not None)
-        socks = listen_all(config.bind, [number for number, *_ in plan])
+        addresses = [(config.bind, number) for number, *_ in plan]
+        socks = listen_all(addresses + [config.admin] * bool(config.admin))
         self.loop = loop or Loop()
         self.visitors = Visitors(self.loop, fronts)
         self.tcp = TCPPorts(self.visitors, config.bind, config.tcp_ports)
@@ -3540,6 +3543,7 @@ class Server:
             self.make_port(sock, kind, tls) for sock, (_, kind, tls) in zip(socks, plan)
         ]
         self.note_addresses(names, plan)
+        self.admin = AdminSite(self, socks[-1], config.admin) if config.admin else None
         self.files = [file for file in (self.tokens, self.tls) if file]
         for file in self.files:
             forbid_core_dumps()
@@ -3578,6 +3582,8 @@ class Server:
         log.info("visitors on port %d, clients on port %d", *ports)
         if self.tls_address:
             log.info("visitors by TLS on port %d", self.tls_address[1])
+        if self.admin:
+            self.admin.tell()
         self.manager.ready()
         self.loop.run()
         self.close()
@@ -3587,6 +3593,8 @@ class Server:
         for port in self.ports:
             port.close()
         self.tcp.close_unused()
+        if self.admin:
+            self.admin.close()
         self.close_links()
         self.manager.close()
         self.loop.close()
@@ -3678,6 +3686,8 @@ class Server:
         if not self.said_goodbye and (late or not self.visitors.all):
             self.said_goodbye = True
             self.until = self.loop.clock() + LAST_WORDS
+            if self.admin:
+                self.admin.close()
             self.close_links()
         elif self.said_goodbye and (late or not self.loop.connections):
             self.loop.running = False
@@ -4975,10 +4985,10 @@ def listen_on(family: int, address: Any) -> socket.socket:
     return sock
 
 
-def listen_all(bind: Optional[str], ports: List[int]) -> List[socket.socket]:
-    """A listening socket for each, or for none of them. Raises OSError."""
+def listen_all(addresses: List[Any]) -> List[socket.socket]:
+    """A listening socket for each (host, port), or for none of them. Raises OSError."""
     with contextlib.ExitStack() as undo:
-        socks = [undo.enter_context(listen(bind, port)) for port in ports]
+        socks = [undo.enter_context(listen(*address)) for address in addresses]
         undo.pop_all()
     return socks
 
@@ -4995,6 +5005,9 @@ def plan_ports(config: "Config") -> List[Tuple[int, Any, bool]]:
         raise ValueError("--redirect needs a --tls-port to lead to")
     if port != 0 and (port == tls_port or tls and port == client_port):
         raise ValueError("port %d cannot be both with TLS and without" % port)
+    admin = config.admin[1] if config.admin else 0
+    if admin and admin in (port, client_port, tls_port, *config.tcp_ports):
+        raise ValueError("port %d of --admin has another use already" % admin)
     plain = RedirectSite if config.redirect else Site
     if tls_port is None and port == client_port != 0:
         return [(port, SharedSite, False)]
@@ -5515,6 +5528,8 @@ class Visitors:
         self.idle: Any = collections.OrderedDict()  # may go; idle longest: first
         self.stopping = False  # each request is the last of its connection
         self.observers: List[Callable[[Outcome], Any]] = []
+        # What is known of a pipe that is observed, what it began with, and when.
+        self.pipes: Dict[Pipe, Tuple[Outcome, Range, float]] = {}
 
     def add(self, visitor: Visitor) -> None:
         self.all.add(visitor)
@@ -5550,16 +5565,9 @@ class Visitors:
         received: int = 0,
     ) -> None:
         """Tell the observers how a request ended."""
-        outcome = http.outcome()._replace(
-            status=status,
-            code=code,
-            cause=cause,
-            sent=sent,
-            received=received,
-            seconds=self.loop.clock() - http.since,
-            **http.carried
-        )
-        self.tell(outcome)
+        seconds = self.loop.clock() - http.since
+        ended: Any = (status, code, cause, sent, received, seconds)
+        self.tell(Outcome(*http.known(), *ended, *http.carried))
 
     def observe_pipe(self, pipe: Pipe, known: Outcome, before: int = 0) -> None:
         """Tell them how a pipe ends, once its connection closes: what is `known` of it,
@@ -5567,13 +5575,13 @@ class Visitors:
         if self.observers:
             stream, since = pipe.stream, self.loop.clock()
             began = stream.bytes_out, stream.bytes_in - before
-            over = functools.partial(self.on_pipe_closed, pipe, known, began, since)
+            self.pipes[pipe] = known, began, since
+            over = functools.partial(self.on_pipe_closed, pipe)
             pipe.connection.on_closed = over
 
-    def on_pipe_closed(
-        self, pipe: Pipe, known: Outcome, began: Range, since: float
-    ) -> None:
-        stream, (code, cause), (asked, answered) = pipe.stream, pipe.cut, began
+    def on_pipe_closed(self, pipe: Pipe) -> None:
+        known, (asked, answered), since = self.pipes.pop(pipe)
+        stream, (code, cause) = pipe.stream, pipe.cut
         outcome = known._replace(
             code=code,
             cause=cause,
@@ -5635,6 +5643,604 @@ def network_of(address: str) -> str:
         return socket.inet_pton(socket.AF_INET6, address)[:8].hex()
     except (OSError, ValueError):
         return address
+
+
+# -----------------------------------------------------------------------------------
+# Numbers: what has happened, for --admin. An observer of the requests, which updates
+# one row of a table for each; the sums are made when somebody asks for them.
+# -----------------------------------------------------------------------------------
+# Seconds of a request, for the histogram: a page at its best, and a long poll.
+BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
+# Each id costs Prometheus some thirty time series for ever, and without --tokens anyone
+# chooses ids. The first so many have their own, all others are "other".
+ID_LABELS = 100
+REASONS = frozenset(  # codes are words of the client's: none of these is "other"
+    "broken busy cut error gone left link-lost malformed no-service other overload "
+    "refused reset stopping timeout too-long".split()
+)
+STATUSES = ["carried", "1xx", "2xx", "3xx", "4xx", "5xx", *["other"] * 4]
+SAMPLE_TIME = 10.0  # seconds between two points of the curves
+SAMPLES = 61  # ten minutes of them, and where they begin
+TURNS = 6  # of such times the longest turn is told: scrapes are a minute apart at most
+LAST_REQUESTS = 200
+SHOWN_TEXT = 120  # characters of a target, or a cause, of them
+Sums = Dict[str, List[int]]
+Sample = Tuple[str, Dict[str, str], Any]  # suffix of the name, labels, value
+Metric = Tuple[str, str, str, List[Sample]]  # name, type, help
+
+
+class Numbers:
+    """Counts for a server what its observers are told. `rows` are by id, class of the
+    status, and reason: count, bytes sent and received, seconds, and how many ended
+    within each of the BOUNDS, or later."""
+
+    def __init__(self, server: "Server") -> None:
+        from bisect import bisect_left
+
+        self.server, self.loop, self.bisect = server, server.loop, bisect_left
+        self.started = time.time()
+        self.ids = {""}  # that have a label
+        self.rows: Dict[Tuple[str, int, str], List[Any]] = {}
+        self.told: Dict[str, List[int]] = {}  # bytes of each id: a counter never falls
+        self.recent: Deque[Tuple[Any, ...]] = collections.deque(maxlen=LAST_REQUESTS)
+        self.samples: Deque[List[Any]] = collections.deque(maxlen=SAMPLES)
+        self.turns: Deque[float] = collections.deque([0.0], TURNS)  # the longest each
+        self.timer = Timer(self.loop, self, self.sample)
+        self.sample()
+        server.visitors.observers.append(self.count)
+        self.loop.soon(self, self.watch_turns)  # to start is no turn
+
+    def fail(self, error: Exception) -> None:
+        log.error("numbers: %s", error)
+
+    def label(self, id: str) -> str:
+        if id not in self.ids and len(self.ids) <= ID_LABELS:
+            self.ids.add(id)
+        return id if id in self.ids else "other"
+
+    def count(self, outcome: Outcome) -> None:
+        """An observer. Most requests have a row already."""
+        id, status, code, seconds = outcome[1], outcome[5], outcome[6], outcome[10]
+        id = id if id in self.ids else self.label(id)
+        if code:  # without a stream nothing was reset
+            code = (code if code in REASONS else "other") if outcome.link else ""
+        row = self.rows.get((id, status // 100, code))
+        if row is None:
+            row = self.rows[id, status // 100, code] = [0] * (len(BOUNDS) + 5)
+        row[0] += 1
+        row[1] += outcome[8]
+        row[2] += outcome[9]
+        row[3] += seconds
+        row[4 + self.bisect(BOUNDS, seconds)] += 1
+        target, cause = outcome[4], outcome[7]
+        if len(target) > SHOWN_TEXT:
+            target = target[:SHOWN_TEXT] + "..."
+        told = target, cause[:SHOWN_TEXT]
+        self.recent.append((time.time(), *outcome[:4], *told, *outcome[5:11]))
+
+    def watch_turns(self) -> None:
+        """The loop reads its clock when a turn begins. That it is over the selector
+        knows, which is asked again."""
+        loop, turns = self.loop, self.turns
+        selector: Any = loop.selector
+        select = selector.select
+
+        def watched(timeout: Optional[float]) -> Any:
+            turns[-1] = max(turns[-1], loop.clock() - loop.turn_started)
+            return select(timeout)
+
+        selector.select = watched
+
+    def sample(self) -> None:
+        self.timer.set(SAMPLE_TIME)
+        self.samples.append(self.total())
+        self.turns.append(0.0)
+
+    # Sums.
+
+    def by_id(self) -> Sums:
+        """Requests, those with 5xx, bytes sent and received of each id, with what runs.
+        What was carried is no request."""
+        found: Sums = {}
+        for (id, kind, _), row in self.rows.items():
+            sums = found.setdefault(id, [0, 0, 0, 0])
+            sums[0] += row[0] if kind else 0
+            sums[1] += row[0] if kind == 5 else 0
+            sums[2] += row[1]
+            sums[3] += row[2]
+        for id, sent, received in self.running():
+            sums = found.setdefault(self.label(id), [0, 0, 0, 0])
+            sums[2] += sent
+            sums[3] += received
+        for id, sums in found.items():
+            least = self.told.get(id, (0, 0))
+            sums[2:] = self.told[id] = list(map(max, sums[2:], least))
+        return found
+
+    def running(self) -> Iterator[Tuple[str, int, int]]:
+        """The id of each request that goes on, and its bytes so far."""
+        for connection in self.loop.connections:
+            owner = connection.owner
+            if isinstance(owner, Exchange):
+                yield owner.service.pool.id, owner.sent, owner.received
+        for pipe, (known, began, _) in self.server.visitors.pipes.items():
+            stream = pipe.stream
+            yield known.id, stream.bytes_in - began[1], stream.bytes_out - began[0]
+
+    def total(self) -> List[Any]:
+        """When that is, and the sums of all ids."""
+        return [self.loop.clock(), *map(sum, zip([0, 0, 0, 0], *self.by_id().values()))]
+
+    def visitors(self) -> int:
+        """Connections of visitors, also those that wait for their TLS, or linger."""
+        owners = [connection.owner for connection in self.loop.connections]
+        sites = [getattr(x, "site", None) for x in owners if not isinstance(x, Link)]
+        return sum(site is None or site.kind == "visitor" for site in sites)
+
+    def streams(self) -> int:
+        return sum(len(link.streams) for link in self.loop.links)
+
+    # OpenMetrics (its text format, version 1.0.0).
+
+    def metrics(self) -> bytes:
+        found = itertools.chain(self.gauges(), self.counters(), process(self.started))
+        return ("".join(family(*known) for known in found) + "# EOF\n").encode()
+
+    def gauges(self) -> Iterator[Metric]:
+        server, trips = self.server, {}  # type: Any, Dict[str, float]
+        for link in self.loop.links:
+            if link.round_trip and link.owner.id:
+                id = self.label(link.owner.id)
+                trips[id] = max(trips.get(id, 0), link.round_trip)
+        labels = {"version": VERSION, "python": "%d.%d.%d" % sys.version_info[:3]}
+        yield "mdm_tunnel_build", "info", "What runs.", [("_info", labels, 1)]
+        for name, value, text in (
+            ("draining", int(server.visitors.stopping), "Whether the server stops."),
+            ("ids", len(server.registry.pools), "Ids that are connected."),
+            ("links", len(self.loop.links), "Links of clients, with old ones."),
+            ("streams", self.streams(), "Streams on the links, also those kept."),
+            ("visitors", self.visitors(), "Connections of visitors."),
+            ("longest_turn_seconds", max(self.turns), "Of the loop, in a minute."),
+        ):
+            yield "mdm_tunnel_" + name, "gauge", text, [("", {}, value)]
+        samples = [("", {"id": id}, trip) for id, trip in sorted(trips.items())]
+        text = "Round trip of a link, when it was last measured."
+        yield "mdm_tunnel_round_trip_seconds", "gauge", text, samples
+
+    def counters(self) -> Iterator[Metric]:
+        asked: Dict[Tuple[str, str], int] = collections.Counter()
+        resets = dict.fromkeys(REASONS, 0)
+        times: Dict[str, List[Any]] = {}
+        for (id, kind, reason), row in sorted(self.rows.items()):
+            asked[id, STATUSES[kind]] += row[0]
+            if reason:
+                resets[reason] += row[0]
+            if kind > 1:  # what is carried takes as long as it likes
+                times[id] = [x + y for x, y in zip(times.get(id, [0] * 20), row)]
+        sides = [("sent", id, x[2]) for id, x in self.by_id().items()]
+        sides += [("received", id, x[3]) for id, x in self.by_id().items()]
+        refused = self.server.registry.refused
+        samples: Any = [x for id, row in times.items() for x in histogram(id, row)]
+        text = "From a request's head to the end of its answer."
+        yield "mdm_tunnel_request_seconds", "histogram", text, samples
+        for name, text, samples in (
+            ("requests", "By the class of their status; carried: passed on as bytes.",
+             [({"id": x, "status": y}, count) for (x, y), count in asked.items()]),
+            ("bytes", "Of bodies, sent to visitors and received from them.",
+             [({"id": id, "direction": side}, count) for side, id, count in sides]),
+            ("resets", "Streams that did not end as they should.",
+             [({"reason": x}, count) for x, count in sorted(resets.items())]),
+            ("refused_logins", "Logins of clients that were refused.",
+             [({"reason": x}, count) for x, count in sorted(refused.items())]),
+        ):  # fmt: skip
+            samples = [("_total", *sample) for sample in samples]
+            yield "mdm_tunnel_" + name, "counter", text, samples
+
+
+def rate_between(one: List[Any], other: List[Any]) -> List[float]:
+    """How much of each there was in a second; they begin with the time."""
+    seconds = max(other[0] - one[0], 0.001)
+    return [(y - x) / seconds for x, y in zip(one[1:], other[1:])]
+
+
+def histogram(id: str, row: List[Any]) -> Iterator[Sample]:
+    """A row of Numbers as samples."""
+    within = 0
+    for bound, count in zip((*map(repr, BOUNDS), "+Inf"), row[4:]):
+        within += count
+        yield "_bucket", {"id": id, "le": bound}, within
+    yield "_count", {"id": id}, within
+    yield "_sum", {"id": id}, row[3]
+
+
+def family(name: str, kind: str, text: str, samples: List[Sample]) -> str:
+    """A metric as text."""
+    lines, unit = ["# TYPE %s %s" % (name, kind)], name.rpartition("_")[2]
+    lines += ["# UNIT %s %s" % (name, unit)] if unit in ("seconds", "bytes") else []
+    lines += ["# HELP %s %s" % (name, text)]
+    for suffix, labels, value in samples:
+        pairs = ",".join('%s="%s"' % (x, escaped(y)) for x, y in labels.items())
+        where = "{%s}" % pairs if pairs else ""
+        lines.append("%s%s%s %s" % (name, suffix, where, value))
+    return "\n".join(lines) + "\n"
+
+
+def escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def process(started: float) -> Iterator[Metric]:
+    """By the names that all exporters have; of Linux what /proc tells."""
+    used: List[Sample] = [("_total", {}, time.process_time())]
+    yield "process_cpu_seconds", "counter", "Of user and system.", used
+    found = [("start_time_seconds", "When it began.", started)]
+    with contextlib.suppress(OSError, ImportError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        found += [("max_fds", "Descriptors that may be open.", limit)]
+        count = len(os.listdir("/proc/self/fd")) - 1  # one of them is to list them
+        found += [("open_fds", "Descriptors that are open.", count)]
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[1]) * resource.getpagesize()
+        found += [("resident_memory_bytes", "In memory.", size)]
+    for name, text, value in found:
+        yield "process_" + name, "gauge", text, [("", {}, value)]
+
+
+# -----------------------------------------------------------------------------------
+# Admin: what operators see, on a port of its own. It changes nothing, so whoever
+# reaches the port may read it, as with all exporters. A page of another origin may not:
+# the browser keeps the answer from it, and a name that leads here by a trick (DNS
+# rebinding) is none of ours.
+# -----------------------------------------------------------------------------------
+ADMIN_HOST = "127.0.0.1"  # where --admin says only a port
+METRICS_KIND = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+HTML_KIND = "text/html; charset=utf-8"
+SHOWN_IDS = 100  # on the page, and of each so many services: to make it takes time
+SHOWN_SERVICES = 12
+SLOW = 0.25  # seconds of a turn that visitors notice
+ADMIN_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>mdm-tunnel: numbers</title>
+<link rel="icon" href="data:,">
+<noscript><meta http-equiv="refresh" content="5"></noscript>
+<style>%s</style></head><body>
+<header id="state">%s</header>
+<section id="tiles" class="tiles">%s</section>
+<section id="curves" class="curves">%s</section>
+<h2>Clients</h2>
+<table id="links" class="links">%s</table>
+<h2>Last requests</h2>
+<table id="last" class="last">%s</table>
+<footer><a href="/metrics">/metrics</a> <a href="/healthz">/healthz</a></footer>
+<script>%s</script></body></html>
+"""
+ADMIN_STYLE = """
+:root { color-scheme: light dark; --line: #e4e7eb; --soft: #667080; --text: #1b212b;
+  --back: #f6f7f9; --card: #fff; --one: #2c5fc0; --two: #95590a; --good: #17713d;
+  --warn: #a06200; --bad: #c8342c }
+@media (prefers-color-scheme: dark) { :root { --line: #2a303a; --soft: #8e99a8;
+  --text: #dde3ea; --back: #12161c; --card: #191e26; --one: #6f9cf0; --two: #e0a35a;
+  --good: #58c08a; --warn: #e0b050; --bad: #f27a70 } }
+* { box-sizing: border-box }
+body { font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  max-width: 1400px; margin: 0 auto; padding: 20px 24px; color: var(--text);
+  background: var(--back) }
+header { display: flex; flex-wrap: wrap; gap: 2px 14px; align-items: baseline }
+h1 { font-size: 20px; margin: 0 } h1 + b { flex: 1 } b { font-weight: 600 }
+h2 { font-size: 14px; margin: 22px 0 8px }
+small, th, header, footer, dt, dd + dd, figure p, .t { color: var(--soft);
+  font-size: 12px }
+h1, p b { color: var(--text) }
+a { color: var(--one); text-decoration: none } a:hover { text-decoration: underline }
+footer { margin-top: 16px } footer a, .what > * { margin-right: 12px }
+.tiles, .curves { display: grid; gap: 10px; margin-top: 10px;
+  grid-template-columns: repeat(8, 1fr) } .curves { grid-template-columns: 1fr 1fr }
+dl, figure, table { background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; margin: 0 } dl, figure { padding: 9px 12px } dd { margin: 0 }
+dd b { font-size: 20px; line-height: 1.35; white-space: nowrap }
+figure p { display: flex; gap: 14px; margin: 0 } p > :first-child { flex: 1 }
+i { font-style: normal } i::before { content: "\\25cf  " }
+svg { display: block; width: 100%; height: 110px; margin: 6px 0 2px;
+  border-bottom: 1px solid var(--line) }
+path { fill: currentColor; opacity: .75 } path + path { opacity: 1 }
+rect { fill: transparent } rect:hover { fill: rgba(127, 127, 127, .2) }
+table { width: 100%; border-collapse: separate; border-spacing: 0 }
+th { text-align: left; font-weight: 400 }
+th, td { padding: 5px 12px; vertical-align: baseline; overflow-wrap: anywhere }
+td { border-top: 1px solid var(--line) } .n { white-space: nowrap }
+.links tr > :nth-child(n+5), .last tr > :nth-child(n+6) { text-align: right }
+.what { width: 34% } .last .what { width: 45% } .what small { margin: 0 0 0 8px }
+.off { color: var(--soft); text-align: center; padding: 22px } .st { font-weight: 600 }
+.s0, .s1, .s3, .one { color: var(--one) } .s2, .good { color: var(--good) }
+.two { color: var(--two) } .s4, .warn { color: var(--warn) } .s5 { color: var(--bad) }
+.gone #state b { font-size: 0 } .gone b::after { color: var(--bad); font-size: 12px;
+  content: "no answer" }
+@media (max-width: 900px) { .tiles { grid-template-columns: repeat(4, 1fr) } }
+@media (max-width: 640px) { body { padding: 14px } thead, td:empty { display: none }
+  .tiles { grid-template-columns: 1fr 1fr } .curves { grid-template-columns: 1fr }
+  tr { display: flex; flex-wrap: wrap; gap: 0 10px; padding: 7px 12px }
+  tr + tr { border-top: 1px solid var(--line) }
+  td { padding: 0; border: 0; font-size: 12px } .off { margin: auto }
+  td:not(.st) { color: var(--soft) }
+  .what, .id, .st { font-size: 14px } td.what, td.id { color: var(--text) }
+  .links .what { order: 1; width: 100% } td[title]::before { content: attr(title) " " }
+  .last .st { order: -2 } .last .what { order: -1; flex: 1 0 80%; width: auto } }
+"""
+# What has not changed stays, so nothing flickers, and what is selected stays selected.
+ADMIN_SCRIPT = """
+async function refresh() {
+  try {
+    if (!document.hidden) {
+      const answer = await fetch("/");
+      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      for (const part of page.querySelectorAll("body > [id]")) {
+        const old = document.getElementById(part.id);
+        if (old.innerHTML !== part.innerHTML) old.innerHTML = part.innerHTML;
+      }
+      document.body.className = "";
+    }
+  } catch (error) { document.body.className = "gone" }
+  setTimeout(refresh, 2000);
+}
+setTimeout(refresh, 2000);
+"""
+
+
+class AdminSite(Site):
+    """What the port of --admin serves. Its connections are none of the visitors', so
+    nobody counts or logs them, and a drain does not wait for them; but they, too, may
+    go where room is short."""
+
+    kind = "admin"
+
+    def __init__(self, server: "Server", sock: Any, address: Tuple[str, int]) -> None:
+        super().__init__(server, "http")
+        self.visitors = Visitors(server.loop)
+        self.visitors.idle = server.visitors.idle
+        self.name = address[0].lower()
+        self.numbers = Numbers(server)
+        self.port = Port(sock, self.visitors, self.serve)
+        self.html = AdminPage(self.numbers)
+        policy = "default-src 'none'; img-src data:; connect-src 'self'; "
+        policy += "style-src '%s'; script-src '%s'; base-uri 'none'; "
+        policy += "form-action 'none'; frame-ancestors 'none'"
+        hashes = csp_hash(ADMIN_STYLE), csp_hash(ADMIN_SCRIPT)
+        self.fields = [
+            ("Content-Security-Policy", policy % hashes),
+            ("X-Content-Type-Options", "nosniff"),
+            ("X-Frame-Options", "DENY"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+            ("Referrer-Policy", "no-referrer"),
+        ]
+
+    def tell(self) -> None:
+        import ipaddress
+
+        host, port = self.port.address
+        url = "http://%s:%d/" % ("[%s]" % host if ":" in host else host, port)
+        log.info("numbers on %s", url)
+        if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+            log.warning("numbers: whoever reaches port %d may read them", port)
+
+    def close(self) -> None:
+        """The last is said: no connection here may hold up the end."""
+        self.visitors.stopping = True
+        self.port.close()
+        for http in list(self.visitors.all):
+            http.close(Ending.CLOSE)
+
+    def resolve(self, request: Request) -> Page:
+        """A page. Raises HTTPError."""
+        name, path = request.name.strip("[]"), request.target.partition("?")[0]
+        if name not in ("localhost", self.name) and not read_address(name):
+            cause = "this port is asked by its address, or by its name in --admin"
+            raise HTTPError(403, "denied", cause)
+        origin = request.headers.get("origin")
+        if origin is not None and origin.lower() != "http://" + request.host.lower():
+            raise HTTPError(403, "denied", "pages of other origins may not ask here")
+        make = {"/": self.show, "/metrics": self.tell_metrics, "/healthz": self.health}
+        if path not in make:
+            raise HTTPError(404, "no-page", "here are /, /metrics and /healthz")
+        if request.method not in ("GET", "HEAD"):
+            cause = "%s can only be read" % path
+            raise HTTPError(405, "method", cause, [("Allow", "GET, HEAD")])
+        return make[path](request)._replace(fields=self.fields)
+
+    def page(self, error: Exception, request: Optional[Request]) -> Page:
+        found = super().page(error, None)
+        return found._replace(fields=[*found.fields, *self.fields])
+
+    def health(self, request: Request) -> Page:
+        if self.server.visitors.stopping:
+            return Page(503, "draining", "", [""], file=b"draining\n")
+        return Page(200, "", "", [], file=b"ok\n")
+
+    def tell_metrics(self, request: Request) -> Page:
+        kind = "" if request.wants_html() else METRICS_KIND  # a browser would save it
+        return Page(200, "", "", [], file=self.numbers.metrics(), kind=kind)
+
+    def show(self, request: Request) -> Page:
+        return Page(200, "", "", [], file=self.html.make(), kind=HTML_KIND)
+
+
+def csp_hash(text: str) -> str:
+    """How a Content-Security-Policy names an inline script or style (CSP 3, 2.3.1)."""
+    import base64
+    import hashlib
+
+    digest = hashlib.sha256(text.encode()).digest()
+    return "sha256-" + base64.b64encode(digest).decode()
+
+
+def safe(text: Any) -> str:
+    """What comes from outside, in HTML."""
+    import html
+
+    return html.escape(printable(str(text)))
+
+
+class AdminPage:
+    """Makes the page, from the numbers and what is here now."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        self.numbers, self.loop = numbers, numbers.loop
+        self.registry = numbers.server.registry
+
+    def make(self) -> bytes:
+        parts = self.state(), self.tiles(), self.curves(), self.links(), self.last()
+        return (ADMIN_PAGE % (ADMIN_STYLE, *parts, ADMIN_SCRIPT)).encode()
+
+    def state(self) -> str:
+        stopping = self.numbers.server.visitors.stopping
+        state = ("warn", "draining") if stopping else ("good", "running")
+        since = short_time(time.time() - self.numbers.started)
+        text = '<h1>mdm-tunnel</h1><b class="%s">%s</b><span>version %s</span>'
+        text += "<span>up %s</span><span>%s</span>"
+        return text % (*state, VERSION, since, time.strftime("%H:%M:%S"))
+
+    def tiles(self) -> str:
+        """The figures of now; a rate is that of the last ten to twenty seconds."""
+        numbers, links = self.numbers, self.loop.links
+        visitors, streams = map("{:,}".format, (numbers.visitors(), numbers.streams()))
+        samples, total, longest = numbers.samples, numbers.total(), max(numbers.turns)
+        rate = rate_between(samples[max(0, len(samples) - 2)], total)
+        failed = total[2] - samples[0][2]
+        trip = "round trip " + trip_time(max([x.round_trip for x in links], default=0))
+        refused = sum(self.registry.refused.values())
+        sent, received = [short_size(int(x)) + "/s" for x in rate[2:]]
+        rows = [
+            ("", "Requests", short_rate(rate[0]), "{:,} in all".format(total[1])),
+            ("s5" * bool(failed), "Errors 5xx", "{:,}".format(failed), "in 10 minutes"),
+            ("", "Sent", sent, short_size(total[3]) + " in all"),
+            ("", "Received", received, short_size(total[4]) + " in all"),
+            ("", "Visitors", visitors, "connections"),
+            ("", "Streams", streams, "on %d links" % len(links)),
+            ("", "Ids", len(self.registry.pools), "%d logins refused" % refused),
+            ("s5" * (longest > SLOW), "Longest turn", short_time(longest), trip),
+        ]
+        form = '<dl><dt>%s</dt><dd><b class="%s">%s</b></dd><dd>%s</dd></dl>'
+        return "".join(form % (name, kind, x, y) for kind, name, x, y in rows)
+
+    def curves(self) -> str:
+        """The last ten minutes, a point for each ten seconds; now is on the right."""
+        samples = list(self.numbers.samples)
+        rates = [rate_between(*pair) for pair in zip(samples, samples[1:])]
+        asked, failed, sent, received = zip(*rates) if rates else [()] * 4
+        curves = ("one", "all", asked), ("s5", "5xx", failed)
+        found = figure("Requests", curves, short_rate)
+        curves = ("one", "sent", sent), ("two", "received", received)
+        return found + figure("Bytes", curves, byte_rate)
+
+    def links(self) -> str:
+        """The links, with the services of their ids; then who is not here."""
+        sums, tokens = self.numbers.by_id(), self.registry.tokens
+        links = [link for link in self.loop.links if link.owner.id]
+        links.sort(key=lambda link: (link.owner.id, link.owner.since))
+        shown, none = [link.owner for link in links[:SHOWN_IDS]], [0, 0, 0, 0]
+        rows = [self.row(tunnel, sums.get(tunnel.id, none)) for tunnel in shown]
+        rows = rows or ['<tr><td class="off" colspan="8">No client is connected.']
+        absent = sorted(set(tokens.value if tokens else ()) - set(self.registry.pools))
+        if absent:
+            names = safe(", ".join(absent[:SHOWN_IDS]))
+            rows.append('<tr><td class="off" colspan="8">Not connected: ' + names)
+        heads = "Id|Services|From|Connected|Round trip|Streams|Requests|Sent / received"
+        return table(heads, rows)
+
+    def row(self, tunnel: Tunnel, sums: List[int]) -> str:
+        """A link, with the sums of its id."""
+        link, pool = tunnel.link, self.registry.pools.get(tunnel.id)
+        here = pool and pool.tunnel is tunnel
+        services = self.services(pool) if pool and here else "<span>leaving</span>"
+        cells = (
+            ("from", safe(tunnel.address)),
+            ("for", short_time(self.loop.clock() - tunnel.since)),
+            ("round trip", trip_time(link.round_trip)),
+            ("streams", len(link.streams)),
+            ("requests", "{:,}".format(sums[0])),
+            ("bytes", "%s / %s" % (short_size(sums[2]), short_size(sums[3]))),
+        )
+        text = '<tr><td class="id"><b>%s</b><td class="what">%s'
+        form, id = '<td class="n" title="%s">%s', safe(tunnel.id)
+        return text % (id, services) + "".join(form % cell for cell in cells)
+
+    def services(self, pool: Pool) -> str:
+        found, shown = pool.services, []
+        url = self.registry.names.url(pool.id, "%s", pool.tunnel.host)
+        for name in sorted(found)[:SHOWN_SERVICES]:
+            form, where = '<span title="%s">%s</span>', url.replace("%s", name)
+            try:
+                where = self.registry.way_to(found[name], pool.tunnel, where)
+            except ValueError as error:
+                where = str(error)
+            if where.startswith("http"):
+                form, where = '<a href="%s" rel="noreferrer">%s</a>', where.split()[0]
+            shown.append(form % (safe(where), safe(name)))
+        more = len(found) - SHOWN_SERVICES
+        shown += ["<span>and %d more</span>" % more] if more > 0 else []
+        return "".join(shown) or "<span>none</span>"
+
+    def last(self) -> str:
+        rows = list(map(request_row, reversed(self.numbers.recent)))
+        rows = rows or ['<tr><td class="off" colspan="7">No requests yet.']
+        return table("Time|Status|Request|Service|Visitor|Size|Took", rows)
+
+
+def table(names: str, rows: List[str]) -> str:
+    heads = "".join("<th>%s" % name for name in names.split("|"))
+    return "<thead><tr>%s<tbody>%s" % (heads, "".join(rows))
+
+
+def request_row(told: Tuple[Any, ...]) -> str:
+    """One of the last requests."""
+    at, visitor, id, service, method, target, cause = told[:7]
+    status, code, _, sent, _, took = told[7:]
+    clock = time.strftime("%H:%M:%S", time.localtime(at))
+    why = safe(": ".join(filter(None, (code, cause))))
+    what = safe("%s %s" % (method[:20], target)) + "<small>%s</small>" % why * bool(why)
+    form = '<tr><td class="t">%s<td class="st s%d">%s<td class="what">%s<td>%s'
+    form += '<td class="t">%s<td class="n">%s<td class="n">%s'
+    cells = clock, status // 100, status or "end", what
+    where = safe(("%s %s" % (id, service)).strip()), safe(visitor)
+    return form % (*cells, *where, short_size(sent), short_time(took))
+
+
+def trip_time(seconds: float) -> str:
+    """0.0 is not known yet."""
+    return "%.1fms" % (seconds * 1000) if seconds < 0.01 else short_time(seconds)
+
+
+def short_rate(rate: float) -> str:
+    return ("%.0f/s" if rate >= 9.95 or not rate else "%.1f/s") % rate
+
+
+def byte_rate(rate: float) -> str:
+    return short_size(int(rate)) + "/s"
+
+
+def figure(title: str, curves: Any, say: Call) -> str:
+    """A chart of 600 by 100 units, of which a point is 10 wide; the second of `curves`,
+    which are colour, name, values, has narrow bars. Where the pointer rests it tells
+    the values."""
+    top, factors = 1.0, itertools.cycle((2, 2.5, 2))
+    while top < max([x for _, _, values in curves for x in values], default=0):
+        top *= next(factors)
+    head, drawn = "<figure><p><b>%s</b>" % title, ""
+    ago = range(len(curves[0][2]))[::-1]
+    for width, (colour, name, values) in zip((8, 4), curves):
+        head += '<i class="%s">%s</i>' % (colour, name)
+        bars = [(595 - 10 * n - width / 2, 98 * x / top) for n, x in zip(ago, values)]
+        path = "".join("M%d,100v-%.1fh%dV100z" % (x, y, width) for x, y in bars)
+        drawn += '<path class="%s" d="%s"/>' % (colour, path)
+    form = '<rect x="%d" width="10" height="100"><title>%s  %s</title></rect>'
+    for n, *values in zip(ago, *(values for _, _, values in curves)):
+        clock = time.strftime("%H:%M:%S", time.localtime(time.time() - SAMPLE_TIME * n))
+        drawn += form % (590 - 10 * n, clock, ", ".join(map(say, values)))
+    head += '<span>%s</span></p><svg viewBox="0 0 600 100" preserveAspectRatio="none">'
+    foot = "</svg><p><span>10 minutes ago</span><span>now</span></p></figure>"
+    return "".join((head % say(top), drawn, foot))
 
 
 # -----------------------------------------------------------------------------------
@@ -5927,6 +6533,7 @@ class Config(NamedTuple):
     log_json: bool = False
     landing: bool = True
     drain: float = DRAIN
+    admin: Optional[Tuple[str, int]] = None
 
 
 def port_number(text: str) -> int:
@@ -5942,6 +6549,18 @@ def port_range(text: str) -> range:
     if not ports or ports[0] == 0:
         raise argparse.ArgumentTypeError("%r is no range like 20000-20099" % text)
     return ports
+
+
+def admin_address(text: str) -> Tuple[str, int]:
+    """[HOST:]PORT; an address of IPv6 stands in brackets."""
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        return ADMIN_HOST, port_number(port)
+    host = host[1:-1] if re.fullmatch(r"\[[^][]+]", host) else host
+    if not host or ":" in host and text[0] != "[" or "[" in host:
+        cause = "%r is no address: 9100, 127.0.0.1:9100 or [::1]:9100" % text
+        raise argparse.ArgumentTypeError(cause)
+    return host, port_number(port)
 
 
 def networks(text: str) -> List[str]:
@@ -5996,6 +6615,9 @@ def make_parser() -> Parser:
         "with a PROXY header")  # fmt: skip
     add("--no-landing", action="store_false", dest="landing",
         help="at its own name neither say how to begin nor hand out the client")
+    add("--admin", type=admin_address, metavar="[HOST:]PORT",
+        help="/metrics, /healthz and a page for operators, by http; whoever reaches it "
+        "may read it (HOST is 127.0.0.1)")  # fmt: skip
     add("--user", metavar="NAME",
         help="once the ports are open, go on as this user, not as root")  # fmt: skip
     add("--drain", type=drain_time, default=DRAIN, metavar="SECONDS",

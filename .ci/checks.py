@@ -20,6 +20,7 @@ from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple
 from typing import Union
 
 import by_name
+import counting
 import deploying
 import first_minute
 import inspecting
@@ -836,6 +837,7 @@ CHECKS: List[Callable[[World], str]] = [
     out_by_tinyproxy,
     tiny_clients,
     *first_minute.CHECKS,
+    *counting.CHECKS,
     *by_name.CHECKS,
     *publishing.CHECKS,
     *deploying.CHECKS,
