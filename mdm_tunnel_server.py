@@ -4391,6 +4391,102 @@ class Manager:
 
 
 # -----------------------------------------------------------------------------------
+# Unit: what --print-unit prints, a unit of systemd for just this command line, with
+# rights for nothing else (systemd.exec(5)).
+# -----------------------------------------------------------------------------------
+FENCES = """NoNewPrivileges=yes
+ProtectSystem=strict
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+UMask=0077"""
+CREDENTIAL = "${CREDENTIALS_DIRECTORY}/"  # where LoadCredential puts a file
+
+
+def typed_words(parser: Any, argv: Optional[List[str]], paths: List[str]) -> List[str]:
+    """The command line as the parser reads it, but for --print-unit: long options, and
+    the values of those in `paths` as absolute paths."""
+    for action in parser._actions:
+        action.type = None  # as they were typed
+    options, rest = parser.parse_known_args(argv)
+    words: List[str] = rest
+    for action in reversed(parser._actions):
+        value = getattr(options, action.dest, action.default)
+        if value == action.default or action.dest == "print_unit":
+            continue
+        option = next(x for x in action.option_strings if x.startswith("--"))
+        if action.nargs == 0:
+            words[:0] = [option] * int(value or 1)
+        else:
+            value = os.path.abspath(value) if action.dest in paths else value
+            words[:0] = [option, value] if value[:1] != "-" else [option + "=" + value]
+    return words
+
+
+def quoted_word(word: str) -> str:
+    """As ExecStart wants it (systemd.syntax(7), systemd.service(5))."""
+    start = CREDENTIAL if word.startswith(CREDENTIAL) else ""
+    text = word[len(start) :].replace("\\", "\\\\").replace('"', '\\"')
+    text = text.replace("%", "%%").replace("$", "$$").replace("\n", "\\n")
+    plain = text and not re.search(r"[\s'\";]", text)
+    return start + text if plain else '"%s"' % (start + text)
+
+
+def owner_lines(paths: List[str], owner: Optional[str] = None) -> List[str]:
+    """The user of a unit, which has to read these files, and goes on reading them."""
+    programs = [sys.executable or "", os.path.abspath(sys.argv[0])]
+    homes = any(re.match("/(home|root)/", path) for path in paths + programs)
+    lines = ["ProtectHome=read-only" if homes else "ProtectHome=yes"]
+    if not paths and not owner:
+        return ["DynamicUser=yes", *lines]
+    if owner is None:
+        import pwd
+
+        with contextlib.suppress(OSError, KeyError):
+            owner = pwd.getpwuid(os.stat(paths[0]).st_uid).pw_name
+    if owner in (None, "root"):  # which would have all rights
+        lines.insert(0, "# Make this user, and let it read: %s" % " ".join(paths))
+        owner = "mdm-tunnel"
+    return ["User=%s" % owner, *lines]
+
+
+def print_unit(words: List[str], drain: float, notes: List[str], more: Any) -> None:
+    """Print it; `more` are lines of its own, and `notes` what is to be done before."""
+    name = os.path.splitext(os.path.basename(sys.argv[0]))[0].replace("_", "-")
+    script = os.path.abspath(sys.argv[0])
+    if not os.path.isfile(script):  # it came by a pipe
+        name, script = "mdm-tunnel-client", "/opt/mdm_tunnel_client.py"
+        notes = ["Put the script at %s." % script, *notes]
+    notes = [*notes, "Put this into /etc/systemd/system/%s.service, then:" % name]
+    notes.append("  systemctl daemon-reload && systemctl enable --now %s" % name)
+    command = [sys.executable or "/usr/bin/python3", script, *words]
+    lines = ["# " + note for note in notes]
+    lines += ["[Unit]", "Description=%s" % name.replace("mdm-tunnel-", "mdm-tunnel ")]
+    lines += ["Wants=network-online.target", "After=network-online.target"]
+    lines += ["", "[Service]", "Type=notify"]
+    lines += ["ExecStart=" + " ".join(map(quoted_word, command))]
+    lines += ["ExecReload=/bin/kill -HUP $MAINPID", "WatchdogSec=30", "Restart=always"]
+    lines += ["RestartSec=5", "TimeoutStopSec=%d" % (drain + 11), "LimitNOFILE=65536"]
+    lines += [*more, FENCES, "", "[Install]", "WantedBy=multi-user.target"]
+    print("\n".join(lines))
+
+
+# -----------------------------------------------------------------------------------
 # Command line and options, as far as they are the same in both.
 # -----------------------------------------------------------------------------------
 PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # version 2 of the PROXY protocol
@@ -6581,7 +6677,30 @@ def domains(text: str) -> str:
 
 
 def parse_arguments(argv: Optional[List[str]]) -> Config:
-    return Config(**vars(make_parser().parse_args(argv)))
+    options = make_parser().parse_args(argv)
+    if options.print_unit:
+        print_server_unit(argv, options)
+        sys.exit(0)
+    del options.print_unit
+    return Config(**vars(options))
+
+
+def print_server_unit(argv: Optional[List[str]], options: argparse.Namespace) -> None:
+    """Its user reads the certificates and tokens also when they change, so that
+    systemd's credentials, which are copies, would not do."""
+    names = ["tokens", "tls_cert", "tls_key", "tls_dir"]
+    given = [getattr(options, name) for name in names]
+    paths = [os.path.abspath(path) for path in given if path is not None]
+    words = typed_words(make_parser(), argv, names)
+    if options.user is not None:  # which needs no root's rights first
+        at = words.index("--user")
+        del words[at : at + 2]
+    ports = [options.port, options.client_port, options.tls_port or 0]
+    low = any(0 < port < 1024 for port in [*ports, *options.tcp_ports[:1]])
+    capability = "CAP_NET_BIND_SERVICE" if low else ""
+    more = owner_lines(paths, options.user) + ["CapabilityBoundingSet=" + capability]
+    more += ["AmbientCapabilities=" + capability] if low else []
+    print_unit(words, options.drain, [], more)
 
 
 def make_parser() -> Parser:
@@ -6622,6 +6741,8 @@ def make_parser() -> Parser:
         help="once the ports are open, go on as this user, not as root")  # fmt: skip
     add("--drain", type=drain_time, default=DRAIN, metavar="SECONDS",
         help="after SIGTERM let what runs go on for so long (%(default)g)")  # fmt: skip
+    add("--print-unit", action="store_true",
+        help="print a unit of systemd for just these options, and end")  # fmt: skip
     add("-v", "--verbose", action="count", default=0,
         help="say what happens, on stderr; -vv: every frame")  # fmt: skip
     add("--log-json", action="store_true", help="the same, each line a JSON object")

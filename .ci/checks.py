@@ -20,6 +20,7 @@ from typing import Any, Awaitable, Callable, Dict, List, Optional, Tuple
 from typing import Union
 
 import by_name
+import checking
 import counting
 import deploying
 import first_minute
@@ -841,6 +842,7 @@ CHECKS: List[Callable[[World], str]] = [
     *by_name.CHECKS,
     *publishing.CHECKS,
     *deploying.CHECKS,
+    *checking.CHECKS,
     *inspecting.CHECKS,
     *skew.CHECKS,
     *leaving.CHECKS,
