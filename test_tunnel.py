@@ -6046,7 +6046,7 @@ class Stopping(TunnelCase):
         self.assertFalse(self.server.thread.is_alive())
 
     def test_id_of_a_client_that_leaves_is_free(self):
-        conn = self.stalled(drain=PATIENCE)
+        conn = self.stalled(b"HTTP/1.1 200 OK\r\n\r\n", drain=PATIENCE)
         tunnel, program = self.tunnels["tim"], self.client.program
         self.client.do(lambda: program.stop() or True)
         self.server.until(lambda: tunnel.link.draining)
@@ -6567,7 +6567,8 @@ class Logins(TunnelCase):
     def test_answers_that_are_no_tunnel_end_the_first_dial(self):
         location = b"HTTP/1.1 302 Found\r\nLocation: http://login.test/\x1b[2J\r\n\r\n"
         table = [
-            (b"HTTP/1.0 404 No\r\n\r\n", "--client-port"),
+            (b"HTTP/1.0 404 No\r\n\r\n", "those of the server"),
+            (b"HTTP/1.0 404 No\r\nX-Tunnel-Error: no-name\r\n\r\n", "--client-port"),
             (b"HTTP/1.1 \xb2 X\r\n\r\n", "no mdm-tunnel server"),
             (b"HTTP/1.1 200 OK\r\n\r\n<html>", "in the browser"),
             (location, "http://login.test/"),
