@@ -20,9 +20,10 @@ in either file): Protocol, Frames, Loop, Connection, Stream and Link, Pipe. Then
     Uplink           dials, has a tunnel, dials again
     Client           all of it, and how it stops
 
-Part two keeps it up: Secrets, TLS, Files, Limits, Log, Service manager, Resolver, PROXY
-protocol, Proxies, URL file, Command line. The client knows nothing of HTTP, so any
-protocol passes. Nothing here needs more than the standard library of Python 3.6.
+Part two keeps it up: Secrets, TLS, Files, Limits, Log, Outcome, Service manager, Unit,
+Resolver, PROXY protocol, Proxies, URL file, Check, Inspector, Command line. Part one
+knows nothing of HTTP, so any protocol passes. Nothing here needs more than the standard
+library of Python 3.6.
 """
 
 # ###################################################################################
@@ -3594,8 +3595,9 @@ class Parser(argparse.ArgumentParser):
 
 
 # -----------------------------------------------------------------------------------
-# Resolver: names are looked up in one helper thread, the only one there is, since the
-# system's resolver blocks. Numeric addresses and localhost need none.
+# Resolver: names are looked up in one helper thread, the only one but for those of the
+# inspector, since the system's resolver blocks. Numeric addresses and localhost need
+# none.
 # -----------------------------------------------------------------------------------
 class Resolver:
     def __init__(self, loop: Loop) -> None:
@@ -4460,39 +4462,6 @@ def make_page_server(inspector: Inspector, port: int) -> Any:
     import http.server
     import socketserver
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        timeout = 2 * NEWS_TIME
-
-        def do_GET(self) -> None:
-            size, nonce = self.headers.get("Content-Length", "0"), os.urandom(12).hex()
-            if not size.isdecimal() or int(size[:9]) > REPLAY_LIMIT:
-                return self.send_error(413)
-            body = self.rfile.read(int(size[:9]))
-            asked = self.command, self.path, self.headers, body
-            status, kind, said = inspector.answer(*asked)
-            policy = PAGE_POLICY.replace("NONCE", nonce)
-            if kind == "text/html":
-                said = said.replace(b"NONCE", nonce.encode())
-            self.send_response(status)
-            for name, value in (
-                ("Content-Type", kind + "; charset=utf-8"),
-                ("Content-Length", str(len(said))),
-                ("Content-Security-Policy", policy),
-                ("Cross-Origin-Resource-Policy", "same-origin"),
-                ("X-Content-Type-Options", "nosniff"),
-                ("Referrer-Policy", "no-referrer"),
-                ("Cache-Control", "no-store"),
-            ):
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(said)
-
-        do_POST = do_GET
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
     class PageServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         daemon_threads = True
         allow_reuse_address = os.name != "nt"  # where it would share the port
@@ -4504,7 +4473,40 @@ def make_page_server(inspector: Inspector, port: int) -> Any:
         def handle_error(self, *_: Any) -> None:
             pass  # the browser has left
 
-    return PageServer(("127.0.0.1", port), Handler)
+    return PageServer(("127.0.0.1", port), make_handler(inspector))
+
+
+def make_handler(inspector: Inspector) -> Any:
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        timeout = 2 * NEWS_TIME
+
+        def do_GET(self) -> None:
+            size = self.headers.get("Content-Length", "0")
+            if not size.isdecimal() or int(size[:9]) > REPLAY_LIMIT:
+                return self.send_error(413)
+            body = self.rfile.read(int(size[:9]))
+            asked = self.command, self.path, self.headers, body
+            status, kind, said = inspector.answer(*asked)
+            nonce = os.urandom(12).hex()
+            if kind == "text/html":
+                said = said.replace(b"NONCE", nonce.encode())
+            self.send_response(status)
+            for name, value in PAGE_FIELDS:
+                self.send_header(name, value.replace("NONCE", nonce))
+            self.send_header("Content-Type", kind + "; charset=utf-8")
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    return Handler
 
 
 # -----------------------------------------------------------------------------------
@@ -4515,6 +4517,13 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src "
     "blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
+)
+PAGE_FIELDS = (
+    ("Content-Security-Policy", PAGE_POLICY),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
 )
 INSPECT_PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>Requests</title>
@@ -4920,6 +4929,14 @@ def make_parser() -> FileParser:
         help="after SIGTERM let what runs go on for so long (%(default)g)")  # fmt: skip
     add("--url-file", metavar="PATH",
         help="as long as it runs this holds id, URLs and pid, as JSON")  # fmt: skip
+    add_seeing_options(add)
+    add("-V", "--version", action="version", version=VERSION)
+    add("--help", action="help", help="this text; also -h alone")
+    return parser
+
+
+def add_seeing_options(add: Call) -> None:
+    """What is seen of it, and what ends at once."""
     add("--inspect", nargs="?", const=INSPECT_PORT, metavar="PORT",
         help="show each request on a page at this machine's port PORT (%s), and "
         "send it again from there; its address is printed" % INSPECT_PORT)  # fmt: skip
@@ -4931,9 +4948,6 @@ def make_parser() -> FileParser:
     add("-v", "--verbose", action="count", default=0,
         help="print the URLs, say what happens; -vv: every frame")  # fmt: skip
     add("--log-json", action="store_true", help="the same, each line a JSON object")
-    add("-V", "--version", action="version", version=VERSION)
-    add("--help", action="help", help="this text; also -h alone")
-    return parser
 
 
 def add_server_options(add: Call) -> None:

@@ -24,9 +24,10 @@ How to read it. Part one carries a request:
     Connect          one CONNECT, until its target is there
     Server           what each port serves, and how it stops
 
-Part two keeps it up: Secrets, TLS, Files, Limits, Log, Service manager, Fields, Pages,
-Ports, TCP ports, Prefaces, Fronts, Gates, Overload, Numbers, Admin, Privileges, Command
-line. Nothing here needs more than the standard library of Python 3.6.
+Part two keeps it up: Secrets, TLS, Files, Limits, Log, Outcome, Service manager, Unit,
+Fields, Pages, Ports, TCP ports, Prefaces, Fronts, Gates, Overload, Numbers, Admin, Files
+of the server, Privileges, Command line. Nothing here needs more than the standard library
+of Python 3.6.
 """
 
 from typing import FrozenSet, Pattern
@@ -3544,11 +3545,7 @@ class Server:
         ]
         self.note_addresses(names, plan)
         self.admin = AdminSite(self, socks[-1], config.admin) if config.admin else None
-        self.files = [file for file in (self.tokens, self.tls) if file]
-        for file in self.files:
-            forbid_core_dumps()
-            self.on_new_file(file)
-            self.look_timer.set(LOOK_TIME)
+        self.watch_files()
 
     def __str__(self) -> str:
         return "server"
@@ -3610,6 +3607,13 @@ class Server:
         log.error("server: %s", error)
 
     # Files that change while it runs.
+
+    def watch_files(self) -> None:
+        self.files = [file for file in (self.tokens, self.tls) if file]
+        for file in self.files:
+            forbid_core_dumps()
+            self.on_new_file(file)
+            self.look_timer.set(LOOK_TIME)
 
     def look(self) -> None:
         """Has a file changed? TLS that runs goes on with the certificate that it began
@@ -6734,6 +6738,12 @@ def make_parser() -> Parser:
         "with a PROXY header")  # fmt: skip
     add("--no-landing", action="store_false", dest="landing",
         help="at its own name neither say how to begin nor hand out the client")
+    add_running_options(add)
+    return parser
+
+
+def add_running_options(add: Call) -> None:
+    """How it runs, and what is seen of it."""
     add("--admin", type=admin_address, metavar="[HOST:]PORT",
         help="/metrics, /healthz and a page for operators, by http; whoever reaches it "
         "may read it (HOST is 127.0.0.1)")  # fmt: skip
@@ -6747,7 +6757,6 @@ def make_parser() -> Parser:
         help="say what happens, on stderr; -vv: every frame")  # fmt: skip
     add("--log-json", action="store_true", help="the same, each line a JSON object")
     add("-V", "--version", action="version", version=VERSION)
-    return parser
 
 
 def add_tls_options(add: Call) -> None:

@@ -147,7 +147,7 @@ class Promises(unittest.TestCase):
             )
 
     # Lines with comments, as they stand; a part that adds says how many it may.
-    BUDGETS = {"shared": 2385, "server": 4425, "client": 2785}
+    BUDGETS = {"shared": 2385, "server": 4430, "client": 2800}
 
     def sections(self, text):
         """The sections of a script or a block, by title, with their lines."""
