@@ -25,9 +25,9 @@ How to read it. Part one carries a request:
     Server           what each port serves, and how it stops
 
 Part two keeps it up: Secrets, TLS, Files, Limits, Log, Outcome, Service manager, Unit,
-Fields, Pages, Ports, TCP ports, Prefaces, Fronts, Gates, Overload, Numbers, Admin, Files
-of the server, Privileges, Command line. Nothing here needs more than the standard library
-of Python 3.6.
+Fields, Pages, Ports, TCP ports, Prefaces, Fronts, Gates, Overload, Numbers, Admin,
+Files of the server, Privileges, Command line. Nothing here needs more than the standard
+library of Python 3.6.
 """
 
 from typing import FrozenSet, Pattern
