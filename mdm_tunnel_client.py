@@ -88,7 +88,7 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 # that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it. A client
 # that says `notes` in its LOGIN, as the server did before, gets NOTE: how requests
 # ended, a list that is collected while the link cannot send. One that says `check` puts
-# no other client off.
+# no other client off; the GOODBYE that it gets then has the `urls` of the other.
 #
 # Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
 # the server opens streams; ids rise by one from 1 and are never used twice. A frame for
@@ -1401,11 +1401,11 @@ class Link:
             self.ping_payload = PING_CLOCK.pack(self.asked)
             self.post(Kind.PING, self.ping_payload)
 
-    def goodbye(self, code: str, reason: str) -> None:
+    def goodbye(self, code: str, reason: str, **more: Any) -> None:
         """Take no new streams; flush() closes the link after the last."""
         if not self.draining:
             self.draining = True
-            self.send(Kind.GOODBYE, {"code": code, "reason": reason})
+            self.send(Kind.GOODBYE, {"code": code, "reason": reason, **more})
 
     def fail(self, error: Exception) -> None:
         """The connection is broken, or the peer's frames are."""
@@ -2205,6 +2205,7 @@ class Tunnel:
         self.nonces = "", ""  # the server's and ours
         self.known: Any = ()  # the options that the server keeps
         self.notes = self.checks = False  # it tells how requests end; knows `check`
+        self.parting: Dict[str, Any] = {}  # its GOODBYE
         self.logged_in = False
         self.since = 0.0  # when it logged in
         self.place: Any = None  # from where: Whereabouts
@@ -2234,6 +2235,7 @@ class Tunnel:
         elif kind == Kind.NOTE:
             self.on_note(message)
         elif kind == Kind.GOODBYE:
+            self.parting = message
             code, reason = map(peer_text, (message.get("code"), message.get("reason")))
             self.uplink.on_goodbye(self, code, reason)
 
@@ -4023,10 +4025,12 @@ class Check(Client):
             advice = "compare it with the server's --tokens file, where it stands as %s"
             advice %= self.id
         elif "is taken" in cause:
-            text = "a client runs as %s, and was left alone" % self.id
+            text = "a client runs as %s, and was left alone: this is what it serves"
             advice = "" if self.token else "if it is not yours, choose an id with -i"
-            self.say("ok", "login", text, advice)
-            return False
+            self.say("ok", "login", text % self.id, advice)
+            found = self.tunnel.parting.get("urls")
+            self.on_urls(found if isinstance(found, dict) else {})
+            return True
         self.say("FAILED", "login", cause, advice)
         return False
 
@@ -4080,7 +4084,7 @@ class Check(Client):
     def try_urls(self, name: str, told: str) -> None:
         """Ask as a visitor would, from here."""
         if not self.told or name not in self.told:
-            self.say("skipped", "visit", "%s: it was not published" % name)
+            self.say("skipped", "visit", "%s: it is not published" % name)
         elif name in self.bad_targets:
             self.say("skipped", "visit", "%s: its target failed" % name)
             return

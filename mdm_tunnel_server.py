@@ -94,7 +94,7 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 # that says `confirm` has an answer, CONNECTED: HTTP's CONNECT waits for it. A client
 # that says `notes` in its LOGIN, as the server did before, gets NOTE: how requests
 # ended, a list that is collected while the link cannot send. One that says `check` puts
-# no other client off.
+# no other client off; the GOODBYE that it gets then has the `urls` of the other.
 #
 # Stream 0 is the link itself; PING, PONG and GOODBYE (no new streams) are its own. Only
 # the server opens streams; ids rise by one from 1 and are never used twice. A frame for
@@ -1407,11 +1407,11 @@ class Link:
             self.ping_payload = PING_CLOCK.pack(self.asked)
             self.post(Kind.PING, self.ping_payload)
 
-    def goodbye(self, code: str, reason: str) -> None:
+    def goodbye(self, code: str, reason: str, **more: Any) -> None:
         """Take no new streams; flush() closes the link after the last."""
         if not self.draining:
             self.draining = True
-            self.send(Kind.GOODBYE, {"code": code, "reason": reason})
+            self.send(Kind.GOODBYE, {"code": code, "reason": reason, **more})
 
     def fail(self, error: Exception) -> None:
         """The connection is broken, or the peer's frames are."""
@@ -2400,6 +2400,7 @@ class Tunnel:
         self.asked_at = 0.0  # when it last had to show that it lives
         self.life_timer = Timer(registry.loop, self.link, self.on_no_life)
         self.listed: Optional[Dict[str, Any]] = None  # the newest, not yet looked at
+        self.urls: Dict[str, str] = {}  # of the services, as the client knows them
         self.dropped = 0  # outcomes that did not fit into a NOTE
         self.list_timer = Timer(registry.loop, self.link, self.on_services)
         message = {"version": VERSION, "nonce": self.nonce, "options": OPTIONS}
@@ -2455,19 +2456,21 @@ class Tunnel:
             welcome["proof"] = prove(token, "server", nonces, self.id)
         self.checks = message.get("check") is True
         if not self.registry.claim(self):
-            return self.refuse("taken", "the id %s is taken" % self.id)
+            owner = self.registry.pools[self.id].tunnel
+            more: Any = {"urls": owner.urls} if self.checks else {}
+            return self.refuse("taken", "the id %s is taken" % self.id, **more)
         self.timer.set(LOGIN_TIME)  # for its services
         self.link.send(Kind.WELCOME, welcome)
         if message.get("notes") is True:
             self.registry.want_notes(self, True)
         log.info("%s logged in from %s", self.id, self.peer)
 
-    def refuse(self, code: str, cause: str) -> None:
+    def refuse(self, code: str, cause: str, **more: Any) -> None:
         self.timer.clear()
         wanted, self.id = self.id, ""  # which it never was
         self.registry.refused[code] += 1
         log.info("%s as %s refused: %s", self.peer, wanted or "nobody", cause)
-        self.link.goodbye(code, cause)
+        self.link.goodbye(code, cause, **more)
 
     # The id is wanted by another client.
 
@@ -2505,8 +2508,9 @@ class Tunnel:
         log.info("%s serves %s%s", self, ", ".join(names[:TOLD]) or "nothing", more)
         for name, cause in itertools.islice(refused.items(), TOLD):
             log.info("%s does not serve %s: %s", self, name, cause)
-        if len(pack_json(urls)) > TEXT_LIMIT:
+        if len(pack_json(urls)) > TEXT_LIMIT - LOGIN_LIMIT:  # a GOODBYE has more to say
             urls = {"*": "error: too many services to tell where each is"}
+        self.urls = urls
         self.link.send(Kind.URLS, urls)
 
     def note(self, outcome: "Outcome") -> None:

@@ -7195,6 +7195,7 @@ class SelfChecks(TunnelCase):
             tunnel = self.tunnels["tim"]
             self.assertTrue(self.check({"web": self.echo()}, token=token), self.said)
             self.assertSays("ok", "login", "a client runs as tim")
+            self.assertSays("ok", "visit", "http://web.tim.localhost:.*: 200")
             self.assertIs(self.tunnels["tim"], tunnel)
             self.assertFalse(tunnel.link.closed or tunnel.link.draining)
 
