@@ -4013,8 +4013,7 @@ class Check(Client):
     def log_in(self) -> bool:
         """As the client does; but where another one runs as this id it stays."""
         self.tunnel = Tunnel(self, self.connection)  # type: ignore[arg-type]
-        ended = functools.partial(getattr, self, "ended")
-        self.wait(ended, LOGIN_TIME)
+        self.wait(self.is_over, LOGIN_TIME)
         if self.told is not None:
             return True
         cause = str(self.refusal or self.over or "no answer")
@@ -4034,9 +4033,8 @@ class Check(Client):
         self.say("FAILED", "login", cause, advice)
         return False
 
-    @property
-    def ended(self) -> Any:
-        """The login: by URLs, or for a reason."""
+    def is_over(self) -> Any:
+        """The login: there are URLs, or a reason why not."""
         return self.told is not None or self.over or self.refusal
 
     def decide(self) -> None:
@@ -4104,7 +4102,14 @@ class Check(Client):
             context = None if passes else self.config.tls
             context = context or make_context(None, passes)
             steps.insert(0, StartTLS(context, host, b""))
-        good = self.dial(Target(host, where, port), steps, FETCH_TIME)
+        target, proxy = Target(host, where, port), self.config.proxy
+        if proxy and scheme != "https":
+            self.say("skipped", "visit", "%s: only a proxy leads out of here" % url)
+            return
+        if proxy:
+            target, before = proxy.way("%s:%d" % (host, port))
+            steps = before + steps
+        good = self.dial(target, steps, FETCH_TIME)
         if not good and "cannot find its address" in self.why():
             advice = "its name is not in the DNS: make a record for *.%s"
             self.say("FAILED", "visit", url, advice % host.partition(".")[2])

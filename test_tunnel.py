@@ -7255,6 +7255,24 @@ class SelfChecks(TunnelCase):
         self.assertFalse(self.check({"web": 9}, **there))
         self.assertSays("FAILED", "proxy", "answered 407", "user:password")
 
+    def test_visits_where_only_a_proxy_leads_out(self):
+        """They go by it where it lets them: to https."""
+        self.start_server()
+        number, asked = self.server.program.client_address[1], []
+
+        def handler(conn):
+            asked.append(read_head(conn)[0])
+            with socket.create_connection(("127.0.0.1", number)) as onward:
+                conn.sendall(b"HTTP/1.1 200 x\r\n\r\n")
+                self.relay(conn, onward)
+
+        proxy = client_module.Proxy("http://127.0.0.1:%d" % self.service(handler))
+        there = dict(host="tunnel.test", port=1, proxy=proxy)
+        self.assertTrue(self.check({"web": self.echo()}, **there), self.said)
+        self.assertSays("ok", "proxy", "lets us through")
+        self.assertSays("skipped", "visit", "http://web.tim.*: only a proxy leads out")
+        self.assertTrue(asked[0].startswith(b"CONNECT tunnel.test:1 "))
+
     def test_answers_that_never_come_end_in_time(self):
         change(self, client_module, SERVER_TIME=0.2, DIAL_TIME=0.2)
         done = threading.Event()
