@@ -3818,6 +3818,7 @@ class URLFile:
 LOOK_UP_TIME = 10.0  # seconds for the resolver
 LOGIN_TIME = 15.0  # seconds from the Upgrade to the URLs of the services
 FETCH_TIME = 10.0  # seconds for a visitor's request
+PROBE_TIME = 2.0  # seconds for a target to show whether it speaks TLS
 SOON = 21  # days that a certificate should still have: renewals are due at 30
 MARKS = {"ok": "32", "FAILED": "31", "skipped": "33"}  # and their colours
 URL = re.compile(r"(https?|tcp)://(\[[^]]+\]|[^:/ ]+)(?::(\d+))?")
@@ -4142,7 +4143,7 @@ class Check(Client):
     def speaks_tls(self, target: Target) -> bool:
         """Whether a target that is listed without TLS has it."""
         steps = [StartTLS(make_context(None, True), "localhost", b"")]
-        found = not target.tls and self.dial(target, steps, DIAL_TIME)
+        found = not target.tls and self.dial(target, steps, PROBE_TIME)
         if found:
             self.connection.close()
         return found

@@ -7229,6 +7229,7 @@ class SelfChecks(TunnelCase):
         self.assertSays("FAILED", "services", "", "web=9000")
 
     def test_service_that_speaks_no_http(self):
+        change(self, client_module, PROBE_TIME=0.2)
         self.start_server()
         self.assertFalse(self.check({"web": self.answering(b"SSH-2.0-x\r\n")}))
         self.assertSays("FAILED", "visit", "the server said 502", "a web server")
@@ -7471,6 +7472,7 @@ class Inspections(TunnelCase):
         conn = self.visit()
         conn.sendall(self.ask("web.tim.x", close=False))
         read_head(conn)
+        reset_on_close(conn)
         conn.close()
         (entry,) = self.entries(1)
         entry = self.replay(1, entry.request)
