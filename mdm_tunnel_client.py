@@ -4763,13 +4763,13 @@ function curl(e, message) {
   return "printf '" + escaped.join("") + "' | " + words.join(" ") + " --data-binary @-";
 }
 async function replay(e, data) {
-  const type = { "Content-Type": "application/octet-stream" };
+  const type = { "Content-Type": "application/octet-stream" }, before = chosen;
   const said = await fetch("replay/" + e.number, { method: "POST", body: data,
     headers: type });
   if (!said.ok) { state("it is no longer kept"); return; }
   const number = await said.json();
   for (let n = 0; n < 50 && !rows.has(number); n++) await pause(100);
-  if (rows.has(number)) choose(number);
+  if (rows.has(number) && chosen === before) choose(number);
 }
 function editor(e, raw) {
   const message = parse(raw), text = plain(message.body), area = el("textarea");

@@ -194,6 +194,7 @@ def inspector_sends_again(world: World) -> str:
         browser.run(CHANGE)
         press(browser, "Send")
         wait_for("edited", lambda: len(Shop.heard) == 3)
+        wait_for("its entry", lambda: "/edited" in browser.text("#detail h2"))
         edited = body.replace(b"HOME", b"AWAY")
         assert Shop.heard[2] == ("PUT", "/edited", edited), Shop.heard[2]
         inspected.ask("/b?[x]={y}&z='", binary)

@@ -110,7 +110,7 @@ def postgres_by_a_port_of_its_own(_: World) -> str:
     server = Server("--tcp-ports", "%d-%d" % (port, port))
     where = "localhost:%d" % server.client_port
     client = talking("-v", "-h", where, "-i", "tim", "-c", str(file))
-    address = "\ndb  tcp://localhost:%d\n" % port
+    address = "\ndb  tcp://localhost:%d -> " % port
     wait_for("address", functools.partial(says, client, address))
     lines = ["%d\t%s\n" % (one, os.urandom(46).hex()) for one in range(ROWS)]
     rows.write_text("".join(lines))
