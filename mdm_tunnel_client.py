@@ -3469,7 +3469,7 @@ def typed_words(parser: Any, argv: Optional[List[str]], paths: List[str]) -> Lis
     words: List[str] = rest
     for action in reversed(parser._actions):
         value = getattr(options, action.dest, action.default)
-        if value == action.default or action.dest == "print_unit":
+        if value == action.default or action.dest in ("print_unit", "check"):
             continue
         option = next(x for x in action.option_strings if x.startswith("--"))
         if action.nargs == 0:
@@ -3489,17 +3489,30 @@ def quoted_word(word: str) -> str:
     return start + text if plain else '"%s"' % (start + text)
 
 
+def is_public(path: str) -> bool:
+    """Whether any user reads this file, also in a unit, which has a /tmp of its own."""
+    path, wanted = os.path.realpath(path), 4
+    if re.match("/(var/)?tmp/", path):
+        return False
+    with contextlib.suppress(OSError):
+        while os.stat(path).st_mode & wanted:
+            if path == os.path.dirname(path):
+                return True
+            path, wanted = os.path.dirname(path), 1
+    return False
+
+
 def owner_lines(paths: List[str], owner: Optional[str] = None) -> List[str]:
     """The user of a unit, which has to read these files, and goes on reading them."""
-    programs = [sys.executable or "", os.path.abspath(sys.argv[0])]
-    homes = any(re.match("/(home|root)/", path) for path in paths + programs)
+    programs = filter(is_public, (sys.executable or "", os.path.abspath(sys.argv[0])))
+    homes = any(re.match("/(home|root)/", path) for path in [*paths, *programs])
     lines = ["ProtectHome=read-only" if homes else "ProtectHome=yes"]
     if not paths and not owner:
         return ["DynamicUser=yes", *lines]
     if owner is None:
-        import pwd
+        with contextlib.suppress(ImportError, OSError, KeyError):
+            import pwd
 
-        with contextlib.suppress(OSError, KeyError):
             owner = pwd.getpwuid(os.stat(paths[0]).st_uid).pw_name
     if owner in (None, "root"):  # which would have all rights
         lines.insert(0, "# Make this user, and let it read: %s" % " ".join(paths))
@@ -3512,12 +3525,19 @@ def print_unit(words: List[str], drain: float, notes: List[str], more: Any) -> N
     name = os.path.splitext(os.path.basename(sys.argv[0]))[0].replace("_", "-")
     script = os.path.abspath(sys.argv[0])
     if not os.path.isfile(script):  # it came by a pipe
-        name, script = "mdm-tunnel-client", "/opt/mdm_tunnel_client.py"
+        name = "mdm-tunnel-client"
+    if not is_public(script):
+        script = "/opt/%s.py" % name.replace("-", "_")
         notes = ["Put the script at %s." % script, *notes]
+    python = sys.executable or ""
+    python = python if is_public(python) else "/usr/bin/python3"
+    for word in words:
+        if re.search("(^|:)/(var/)?tmp/", word):
+            notes = ["A unit has a /tmp of its own: move what is at %s." % word, *notes]
     notes = [*notes, "Put this into /etc/systemd/system/%s.service, then:" % name]
     notes.append("  systemctl daemon-reload && systemctl enable --now %s" % name)
-    command = [sys.executable or "/usr/bin/python3", script, *words]
-    lines = ["# " + note for note in notes]
+    command = [python, script, *words]
+    lines = ["# " + printable(note) for note in notes]
     lines += ["[Unit]", "Description=%s" % name.replace("mdm-tunnel-", "mdm-tunnel ")]
     lines += ["Wants=network-online.target", "After=network-online.target"]
     lines += ["", "[Service]", "Type=notify"]
@@ -3819,6 +3839,7 @@ LOOK_UP_TIME = 10.0  # seconds for the resolver
 LOGIN_TIME = 15.0  # seconds from the Upgrade to the URLs of the services
 FETCH_TIME = 10.0  # seconds for a visitor's request
 PROBE_TIME = 2.0  # seconds for a target to show whether it speaks TLS
+SOON_HERE = 2.0  # seconds from an answer to the stream that brought it
 SOON = 21  # days that a certificate should still have: renewals are due at 30
 MARKS = {"ok": "32", "FAILED": "31", "skipped": "33"}  # and their colours
 URL = re.compile(r"(https?|tcp)://(\[[^]]+\]|[^:/ ]+)(?::(\d+))?")
@@ -3826,7 +3847,9 @@ VALIDITY = re.compile(rb"\x17\x0d(\d{12})Z\x17\x0d(\d{12})Z")  # in DER, until 2
 TROUBLE = (  # what a fault that a visitor was told of, or a dial's, probably means
     ("refused", "start the service, or change its port in the list"),
     ("timeout", "is the host right, and does a firewall drop what comes to it?"),
-    ("denied", "this is for its visitors: `auth` or `visitors` keep us out"),
+    ("denied 401", '"auth" here is not that of the client that runs'),
+    ("denied 403", '"visitors" does not have the address of this machine'),
+    ("elsewhere", "does the name lead to this server? See --domain, and any front"),
     (".*TLS", "speaks the target TLS at all? then write http://, not https://"),
     ("broken|reset|error", "is what listens there a web server?"),
     ("no-name|no-service", "does the name lead to another server?"),
@@ -3841,14 +3864,30 @@ def advice_for(text: str, table: Any = ADVICE) -> str:
 class Fetch(Ask):
     """A visitor's request for the page at /. Every answer is welcome."""
 
-    def __init__(self, host: str) -> None:
-        lines = "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
-        super().__init__((lines % ("/", host)).encode(), 0)
+    def __init__(self, host: str, password: str) -> None:
+        lines = "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n"
+        if password:
+            import base64
+
+            said = base64.b64encode(password.encode()).decode()
+            lines += "Authorization: Basic %s\r\n" % said
+        super().__init__((lines % ("/", host) + "\r\n").encode(), 0)
         self.status, self.code = 0, ""
 
     def check(self, status: int, head: bytes) -> None:
         found = re.search(rb"(?i)\r\nx-tunnel-error: ([a-z-]+)", head)
         self.status, self.code = status, found.group(1).decode() if found else ""
+
+
+def password_of(file: Watched, name: str) -> str:
+    """The first pair in the "auth" of a service, as its file has it; "" for none."""
+    pairs = parse_object(*file.contents) if file.contents else Pairs()
+    inner = dict(pairs).get("services")
+    for key, value in inner if isinstance(inner, Pairs) else pairs:
+        if key.lower() == name and isinstance(value, Pairs):
+            auth = dict(value).get("auth", "")
+            return str(auth if isinstance(auth, str) else auth[0])
+    return ""
 
 
 class Staged:
@@ -3904,12 +3943,17 @@ class Check(Client):
         shown = "%-8s" % mark
         if shows_colours(sys.stdout):
             shown = "\x1b[%sm%s\x1b[0m" % (MARKS[mark], shown)
-        line = "%s %-9s %s" % (shown, what, printable(text))
         timed = mark != "skipped" and what != "url"
-        print(line + ("  (%s)" % short_time(took) if timed else ""))
+        line = "%-9s %s" % (what, text) + "  (%s)" % short_time(took) * timed
+        fields = {"step": what, "result": mark, "seconds": round(took, 4)}
+        if log.as_json:
+            fields["advice"], line, advice = advice, text, ""
+        self.write(line, colour=shown + " %s", fields=fields.items())
         if advice:
-            print("%-19s-> %s" % ("", printable(advice)))
-        sys.stdout.flush()
+            self.write("%-19s-> %s" % ("", advice))
+
+    def write(self, text: str, **more: Any) -> None:
+        log.write(sys.stdout, "info", text, **more)
 
     def check(self) -> bool:
         """Go all the way; whether all went well."""
@@ -3924,7 +3968,7 @@ class Check(Client):
         for link in list(self.loop.links):
             link.close("the check is over")
         said = "%d failed, %d skipped." % (self.failed, self.skipped)
-        print(said if self.failed or self.skipped else "All is well.")
+        self.write(said if self.failed or self.skipped else "All is well.")
         return not self.failed
 
     def wait(self, done: Call, seconds: float) -> None:
@@ -4087,6 +4131,9 @@ class Check(Client):
         elif name in self.bad_targets:
             self.say("skipped", "visit", "%s: its target failed" % name)
             return
+        if " by CONNECT to " in told:
+            self.say("skipped", "visit", "%s: by CONNECT only" % name)
+            return
         for scheme, host, port in URL.findall(told):
             number = int(port or {"http": 80, "https": 443}.get(scheme, 0))
             if number:
@@ -4097,7 +4144,8 @@ class Check(Client):
         service, passes = self.services[name], "tls" in self.services[name].options
         url = "%s://%s:%d" % (scheme, host, port)
         where = self.config.host if host.endswith(".localhost") else host
-        fetch = Fetch(host if port in (80, 443) else "%s:%d" % (host, port))
+        password, before_it = password_of(self.config.file, name), self.streams()
+        fetch = Fetch(host if port in (80, 443) else "%s:%d" % (host, port), password)
         steps: List[Any] = [] if scheme == "tcp" or passes else [fetch]
         if scheme == "https":
             context = None if passes else self.config.tls
@@ -4116,7 +4164,15 @@ class Check(Client):
             self.say("FAILED", "visit", url, advice % host.partition(".")[2])
             good = self.dial(Target(host, self.config.host, port), steps, FETCH_TIME)
             url += " by %s" % self.config.host
+        if good and not fetch.code:
+            self.wait(lambda: self.streams() != before_it, SOON_HERE)
+            fetch.code = "elsewhere" if self.streams() == before_it else ""
         self.tell_visit(service, url, fetch, good)
+
+    def streams(self) -> Any:
+        """How many visitors have come by our link; of that of another client, which
+        runs, nobody knows: something new each time."""
+        return object() if self.over else self.tunnel.link.last_id
 
     def tell_visit(self, service: Service, url: str, fetch: Fetch, good: bool) -> None:
         if good:
@@ -4124,10 +4180,14 @@ class Check(Client):
         if not good:
             advice = advice_for(self.why()) or "is this port open to visitors?"
             self.say("FAILED", "visit", "%s: %s" % (url, self.why()), advice)
+        elif fetch.code == "elsewhere":
+            text = "%s: something answered, but nothing came by our link" % url
+            self.say("FAILED", "visit", text, self.advice_to_visit(service, fetch.code))
         elif not fetch.status:
             self.say("ok", "visit", "%s: connected" % url)
-        elif fetch.code and fetch.code != "denied":
+        elif fetch.code:
             text = "%s: the server said %d %s" % (url, fetch.status, fetch.code)
+            fetch.code += " %d" % fetch.status
             self.say("FAILED", "visit", text, self.advice_to_visit(service, fetch.code))
         elif fetch.status == 400 and self.speaks_tls(service.target):
             text = "%s: the service said 400" % url
@@ -4136,7 +4196,7 @@ class Check(Client):
             self.say("ok", "visit", "%s: %d" % (url, fetch.status))
 
     def advice_to_visit(self, service: Service, code: str) -> str:
-        if code in ("broken", "reset") and self.speaks_tls(service.target):
+        if code.startswith(("broken", "reset")) and self.speaks_tls(service.target):
             return 'the target speaks TLS: write "https://%s"' % service.target.text
         return advice_for(code, TROUBLE)
 
@@ -5033,10 +5093,16 @@ def print_client_unit(argv: Optional[List[str]], options: argparse.Namespace) ->
     if options.url_file is not None:
         folder = os.path.dirname(os.path.abspath(options.url_file))
         more.append("ReadWritePaths=%s" % folder.replace("%", "%%"))
+    named = any(name.lower().endswith("_proxy") for name in os.environ)
+    if named and not options.no_proxy:  # the URL may hold a password
+        more.append("EnvironmentFile=/etc/mdm-tunnel-proxy")
+        notes.append("The proxy is not in here: by env | grep -i _proxy= save it as ")
+        notes[-1] += "/etc/mdm-tunnel-proxy, with mode 600."
     if secret is None and TOKEN_VARIABLE in os.environ:
         secret = "/etc/mdm-tunnel-token"
         words += ["--token-file", secret]
-        notes = ["The token is not in here: put it into %s, with mode 600." % secret]
+        note = "The token is not in here: put it into %s, with mode 600."
+        notes.append(note % secret)
     if secret is not None:
         words[words.index("--token-file") + 1] = CREDENTIAL + "token"
         path = os.path.abspath(secret).replace("%", "%%")

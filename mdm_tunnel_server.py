@@ -2266,7 +2266,7 @@ class Registry:
         pool = self.pools.get(tunnel.id)
         if pool and pool.tunnel.session == tunnel.session:
             pool.tunnel.link.close("the same client dialled again")
-        elif pool and (tunnel.token and not tunnel.checks or pool.tunnel.link.draining):
+        elif pool and pool.tunnel.yields_to(tunnel):
             cause = "another client logged in as %s" % tunnel.id
             pool.tunnel.evict("replaced", cause)
         elif pool:
@@ -2473,6 +2473,11 @@ class Tunnel:
         self.link.goodbye(code, cause, **more)
 
     # The id is wanted by another client.
+
+    def yields_to(self, newcomer: "Tunnel") -> bool:
+        """A token takes the id over, and a check only borrows it. It takes none."""
+        taken = bool(newcomer.token) or self.checks
+        return taken and not newcomer.checks or self.link.draining
 
     def demand_life(self) -> None:
         """Any byte within TAKEOVER shows that the client is there."""
@@ -4435,7 +4440,7 @@ def typed_words(parser: Any, argv: Optional[List[str]], paths: List[str]) -> Lis
     words: List[str] = rest
     for action in reversed(parser._actions):
         value = getattr(options, action.dest, action.default)
-        if value == action.default or action.dest == "print_unit":
+        if value == action.default or action.dest in ("print_unit", "check"):
             continue
         option = next(x for x in action.option_strings if x.startswith("--"))
         if action.nargs == 0:
@@ -4455,17 +4460,30 @@ def quoted_word(word: str) -> str:
     return start + text if plain else '"%s"' % (start + text)
 
 
+def is_public(path: str) -> bool:
+    """Whether any user reads this file, also in a unit, which has a /tmp of its own."""
+    path, wanted = os.path.realpath(path), 4
+    if re.match("/(var/)?tmp/", path):
+        return False
+    with contextlib.suppress(OSError):
+        while os.stat(path).st_mode & wanted:
+            if path == os.path.dirname(path):
+                return True
+            path, wanted = os.path.dirname(path), 1
+    return False
+
+
 def owner_lines(paths: List[str], owner: Optional[str] = None) -> List[str]:
     """The user of a unit, which has to read these files, and goes on reading them."""
-    programs = [sys.executable or "", os.path.abspath(sys.argv[0])]
-    homes = any(re.match("/(home|root)/", path) for path in paths + programs)
+    programs = filter(is_public, (sys.executable or "", os.path.abspath(sys.argv[0])))
+    homes = any(re.match("/(home|root)/", path) for path in [*paths, *programs])
     lines = ["ProtectHome=read-only" if homes else "ProtectHome=yes"]
     if not paths and not owner:
         return ["DynamicUser=yes", *lines]
     if owner is None:
-        import pwd
+        with contextlib.suppress(ImportError, OSError, KeyError):
+            import pwd
 
-        with contextlib.suppress(OSError, KeyError):
             owner = pwd.getpwuid(os.stat(paths[0]).st_uid).pw_name
     if owner in (None, "root"):  # which would have all rights
         lines.insert(0, "# Make this user, and let it read: %s" % " ".join(paths))
@@ -4478,12 +4496,19 @@ def print_unit(words: List[str], drain: float, notes: List[str], more: Any) -> N
     name = os.path.splitext(os.path.basename(sys.argv[0]))[0].replace("_", "-")
     script = os.path.abspath(sys.argv[0])
     if not os.path.isfile(script):  # it came by a pipe
-        name, script = "mdm-tunnel-client", "/opt/mdm_tunnel_client.py"
+        name = "mdm-tunnel-client"
+    if not is_public(script):
+        script = "/opt/%s.py" % name.replace("-", "_")
         notes = ["Put the script at %s." % script, *notes]
+    python = sys.executable or ""
+    python = python if is_public(python) else "/usr/bin/python3"
+    for word in words:
+        if re.search("(^|:)/(var/)?tmp/", word):
+            notes = ["A unit has a /tmp of its own: move what is at %s." % word, *notes]
     notes = [*notes, "Put this into /etc/systemd/system/%s.service, then:" % name]
     notes.append("  systemctl daemon-reload && systemctl enable --now %s" % name)
-    command = [sys.executable or "/usr/bin/python3", script, *words]
-    lines = ["# " + note for note in notes]
+    command = [python, script, *words]
+    lines = ["# " + printable(note) for note in notes]
     lines += ["[Unit]", "Description=%s" % name.replace("mdm-tunnel-", "mdm-tunnel ")]
     lines += ["Wants=network-online.target", "After=network-online.target"]
     lines += ["", "[Service]", "Type=notify"]
