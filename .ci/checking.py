@@ -1,8 +1,11 @@
 """--check against set-ups that are broken as people break them, with the advice that it
 gives; and the units that --print-unit prints."""
 
+import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ from skew import Secrets, end
 
 CLIENT = str(REPOSITORY / "mdm_tunnel_client.py")
 SERVER = str(REPOSITORY / "mdm_tunnel_server.py")
+FILLERS: List[socket.socket] = []
 EXPIRED = """
 [ca]
 default_ca=ours
@@ -165,6 +169,59 @@ def check_beside_a_client_that_runs(world: World) -> str:
     return ""
 
 
+def deaf_listener() -> socket.socket:
+    """Nobody accepts there, and its queue is full: who dials gets no answer."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(0)
+    for _ in range(4):
+        filler = socket.socket()
+        filler.setblocking(False)
+        filler.connect_ex(listener.getsockname())
+        FILLERS.append(filler)
+    return listener
+
+
+def check_gives_the_id_to_who_starts(world: World) -> str:
+    """One that waits for targets holds no client up; Ctrl-C ends it in one line."""
+    server = Server()
+    deaf = [deaf_listener() for _ in range(3)]
+    words = ["t%d=%d" % (at, x.getsockname()[1]) for at, x in enumerate(deaf)]
+    there = ["-i", "tim", "-h", "localhost:%d" % server.client_port]
+    check = Process("check", sys.executable, CLIENT, "--check", *there, *words)
+    wait_for("its URLs", lambda: "url       t2" in check.output())
+    web = "web=%d" % world.web
+    client = Process("starter", sys.executable, CLIENT, "-v", *there, web)
+    wait_for("its URL", lambda: "web  http://" in client.output(), 3)
+    check.popen.send_signal(signal.SIGINT)
+    assert check.popen.wait(20) == 1, check.output()
+    assert check.output().endswith(": stopped\n"), check.output()
+    end(client)
+    server.process.stop()
+    for sock in [*deaf, *FILLERS]:
+        sock.close()
+    return ""
+
+
+def check_sees_who_else_answers(world: World) -> str:
+    """Another server has the name; a visitor is not let in, or has a password."""
+    elsewhere = Server("--domain", "http://tunnel.localhost:%d" % world.other)
+    where = ["-h", "localhost:%d" % elsewhere.client_port]
+    found = Found(*where, "web=%d" % world.web)
+    found.has("FAILED +visit.*nothing came by our link", "does the name lead")
+    server, path = Server(), TMP / "check-services.json"
+    where = ["-h", "localhost:%d" % server.client_port, "-c", str(path)]
+    for more, status, line in (
+        ({"auth": "me:secret"}, 0, "ok +visit.*: 200"),
+        ({"visitors": ["192.0.2.0/24"]}, 1, "FAILED +visit.*403 denied"),
+    ):
+        path.write_text(json.dumps({"web": dict(more, target=world.web)}))
+        Found(*where, status=status).has(line)
+    for one in (elsewhere, server):
+        one.process.stop()
+    return ""
+
+
 def printed_units_are_verified(world: World) -> str:
     """systemd has nothing to say against them, and sees their fences."""
     folder, worst = TMP / "units", 0.0
@@ -193,5 +250,7 @@ CHECKS: List[Callable[[World], str]] = [
     check_of_certificates,
     check_of_targets,
     check_beside_a_client_that_runs,
+    check_gives_the_id_to_who_starts,
+    check_sees_who_else_answers,
     printed_units_are_verified,
 ]
