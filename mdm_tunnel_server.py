@@ -5694,7 +5694,7 @@ class Visitors:
         received: int = 0,
     ) -> None:
         """Tell the observers how a request ended."""
-        seconds = self.loop.clock() - http.since
+        seconds = self.loop.clock() - http.since if http.request else 0.0
         ended: Any = (status, code, cause, sent, received, seconds)
         self.tell(Outcome(*http.known(), *ended, *http.carried))
 

@@ -7034,6 +7034,12 @@ class Notes(TunnelCase):
         self.assertEqual((web.service, web.status, web.stream), ("web", 401, 0))
         self.assertEqual((ssh.service, ssh.status, ssh.code), ("ssh", 0, "denied"))
 
+    def test_time_without_a_head_is_none(self):
+        self.start()
+        self.raw(b"\x16\x03\x01 is no HTTP\r\n\r\n")
+        self.server.until(lambda: self.seen)
+        self.assertEqual((self.seen[0].status, self.seen[0].seconds), (400, 0.0))
+
     def test_visitor_who_breaks_off_is_told(self):
         begun = threading.Event()
         self.addCleanup(begun.set)
