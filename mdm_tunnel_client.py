@@ -2188,12 +2188,12 @@ def read_outcome(said: Any) -> "Outcome":
     for name, empty in Outcome()._asdict().items():
         value = said.get(name) if isinstance(said, dict) else None
         if isinstance(empty, tuple):
-            pair = isinstance(value, list) and len(value) == 2
-            known[name] = tuple(map(peer_number, value or ())) if pair else empty
+            pair = value if isinstance(value, list) and len(value) == 2 else empty
+            known[name] = tuple(sorted(int(peer_number(end)) for end in pair))
         elif isinstance(empty, str):
             known[name] = peer_text(value)
         elif empty is not None:
-            known[name] = peer_number(value)
+            known[name] = type(empty)(peer_number(value))
     return Outcome(**known)
 
 
@@ -4135,8 +4135,8 @@ class Check(Client):
             self.say("skipped", "visit", "%s: by CONNECT only" % name)
             return
         for scheme, host, port in URL.findall(told):
-            number = int(port or {"http": 80, "https": 443}.get(scheme, 0))
-            if number:
+            number = int(port[:6] or {"http": 80, "https": 443}.get(scheme, 0))
+            if is_port(number) and number:
                 self.visit(name, scheme, host.strip("[]"), number)
 
     def visit(self, name: str, scheme: str, host: str, port: int) -> None:
