@@ -4222,6 +4222,7 @@ SWEEP = 5.0  # seconds between looks at streams that ended, and were not told of
 NEWS_TIME = 25.0  # seconds that the page waits for news
 REPLAY_TIME = 30.0  # seconds: an event stream may have no end
 REPLAY_LIMIT = 1 << 20  # bytes of a request that was edited
+PAGE_THREADS = 64  # a tab of a browser has six connections, and each has a thread
 BYTES = "application/octet-stream"  # which no form of another page can post
 
 
@@ -4531,6 +4532,7 @@ def make_page_server(inspector: Inspector, port: int) -> Any:
     """Raises OSError."""
     import http.server
     import socketserver
+    import threading
 
     class PageServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         daemon_threads = True
@@ -4539,6 +4541,9 @@ def make_page_server(inspector: Inspector, port: int) -> Any:
         def server_bind(self) -> None:  # without asking the DNS for our name
             socketserver.TCPServer.server_bind(self)
             self.server_name, self.server_port = "localhost", self.server_address[1]
+
+        def verify_request(self, *_: Any) -> bool:
+            return threading.active_count() < PAGE_THREADS
 
         def handle_error(self, *_: Any) -> None:
             pass  # the browser has left

@@ -7702,6 +7702,23 @@ class Inspections(TunnelCase):
             self.assertEqual(found[0], 404, path)
         self.assertEqual(self.inspector.count, 1)
 
+    def test_crowd_gets_no_threads_without_end(self):
+        self.start()
+        change(self, client_module, PAGE_THREADS=threading.active_count() + 3)
+        where = "127.0.0.1", self.inspector.port
+        crowd = [socket.create_connection(where) for _ in range(20)]
+        for conn in crowd:
+            self.addCleanup(conn.close)
+        self.assertEqual(crowd[-1].recv(1), b"")  # it is closed at once
+        for conn in crowd:
+            conn.close()
+
+        def answers():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return self.page()[0] == 200
+
+        self.client.until(answers)
+
     def test_request_that_is_too_large_is_refused(self):
         self.start()
         for size in ("1048577", "9" * 30, "x", "\xb2"):
