@@ -2185,14 +2185,14 @@ def peer_number(value: Any) -> Any:
 def read_outcome(said: Any) -> "Outcome":
     """What a NOTE says of one. What is not as it should be is left out."""
     known: Dict[str, Any] = {}
-    for name, empty in Outcome()._asdict().items():
-        value = said.get(name) if isinstance(said, dict) else None
+    for name, value in said.items() if isinstance(said, dict) else ():
+        empty = Outcome._field_defaults.get(name)
         if isinstance(empty, tuple):
             pair = value if isinstance(value, list) and len(value) == 2 else empty
             known[name] = tuple(sorted(int(peer_number(end)) for end in pair))
         elif isinstance(empty, str):
             known[name] = peer_text(value)
-        elif empty is not None:
+        elif isinstance(empty, (int, float)):
             known[name] = type(empty)(peer_number(value))
     return Outcome(**known)
 
@@ -3270,14 +3270,13 @@ class Outcome(NamedTuple):
 
     def to_json(self) -> Dict[str, Any]:
         """What a NOTE says of it, and --log-json; without empty texts."""
-        found = self._replace(
-            target=self.target[:TOLD_LIMIT],
-            cause=self.cause[:TOLD_LIMIT],
-            seconds=round(self.seconds, 4),
-            link=None,
-        )
-        empty = ("", (0, 0), None)
-        return {x: y for x, y in found._asdict().items() if y not in empty}
+        pairs = zip(self._fields, self[:-1])  # the link is ours
+        found = {x: y for x, y in pairs if y != "" and y != (0, 0)}
+        found["seconds"] = round(self.seconds, 4)
+        if len(self.target) + len(self.cause) > TOLD_LIMIT:
+            found["target"] = self.target[:TOLD_LIMIT]
+            found["cause"] = self.cause[:TOLD_LIMIT]
+        return found
 
     def tell(self) -> None:
         """Log it: 203.0.113.9 tim web "GET /x" 200 5.1kB 12ms, and what cut it. The
@@ -3294,7 +3293,8 @@ class Outcome(NamedTuple):
         colour = "%s"
         if log.coloured:
             colour = "\x1b[%sm%%s\x1b[0m" % COLOURS.get(self.status // 100, "2")
-        log.info("%s", line, colour=colour, fields=self.to_json().items())
+        fields = self.to_json().items() if log.as_json else ()
+        log.info("%s", line, colour=colour, fields=fields)
 
 
 def short_size(count: int) -> str:

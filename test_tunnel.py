@@ -9200,7 +9200,7 @@ class HostileServerOfInspections(HandMadeServer):
         conn = self.greet(web=kept)
         conn.sendall(frame(Kind.OPEN, 1, b'{"service":"web"}'))
         conn.sendall(frame(Kind.DATA, 1, b"hello"))
-        self.expect(conn, Kind.DATA)
+        self.expect(conn, Kind.DATA, Kind.END)
         made_up = [[1.5, 2.5], [3, 1], [-5, 1 << 62], [1 << 70, 1e300], [0, 5], None]
         made_up += [[[], {}], [0, 1 << 62], [9, 9]]
         notes = [{"stream": 1, "request": x, "answer": x} for x in made_up]
