@@ -2687,15 +2687,17 @@ class Client:
 
     def show_url(self, name: str, url: str, width: int) -> None:
         """With -v a line on stdout: where a service is reached, and where it leads."""
-        fields = {"service": name, "url": url}
-        if name in self.services and not url.startswith("error: "):
+        fields, level = {"service": name, "url": url}, "info"
+        if url.startswith("error: "):
+            fields, level = {"service": name, "error": url[len("error: ") :]}, "warning"
+        elif name in self.services:
             fields["target"] = self.services[name].target.text
             url += " -> " + fields["target"]
         if log.hears(INFO):
-            self.show("%-*s  %s" % (width, name, url), fields)
+            self.show("%-*s  %s" % (width, name, url), fields, level)
 
-    def show(self, line: str, fields: Dict[str, str]) -> None:
-        log.write(sys.stdout, "info", line, fields=fields.items())
+    def show(self, line: str, fields: Dict[str, str], level: str = "info") -> None:
+        log.write(sys.stdout, level, line, fields=fields.items())
 
     # Stopping.
 
@@ -2882,7 +2884,8 @@ class Sealed:
 
         found = hashlib.sha256(self.object.getpeercert(True))
         if not hmac.compare_digest(found.digest(), self.pin):
-            seen = "the certificate has another fingerprint, %s" % found.hexdigest()
+            pairs = ":".join("%02X" % x for x in found.digest())  # as openssl has it
+            seen = "the certificate has another fingerprint, %s" % pairs
             raise TLSError(ValueError(seen))
 
     # Reading.
@@ -3514,6 +3517,8 @@ def owner_lines(paths: List[str], owner: Optional[str] = None) -> List[str]:
             import pwd
 
             owner = pwd.getpwuid(os.stat(paths[0]).st_uid).pw_name
+    elif paths:
+        lines.insert(0, "# It has to be able to read: %s" % " ".join(paths))
     if owner in (None, "root"):  # which would have all rights
         lines.insert(0, "# Make this user, and let it read: %s" % " ".join(paths))
         owner = "mdm-tunnel"
@@ -3545,7 +3550,10 @@ def print_unit(words: List[str], drain: float, notes: List[str], more: Any) -> N
     lines += ["ExecReload=/bin/kill -HUP $MAINPID", "WatchdogSec=30", "Restart=always"]
     lines += ["RestartSec=5", "TimeoutStopSec=%d" % (drain + 11), "LimitNOFILE=65536"]
     lines += [*more, FENCES, "", "[Install]", "WantedBy=multi-user.target"]
-    print("\n".join(lines))
+    with contextlib.suppress(OSError):  # who reads it may have seen enough
+        print("\n".join(lines), flush=True)
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # -----------------------------------------------------------------------------------
@@ -4026,11 +4034,12 @@ class Check(Client):
         self.stage = "connect"
         if self.dial(target, stages, SERVER_TIME):
             return True
-        advice = advice_for(self.why())
+        why = self.why()
+        why, advice = why[5:] if why.startswith("TLS: ") else why, advice_for(why)
         if self.stage == "connect":
             advice = "does the server run, is %d its client port, and is that open?"
             advice %= self.config.port
-        self.say("FAILED", self.stage, self.why(), advice)
+        self.say("FAILED", self.stage, why, advice)
         return False
 
     def tell_address(self, dial: Dial) -> str:
@@ -4066,8 +4075,7 @@ class Check(Client):
         if cause == WANTS_TOKEN:
             advice = "give it by --token-file, or in $%s" % TOKEN_VARIABLE
         elif cause == "no such id, or a wrong token":
-            advice = "compare it with the server's --tokens file, where it stands as %s"
-            advice %= self.id
+            advice = "has the server's --tokens file %s, with this token?" % self.id
         elif "is taken" in cause:
             text = "a client runs as %s, and was left alone: this is what it serves"
             advice = "" if self.token else "if it is not yours, choose an id with -i"
@@ -4110,6 +4118,11 @@ class Check(Client):
                 self.say("FAILED", "url", "%s: %s" % (name, url[len("error: ") :]))
             else:
                 self.say("ok", "url", "%s  %s" % (name, url))
+        for name in sorted(set(self.services) - set(self.told or self.services)):
+            other = "the client that runs" if self.over else "the server"
+            advice = "stop that client, or add the service to its list"
+            advice = advice if self.over else "is the server older than this client?"
+            self.say("FAILED", "url", "%s: %s does not have it" % (name, other), advice)
 
     def try_target(self, name: str, target: Target) -> None:
         steps = [StartTLS(*target.tls)] if target.tls else []

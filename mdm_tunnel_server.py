@@ -3853,7 +3853,8 @@ class Sealed:
 
         found = hashlib.sha256(self.object.getpeercert(True))
         if not hmac.compare_digest(found.digest(), self.pin):
-            seen = "the certificate has another fingerprint, %s" % found.hexdigest()
+            pairs = ":".join("%02X" % x for x in found.digest())  # as openssl has it
+            seen = "the certificate has another fingerprint, %s" % pairs
             raise TLSError(ValueError(seen))
 
     # Reading.
@@ -4485,6 +4486,8 @@ def owner_lines(paths: List[str], owner: Optional[str] = None) -> List[str]:
             import pwd
 
             owner = pwd.getpwuid(os.stat(paths[0]).st_uid).pw_name
+    elif paths:
+        lines.insert(0, "# It has to be able to read: %s" % " ".join(paths))
     if owner in (None, "root"):  # which would have all rights
         lines.insert(0, "# Make this user, and let it read: %s" % " ".join(paths))
         owner = "mdm-tunnel"
@@ -4516,7 +4519,10 @@ def print_unit(words: List[str], drain: float, notes: List[str], more: Any) -> N
     lines += ["ExecReload=/bin/kill -HUP $MAINPID", "WatchdogSec=30", "Restart=always"]
     lines += ["RestartSec=5", "TimeoutStopSec=%d" % (drain + 11), "LimitNOFILE=65536"]
     lines += [*more, FENCES, "", "[Install]", "WantedBy=multi-user.target"]
-    print("\n".join(lines))
+    with contextlib.suppress(OSError):  # who reads it may have seen enough
+        print("\n".join(lines), flush=True)
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # -----------------------------------------------------------------------------------
@@ -6246,7 +6252,7 @@ class AdminPage:
             ("", "Sent", sent, short_size(total[3]) + " in all"),
             ("", "Received", received, short_size(total[4]) + " in all"),
             ("", "Visitors", visitors, "connections"),
-            ("", "Streams", streams, "on %d links" % len(links)),
+            ("", "Streams", streams, "links: %d" % len(links)),
             ("", "Ids", len(self.registry.pools), "%d logins refused" % refused),
             ("s5" * (longest > SLOW), "Longest turn", short_time(longest), trip),
         ]

@@ -102,7 +102,7 @@ def check_of_the_way_to_the_server(world: World) -> str:
     found = Found(*there, *secrets.for_client, web)
     found.has("FAILED +login.*wants a token", "--token-file")
     found = Found(*there, *secrets.for_client, web, MDM_TUNNEL_TOKEN="x" * 30)
-    found.has("FAILED +login.*wrong token", "stands as tim")
+    found.has("FAILED +login.*wrong token", "file tim, with this")
     proxy = "http://127.0.0.1:%d" % closed
     found = Found("-h", "tunnel.test:1", web, http_proxy=proxy)
     found.has("FAILED +connect.*proxy 127.0.0.1")
